@@ -1,0 +1,3 @@
+from .api import TopK, mips_topk
+
+__all__ = ["TopK", "mips_topk"]
