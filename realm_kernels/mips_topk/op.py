@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, reference
+from . import checks, cpu, reference
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (cpu.BACKEND, reference.BACKEND)
 
 # return_rows: the caller will ask for d_queries, so the gathered rows [B, k, D] come along as the third result.
 torch.library.define(

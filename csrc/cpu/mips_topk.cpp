@@ -1,0 +1,344 @@
+// The driver of mips_topk: who scans which rows, what a hit becomes, and how the threads' lists become one.
+//
+// Queries are taken in blocks; for each block the threads draw blocks of rows in a fixed pseudo-random order (so that
+// a sorted table costs what a shuffled one does), pack a panel of rows, scan it against all queries of the block, and
+// rescore canonically the rows that the scan could not exclude. Each thread keeps its own list of candidates for each
+// query. What is returned does not depend on who scanned what: the order of results is total.
+#include "cpu/mips_topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "cpu/float_mode.h"
+#include "cpu/mips_topk_kernels.h"
+#include "cpu/parallel.h"
+
+namespace realm_kernels {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Packed queries of one block stay in the last-level cache while every panel passes by.
+constexpr int64_t kQueryBlockBytes = 1 << 20;
+constexpr int64_t kMaxQueryBlock = 512;
+// The fixed workspace that candidate lists of all threads share; query blocks are looped within it.
+constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
+// Rows drawn at a time: long enough for the hardware's prefetcher, short enough to share out evenly.
+constexpr int64_t kMaxRowBlock = 1024;
+constexpr int64_t kRowBlocksPerThread = 16;
+
+struct Candidate {
+  float score;
+  int64_t row;
+};
+
+bool before(const Candidate& a, const Candidate& b) {
+  return a.score > b.score || (a.score == b.score && a.row < b.row);
+}
+
+const MipsTopkKernels& kernels_for(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) {
+    return mips_topk_kernels_avx512();
+  }
+  if (isa == Isa::kAvx2) {
+    return mips_topk_kernels_avx2();
+  }
+#endif
+  (void)isa;
+  return mips_topk_kernels_portable();
+}
+
+float round_up(double value) {
+  const float rounded = static_cast<float>(value);
+  return rounded < value ? std::nextafter(rounded, kInfinity) : rounded;
+}
+
+// A float32 sum of D products in any order is off by at most gamma times the sum of their magnitudes, gamma =
+// n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1); n leaves room for the last few additions.
+double accumulation_gamma(int64_t dim) {
+  const double nu = std::ldexp(static_cast<double>(dim + 8), -24);
+  return nu < 1.0 ? nu / (1.0 - nu) * (1.0 + 0x1p-10) : std::numeric_limits<double>::infinity();
+}
+
+// A score of the scan, once its error is added, that lies below this cannot round to `kth` or more.
+float threshold_below(float kth, int64_t dim) {
+  if (kth == -kInfinity) {
+    return -kInfinity;
+  }
+  const double highest = std::min<double>(kth, std::numeric_limits<float>::max());
+  // Half an ulp of kth, and the rounding of the cutoff itself; the last term covers sums of subnormal products.
+  const double below = highest - std::abs(highest) * 0x1p-22 - std::ldexp(static_cast<double>(dim + 8), -148);
+  return -round_up(-below);
+}
+
+struct RowBlock {
+  const TableShard* shard;
+  int64_t first_row;  // within the shard
+  int64_t num_rows;
+  int64_t first_id;  // of the shard, among all rows
+};
+
+// Every row block of the table, by number; visited in steps of a stride coprime to their count.
+class RowBlocks {
+ public:
+  RowBlocks(const MipsTopkParams& params, int panel_rows) : params_(params) {
+    int64_t num_rows = 0;
+    for (int64_t s = 0; s < params.num_shards; ++s) {
+      first_ids_.push_back(num_rows);
+      num_rows += params.shards[s].num_rows;
+    }
+    const int64_t share = num_rows / (params.num_threads * kRowBlocksPerThread) / panel_rows * panel_rows;
+    rows_per_block_ = std::clamp<int64_t>(share, panel_rows, kMaxRowBlock);
+    for (int64_t s = 0; s < params.num_shards; ++s) {
+      first_blocks_.push_back(count_);
+      count_ += (params.shards[s].num_rows + rows_per_block_ - 1) / rows_per_block_;
+    }
+    stride_ = static_cast<int64_t>(static_cast<double>(count_) * 0.6180339887) | 1;
+    while (std::gcd(stride_, count_) > 1) {
+      ++stride_;
+    }
+  }
+
+  int64_t count() const { return count_; }
+
+  RowBlock at(int64_t turn) const {
+    const int64_t number = static_cast<int64_t>(static_cast<__int128>(turn) * stride_ % count_);
+    const auto above = std::upper_bound(first_blocks_.begin(), first_blocks_.end(), number);
+    const int64_t s = above - first_blocks_.begin() - 1;
+    const int64_t first = (number - first_blocks_[s]) * rows_per_block_;
+    const TableShard& shard = params_.shards[s];
+    return {&shard, first, std::min(rows_per_block_, shard.num_rows - first), first_ids_[s]};
+  }
+
+ private:
+  const MipsTopkParams& params_;
+  std::vector<int64_t> first_ids_, first_blocks_;
+  int64_t rows_per_block_ = 0, count_ = 0, stride_ = 1;
+};
+
+// The queries of one block in both forms the kernels read.
+struct QueryBlock {
+  QueryBlock(const MipsTopkParams& params, int64_t first_query, int64_t count, int group)
+      : first(first_query), batch(count), padded_dim((params.dim + 7) / 8 * 8) {
+    const float* queries = params.queries + first * params.dim;
+    packed.resize(batch * params.dim);
+    padded.assign(std::max<int64_t>(batch, 7) * padded_dim, 0.0f);
+    norms_x4.resize(batch);
+    for (int64_t q = 0; q < batch; ++q) {
+      const int64_t group_first = q / group * group;
+      const int64_t group_size = std::min<int64_t>(group, batch - group_first);
+      float* to = packed.data() + group_first * params.dim + (q - group_first);
+      double square = 0.0;
+      for (int64_t d = 0; d < params.dim; ++d) {
+        const float value = queries[q * params.dim + d];
+        to[d * group_size] = value;
+        padded[q * padded_dim + d] = value;
+        square += static_cast<double>(value) * value;
+      }
+      norms_x4[q] = round_up(4.0 * std::sqrt(square) * (1.0 + 0x1p-20));
+    }
+  }
+
+  int64_t first, batch, padded_dim;
+  std::vector<float> packed, padded, norms_x4;
+};
+
+// What one thread found for the queries of a block.
+class Worker {
+ public:
+  Worker(const MipsTopkParams& params, const MipsTopkKernels& kernels, const QueryBlock& queries, int64_t capacity,
+         std::atomic<float>* shared_kth)
+      : params_(params),
+        kernels_(kernels),
+        queries_(queries),
+        capacity_(capacity),
+        shared_kth_(shared_kth),
+        candidates_(queries.batch * capacity),
+        counts_(queries.batch, 0),
+        kth_(queries.batch, -kInfinity),
+        thresholds_(queries.batch, -kInfinity),
+        hits_(queries.batch),
+        panel_(kernels.panel_rows * params.dim) {
+    const double gamma = accumulation_gamma(params.dim);
+    bound_ = {round_up(gamma / 4), 1.0 + gamma + 0x1p-18, std::ldexp(static_cast<double>(params.dim), -148)};
+    packed_ = {queries.packed.data(),   queries.padded.data(), queries.padded_dim,
+               queries.norms_x4.data(), thresholds_.data(),    queries.batch};
+  }
+
+  Worker(Worker&&) = default;
+
+  void scan(const RowBlock& block) {
+    for (int64_t q = 0; q < queries_.batch; ++q) {
+      raise_threshold(q, shared_kth_[q].load(std::memory_order_relaxed));
+    }
+    const int64_t size = params_.table_type == ScalarType::kFloat32 ? 4 : 2;
+    const char* rows = static_cast<const char*>(block.shard->rows);
+    for (int64_t r = 0; r < block.num_rows; r += kernels_.panel_rows) {
+      const int64_t first = block.first_row + r;
+      const int64_t n = std::min<int64_t>(kernels_.panel_rows, block.num_rows - r);
+      const char* panel_rows = rows + first * block.shard->row_stride * size;
+      if (!all_masked(block.first_id + first, n)) {
+        scan_rows(panel_rows, block.shard->row_stride, n, size, block.first_id + first);
+      }
+    }
+  }
+
+  const Candidate* candidates(int64_t query) const { return candidates_.data() + query * capacity_; }
+  int64_t count(int64_t query) const { return counts_[query]; }
+  int64_t rescored() const { return rescored_; }
+
+ private:
+  bool all_masked(int64_t first_id, int64_t n) const {
+    if (params_.row_mask == nullptr) {
+      return false;
+    }
+    const bool* mask = params_.row_mask + first_id;
+    return std::none_of(mask, mask + n, [](bool kept) { return kept; });
+  }
+
+  // The rows of one panel, by the kernel that fits the batch.
+  void scan_rows(const char* rows, int64_t row_stride, int64_t n, int64_t size, int64_t first_id) {
+    int64_t num_hits;
+    if (queries_.batch <= kernels_.direct_max) {
+      num_hits = kernels_.scan_rows(rows, params_.table_type, row_stride, n, params_.dim, packed_, bound_, hits_.data());
+    } else {
+      const double square =
+          kernels_.pack_panel(rows, params_.table_type, row_stride, n, params_.dim, panel_.data());
+      const float norm = static_cast<float>(std::sqrt(square * bound_.norm_growth + bound_.norm_floor));
+      num_hits = kernels_.scan_panel(panel_.data(), norm, params_.dim, packed_, bound_, hits_.data());
+    }
+    for (int64_t h = 0; h < num_hits; ++h) {
+      for (uint32_t bits = hits_[h].rows; bits != 0; bits &= bits - 1) {
+        const int64_t r = __builtin_ctz(bits);
+        if (r < n) {  // beyond n a panel is padding
+          admit(hits_[h].query, rows + r * row_stride * size, first_id + r);
+        }
+      }
+    }
+  }
+
+  void admit(int64_t q, const void* row, int64_t id) {
+    if ((params_.row_mask != nullptr && !params_.row_mask[id]) || excluded(queries_.first + q, id)) {
+      return;
+    }
+    ++rescored_;
+    const float* query = params_.queries + (queries_.first + q) * params_.dim;
+    const float score = kernels_.canonical_score(query, row, params_.table_type, params_.dim);
+    if (!(score >= kth_[q])) {  // NaN too
+      return;
+    }
+    Candidate* list = candidates_.data() + q * capacity_;
+    list[counts_[q]++] = {score, id};
+    if (counts_[q] == capacity_) {
+      std::nth_element(list, list + params_.k - 1, list + capacity_, before);
+      counts_[q] = params_.k;
+      raise_threshold(q, list[params_.k - 1].score);
+      publish(q);
+    }
+  }
+
+  bool excluded(int64_t query, int64_t id) const {
+    const int64_t* list = params_.exclude + query * params_.num_exclude;
+    return params_.num_exclude > 0 && std::binary_search(list, list + params_.num_exclude, id);
+  }
+
+  void raise_threshold(int64_t q, float kth) {
+    if (kth > kth_[q]) {
+      kth_[q] = kth;
+      thresholds_[q] = threshold_below(kth, params_.dim);
+    }
+  }
+
+  // A k-th score of this thread's rows is a bound for all threads.
+  void publish(int64_t q) {
+    float seen = shared_kth_[q].load(std::memory_order_relaxed);
+    while (seen < kth_[q] && !shared_kth_[q].compare_exchange_weak(seen, kth_[q], std::memory_order_relaxed)) {
+    }
+  }
+
+  const MipsTopkParams& params_;
+  const MipsTopkKernels& kernels_;
+  const QueryBlock& queries_;
+  int64_t capacity_;
+  std::atomic<float>* shared_kth_;       // [batch of the block]
+  std::vector<Candidate> candidates_;    // [batch of the block, capacity]
+  std::vector<int64_t> counts_;          // [batch of the block]
+  std::vector<float> kth_, thresholds_;  // [batch of the block]
+  std::vector<PanelHit> hits_;           // [batch of the block]
+  std::vector<float> panel_;             // [D, panel_rows]
+  ScanBound bound_;
+  PackedQueries packed_;
+  int64_t rescored_ = 0;
+};
+
+void write_topk(const MipsTopkParams& params, const QueryBlock& queries, const std::vector<Worker>& workers,
+                int64_t q, std::vector<Candidate>& merged) {
+  merged.clear();
+  for (const Worker& worker : workers) {
+    merged.insert(merged.end(), worker.candidates(q), worker.candidates(q) + worker.count(q));
+  }
+  const int64_t found = std::min<int64_t>(params.k, static_cast<int64_t>(merged.size()));
+  std::partial_sort(merged.begin(), merged.begin() + found, merged.end(), before);
+  float* scores = params.scores + (queries.first + q) * params.k;
+  int64_t* indices = params.indices + (queries.first + q) * params.k;
+  for (int64_t j = 0; j < params.k; ++j) {
+    scores[j] = j < found ? merged[j].score : -kInfinity;
+    indices[j] = j < found ? merged[j].row : -1;
+  }
+}
+
+int64_t search_block(const MipsTopkParams& params, const MipsTopkKernels& kernels, const RowBlocks& blocks,
+                     const QueryBlock& queries, int64_t capacity) {
+  std::vector<std::atomic<float>> shared_kth(queries.batch);
+  for (auto& kth : shared_kth) {
+    kth.store(-kInfinity, std::memory_order_relaxed);
+  }
+  const int num_threads = static_cast<int>(std::clamp<int64_t>(blocks.count(), 1, params.num_threads));
+  std::vector<Worker> workers;
+  workers.reserve(num_threads);  // a worker points into itself
+  for (int w = 0; w < num_threads; ++w) {
+    workers.emplace_back(params, kernels, queries, capacity, shared_kth.data());
+  }
+  std::atomic<int64_t> turn{0};
+  parallel_for(num_threads, num_threads, [&](int64_t begin, int64_t end, int) {
+    const IeeeFloatMode ieee;
+    for (int64_t w = begin; w < end; ++w) {
+      for (int64_t t = turn++; t < blocks.count(); t = turn++) {
+        workers[w].scan(blocks.at(t));
+      }
+    }
+  });
+  parallel_for(queries.batch, num_threads, [&](int64_t begin, int64_t end, int) {
+    std::vector<Candidate> merged;
+    for (int64_t q = begin; q < end; ++q) {
+      write_topk(params, queries, workers, q, merged);
+    }
+  });
+  return std::accumulate(workers.begin(), workers.end(), int64_t{0},
+                         [](int64_t sum, const Worker& worker) { return sum + worker.rescored(); });
+}
+
+}  // namespace
+
+int64_t launch_mips_topk(const MipsTopkParams& params) {
+  const MipsTopkKernels& kernels = kernels_for(params.isa);
+  const RowBlocks blocks(params, kernels.panel_rows);
+  // A list is pruned to k whenever it is full: room for as many again makes that a constant cost a candidate.
+  const int64_t capacity = params.k + std::clamp<int64_t>(params.k, 16, 1024);
+  const int64_t list_bytes = capacity * static_cast<int64_t>(sizeof(Candidate)) * params.num_threads;
+  const int64_t block_size =
+      std::max<int64_t>(1, std::min({kMaxQueryBlock, kQueryBlockBytes / (4 * params.dim), kWorkspaceBytes / list_bytes}));
+  const IeeeFloatMode ieee;
+  int64_t rescored = 0;
+  for (int64_t first = 0; first < params.batch; first += block_size) {
+    const QueryBlock queries(params, first, std::min(block_size, params.batch - first), kernels.query_group);
+    rescored += search_block(params, kernels, blocks, queries, capacity);
+  }
+  return rescored;
+}
+
+}  // namespace realm_kernels

@@ -1,0 +1,13 @@
+namespace {
+// Four lanes fill an SSE or NEON register; twelve accumulators leave room among sixteen registers.
+constexpr int kWidth = 4;
+constexpr int kQueryGroup = 6;
+}  // namespace
+
+#include "cpu/mips_topk_body.inl"
+
+namespace realm_kernels {
+
+const MipsTopkKernels& mips_topk_kernels_portable() { return kKernels; }
+
+}  // namespace realm_kernels
