@@ -1,9 +1,21 @@
-"""Exact, fused, differentiable top-k retrieval and marginal losses for retrieval-augmented language models."""
+"""Exact, fused, differentiable top-k retrieval and marginal losses for retrieval-augmented models."""
 
+from . import nn
 from .backends import explain, use_backend
+from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import TopK, mips_topk
 from .native import build_info
 
 __version__ = "0.1.0"
 
-__all__ = ["TopK", "build_info", "explain", "mips_topk", "use_backend"]
+__all__ = [
+    "Posterior",
+    "TopK",
+    "build_info",
+    "explain",
+    "marginal_loss",
+    "mips_topk",
+    "nn",
+    "posterior",
+    "use_backend",
+]

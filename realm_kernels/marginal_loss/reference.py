@@ -1,0 +1,214 @@
+"""The specification of marginal_loss in plain torch, in float64: log prior, evidence, one accurate marginal.
+
+Legend: B examples, K documents, M target tokens. `marginal` is the mathematical core that every marginal loss
+of this package shares. It sees K on axis 1 and any number of columns behind it: the M tokens in mode "token",
+the one column of token sums in mode "sequence", so that one piece of code serves both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+
+MODES = ("sequence", "token")
+
+
+class Marginal(NamedTuple):
+    """What `marginal` returns, float64. Where no document has a likelihood above zero: -inf, 0 and 0."""
+
+    log_marginal: Tensor  # [B, M] log p(y|x) = log sum_z p(z|x) p(y|z,x)
+    posterior: Tensor  # [B, K, M] p(z|x,y)
+    residual: Tensor  # [B, K, M] r(z) = p(z|x,y) - p(z|x), accurate also where the two nearly agree
+
+
+def result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Of the loss: float64 where any input is, float32 for everything else."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def relevance(scores: Tensor, doc_mask: Tensor | None, log_weight: Tensor | None) -> Tensor:
+    """s_k + log w_k, and -inf for documents that are masked: float64 [B, K]."""
+    u = scores.double()
+    if log_weight is not None:
+        u = u + log_weight.double()
+    return u if doc_mask is None else torch.where(doc_mask, u, -torch.inf)
+
+
+def log_softmax(u: Tensor) -> Tensor:
+    """log softmax over axis 1 that gives -inf, not NaN, where every entry is -inf."""
+    top = u.amax(1, keepdim=True)
+    shifted = u - torch.where(top == -torch.inf, 0.0, top)
+    total = shifted.exp().sum(1, keepdim=True).log()
+    return torch.where(u == -torch.inf, -torch.inf, shifted - total)
+
+
+def log_prior(scores: Tensor, doc_mask: Tensor | None = None, log_weight: Tensor | None = None) -> Tensor:
+    """log p(z|x) = log softmax over unmasked documents of s + log w: float64 [B, K], -inf where masked."""
+    return log_softmax(relevance(scores, doc_mask, log_weight))
+
+
+def marginal(log_prior: Tensor, log_likelihood: Tensor) -> Marginal:
+    """The marginal likelihood of each column and what its gradient is made of.
+
+    log_prior: float64 [B, K], -inf for masked documents.
+    log_likelihood: float64 [B, K, M]; what it holds for masked documents is never looked at.
+
+    r(z) = [p(y|z,x) / p(y|x) - 1] p(z|x) (REALM, section 3.3) as a difference p(z|x,y) - p(z|x) loses
+    everything where the documents are nearly equal. So likelihoods are taken relative to the document k* of
+    the largest posterior, d = l - l_k*, and prior and expm1 meet before they cancel:
+
+        e_k = p_k expm1(d_k),  S = sum_k e_k = p(y|x) / p(y|k*,x) - 1,  L' = log1p(S),
+        r_k = p_k expm1(d_k - L').
+
+    Centring at the largest posterior, not at the largest likelihood, keeps S away from -1 unless the best
+    document has a small prior; L' is then a plain log-sum-exp, which loses nothing there.
+    """
+    log_p = log_prior[:, :, None]  # [B, K, 1]
+    p = log_p.exp()
+    masked = log_p == -torch.inf
+    log_likelihood = torch.where(masked, -torch.inf, log_likelihood)  # [B, K, M]
+    joint = torch.where(masked, -torch.inf, log_p + log_likelihood)
+    best, k_star = joint.max(1, keepdim=True)  # [B, 1, M]; NaN wins, and so reaches the result
+    impossible = best == -torch.inf
+
+    centre = torch.where(impossible, 0.0, log_likelihood.gather(1, k_star))
+    d = log_likelihood - centre
+    S = prior_times_expm1(log_p, p, d).sum(1, keepdim=True)
+    log_p_star = torch.where(impossible, 0.0, log_p.expand_as(d).gather(1, k_star))
+    far = log_p_star + (log_p + d - log_p_star).exp().sum(1, keepdim=True).log()
+    L = torch.where(S > -0.5, S.log1p(), far)  # [B, 1, M], relative to the centre; both are NaN where S is
+
+    d = d - torch.where(impossible, 0.0, L)
+    return Marginal(
+        log_marginal=torch.where(impossible, -torch.inf, centre + L)[:, 0],
+        posterior=torch.where(masked | impossible, 0.0, (log_p + d).exp()),
+        residual=torch.where(masked | impossible, 0.0, prior_times_expm1(log_p, p, d)),
+    )
+
+
+def prior_times_expm1(log_p: Tensor, p: Tensor, d: Tensor) -> Tensor:
+    """p (exp(d) - 1), without cancellation where d is small and without 0 x inf where p underflows."""
+    near = d.abs() < 1
+    return torch.where(near, p * torch.where(near, d, 0.0).expm1(), (log_p + d).exp() - p)
+
+
+def select_tokens(log_likelihood: Tensor, token_mask: Tensor | None) -> Tensor:
+    """float64 [B, K, M] with zero for tokens that are not scored, whatever stands there."""
+    wide = log_likelihood.double()
+    return wide if token_mask is None else torch.where(token_mask[:, None, :], wide, 0.0)
+
+
+def columns(log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Tensor:
+    """What is marginalised, column by column: tokens [B, K, M], or their sum [B, K, 1] in mode "sequence"."""
+    selected = select_tokens(log_likelihood, token_mask)
+    return selected if mode == "token" else selected.sum(2, keepdim=True)
+
+
+def scored_columns(log_p: Tensor, log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Tensor:
+    """bool [B, M], or [B, 1] in mode "sequence": the columns that count, with a document and a scored token."""
+    batch, _, tokens = log_likelihood.shape
+    scored = token_mask if token_mask is not None else log_p.new_ones(batch, tokens, dtype=torch.bool)
+    if mode == "sequence":
+        scored = scored.any(1, keepdim=True)
+    return scored & (log_p > -torch.inf).any(1, keepdim=True)
+
+
+def forward(
+    scores: Tensor,
+    log_likelihood: Tensor,
+    token_mask: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    """loss [B], the sum of -log_marginal over the scored columns, and count int64 [B], how many those are."""
+    log_p = log_prior(scores, doc_mask, log_weight)
+    scored = scored_columns(log_p, log_likelihood, token_mask, mode)
+    log_marginal = marginal(log_p, columns(log_likelihood, token_mask, mode)).log_marginal
+    loss = torch.where(scored, -log_marginal, 0.0).sum(1)
+    return loss.to(result_dtype(scores, log_likelihood, log_weight)), scored.sum(1)
+
+
+def backward(
+    d_loss: Tensor,
+    scores: Tensor,
+    log_likelihood: Tensor,
+    token_mask: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    mode: str,
+    needs_scores: bool,
+    needs_log_likelihood: bool,
+) -> tuple[Tensor, Tensor]:
+    """d_scores = -g sum_m r and d_log_likelihood = -g posterior; an empty tensor for what is not needed.
+
+    d_scores [B, K] has the dtype of the loss (log_weight has the same gradient), d_log_likelihood [B, K, M]
+    its own.
+    """
+    log_p = log_prior(scores, doc_mask, log_weight)
+    scored = scored_columns(log_p, log_likelihood, token_mask, mode)[:, None, :]  # [B, 1, M] or [B, 1, 1]
+    _, posterior, residual = marginal(log_p, columns(log_likelihood, token_mask, mode))
+    g = d_loss.double()[:, None, None]
+    d_scores = scores.new_empty(0, dtype=result_dtype(scores, log_likelihood, log_weight))
+    d_log_likelihood = log_likelihood.new_empty(0)
+    if needs_scores:
+        live = scored & (residual != 0)  # an infinite or NaN g must not turn a zero into NaN
+        d_scores = torch.where(live, -g * residual, 0.0).sum(2).to(d_scores.dtype)
+    if needs_log_likelihood:
+        live = scored & (posterior != 0)
+        if token_mask is not None:
+            live = live & token_mask[:, None, :]
+        d_wide = torch.where(live, -g * posterior, 0.0).expand(log_likelihood.shape)
+        d_log_likelihood = d_wide.to(log_likelihood.dtype).contiguous()
+    return d_scores, d_log_likelihood
+
+
+def double_backward(
+    v_scores: Tensor | None,
+    v_log_likelihood: Tensor | None,
+    d_loss: Tensor,
+    scores: Tensor,
+    log_likelihood: Tensor,
+    token_mask: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of <v_scores, d_scores> + <v_log_likelihood, d_log_likelihood> in closed form.
+
+    Per column, with V(q) = diag q - q q^T: d2L/dl2 = d2L/dl ds = V(posterior), d2L/ds2 = V(posterior) -
+    V(prior). Returns d_d_loss [B] and d_scores [B, K] in the dtype of the loss, d_log_likelihood [B, K, M] in
+    its own.
+    """
+    log_p = log_prior(scores, doc_mask, log_weight)
+    scored = scored_columns(log_p, log_likelihood, token_mask, mode)[:, None, :]
+    log_marginal, posterior, residual = marginal(log_p, columns(log_likelihood, token_mask, mode))
+    live = scored & (log_marginal > -torch.inf)[:, None, :]  # [B, 1, M] or [B, 1, 1]
+    prior = torch.where(live, log_p.exp()[:, :, None], 0.0)
+    posterior, residual = torch.where(live, posterior, 0.0), torch.where(live, residual, 0.0)
+
+    # One direction a column, [B, K, M]: in mode "sequence" a column is the sum of its tokens.
+    v_s = prior.new_zeros(prior.shape) if v_scores is None else v_scores.double()[:, :, None].expand_as(prior)
+    v_l = prior.new_zeros(prior.shape)
+    if v_log_likelihood is not None:
+        v_l = columns(v_log_likelihood, token_mask, mode)
+    along = _covariance(posterior, v_s + v_l)
+    g = d_loss.double()
+    d_d_loss = -(residual * v_s + posterior * v_l).sum((1, 2))
+    d_scores = -g[:, None] * (along - _covariance(prior, v_s)).sum(2)
+    d_log_likelihood = select_tokens((-g[:, None, None] * along).expand(log_likelihood.shape), token_mask)
+    dtype = result_dtype(scores, log_likelihood, log_weight)
+    return d_d_loss.to(dtype), d_scores.to(dtype), d_log_likelihood.to(log_likelihood.dtype).contiguous()
+
+
+def _covariance(q: Tensor, v: Tensor) -> Tensor:
+    """(diag q - q q^T) v over axis 1."""
+    return q * (v - (q * v).sum(1, keepdim=True))
+
+
+BACKEND = Backend(name="reference", refuses=lambda *arguments: None, forward=forward, backward=backward)

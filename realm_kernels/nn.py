@@ -1,0 +1,48 @@
+"""The marginal losses as torch modules: options at construction, tensors at the call."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .marginal_loss import checks as marginal_loss_checks
+from .marginal_loss import marginal_loss
+from .validation import check_choice
+
+__all__ = ["MarginalLoss"]
+
+
+class MarginalLoss(nn.Module):
+    """rk.marginal_loss with its mode ("sequence" or "token") and reduction ("none", "sum", "mean") fixed.
+
+    >>> import torch, realm_kernels as rk
+    >>> loss = rk.nn.MarginalLoss(mode="token")(torch.randn(4, 8), torch.randn(4, 8, 20).log_softmax(2))
+    """
+
+    def __init__(self, *, mode: str = "sequence", reduction: str = "mean") -> None:
+        super().__init__()
+        check_choice("MarginalLoss", "mode", mode, marginal_loss_checks.MODES)
+        check_choice("MarginalLoss", "reduction", reduction, marginal_loss_checks.REDUCTIONS)
+        self.mode = mode
+        self.reduction = reduction
+
+    def forward(
+        self,
+        scores: Tensor,
+        log_likelihood: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        doc_mask: Tensor | None = None,
+        log_weight: Tensor | None = None,
+    ) -> Tensor:
+        return marginal_loss(
+            scores,
+            log_likelihood,
+            token_mask=token_mask,
+            doc_mask=doc_mask,
+            log_weight=log_weight,
+            mode=self.mode,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, reduction={self.reduction!r}"
