@@ -22,8 +22,8 @@ _warned: set[str] = set()
 class Backend:
     """One implementation of one op.
 
-    refuses(*arguments) says why it cannot serve these arguments of the op's forward, or returns None. A backend
-    with default=False is reached by use_backend() only: a CUDA kernel until it has passed and won on a GPU.
+    refuses(*arguments) says why it cannot serve these arguments of the op's forward, or returns None. One with
+    default=False is reached by use_backend() only: a CUDA kernel until it has passed and won on a GPU.
     """
 
     name: str
@@ -131,7 +131,7 @@ _explainers: dict[Callable[..., Any], Callable[..., Explanation]] = {}
 
 
 def explained_by(explainer: Callable[..., Explanation]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a public op with the function that answers explain() for it, called with the op's arguments."""
+    """Decorate a public op with the function that answers explain() for it, given the op's arguments."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _explainers[function] = explainer
@@ -143,7 +143,7 @@ def explained_by(explainer: Callable[..., Explanation]) -> Callable[[Callable[..
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """What `function(*args, **kwargs)` would do: backend, plan, bytes, flops, limit. Computes nothing.
 
-    The arguments are checked as in the call itself. Raises ValueError for a function that is not an op of ours.
+    The arguments are checked as in the call itself. Raises ValueError for a function that is no op of ours.
 
     >>> import torch, realm_kernels as rk
     >>> print(rk.explain(rk.mips_topk, torch.randn(2, 8), torch.randn(100, 8), 5))      # doctest: +SKIP

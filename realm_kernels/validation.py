@@ -30,7 +30,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> None:
-    """Raise unless `value` is a tensor of shape `sizes` (None: any), of one of `dtypes`, on `device` (None: any).
+    """Raise unless `value` is a tensor of shape `sizes` (None: any), of `dtypes`, on `device` (None: any).
 
     `legend` names the axes, as "[B, D]". A non-tensor is a TypeError, everything else a ValueError.
     """

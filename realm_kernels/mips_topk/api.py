@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TopK", "mips_topk"]
 
+
 class TopK(NamedTuple):
-    """scores float32 [B, k], descending; indices int64 [B, k], global row ids, -1 where fewer than k rows exist."""
+    """scores float32 [B, k], descending; indices int64 [B, k], row ids, -1 beyond the rows there are."""
 
     scores: Tensor
     indices: Tensor
@@ -35,9 +36,10 @@ def mips_topk(
     """The k rows of `table` with the largest inner product with each query: exact, fused and differentiable.
 
     This is REALM's retrieval (Guu et al. 2020, section 3.2): the k most relevant documents by
-    f(x, z) = Embed_input(x)^T Embed_doc(z). The order is total: score descending, then row id ascending. Scores are
-    canonical (fixed float64 sum, rounded once to float32), so every backend, batch size, k, thread count and split
-    into shards returns the same ids and the same bits. The [B, N] score matrix is never held.
+    f(x, z) = Embed_input(x)^T Embed_doc(z). The order is total: score descending, then row id ascending.
+    Scores are canonical (a fixed float64 sum, rounded once to float32), so every backend, batch size, k,
+    thread count and split into shards returns the same ids and the same bits. The [B, N] score matrix is
+    never held.
 
     queries: [B, D] float32, bfloat16 or float16.
     table: [N, D] tensor of any of these dtypes on the same device, or a ShardedTable.
@@ -45,12 +47,12 @@ def mips_topk(
     exclude: int64 [B, E], global row ids never returned for that query; -1 pads.
     row_mask: bool [N]; rows with False are never returned.
 
-    Returns TopK(scores, indices). Rows that score NaN are never returned. Where fewer than k rows may be returned
-    the rest has id -1 and score -inf: use `doc_mask = indices >= 0`. Gradients flow from scores to queries and to a
-    table that is a plain tensor, summed in a fixed order.
+    Returns TopK(scores, indices). Rows that score NaN are never returned. Where fewer than k rows may be
+    returned the rest has id -1 and score -inf: use `doc_mask = indices >= 0`. Gradients flow from scores to
+    queries and to a table that is a plain tensor, summed in a fixed order.
 
-    Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device, for k outside
-    [1, N], and on the CPU for an exclude id outside [-1, N).
+    Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device, for k
+    outside [1, N], and on the CPU for an exclude id outside [-1, N).
 
     >>> import torch, realm_kernels as rk
     >>> scores, indices = rk.mips_topk(torch.randn(4, 128), torch.randn(1000, 128), 8)

@@ -14,7 +14,9 @@ OP = "mips_topk"
 def shards_of(table: object) -> list[Tensor]:
     """The row shards of what the caller passed as table: a ShardedTable's, or the tensor itself."""
     if isinstance(table, DTensor):
-        raise TypeError(f"{OP}: table must be a Tensor or a ShardedTable, got a DTensor, which no backend serves yet")
+        raise TypeError(
+            f"{OP}: table must be a Tensor or a ShardedTable, got a DTensor, which no backend serves yet"
+        )
     if isinstance(table, Tensor):
         return [table]
     shards = getattr(table, "shards", None)
@@ -23,7 +25,9 @@ def shards_of(table: object) -> list[Tensor]:
     return list(shards)
 
 
-def check(queries: Tensor, table: object, k: int, exclude: Tensor | None, row_mask: Tensor | None) -> list[Tensor]:
+def check(
+    queries: Tensor, table: object, k: int, exclude: Tensor | None, row_mask: Tensor | None
+) -> list[Tensor]:
     """Raise TypeError or ValueError for arguments the op does not take; return the table's shards."""
     check_tensor(OP, "queries", queries, "[B, D]", (None, None), FLOAT_DTYPES)
     batch, dim = queries.shape
@@ -33,7 +37,9 @@ def check(queries: Tensor, table: object, k: int, exclude: Tensor | None, row_ma
     for shard in shards:
         check_tensor(OP, "table", shard, "[N, D]", (None, dim), FLOAT_DTYPES, queries.device)
     if not isinstance(table, Tensor) and any(shard.requires_grad for shard in shards):
-        raise ValueError(f"{OP}: table must be a plain Tensor to receive a gradient, got a ShardedTable that requires one")
+        raise ValueError(
+            f"{OP}: table must be a plain Tensor to receive a gradient, got a ShardedTable that requires one"
+        )
     num_rows = sum(shard.shape[0] for shard in shards)
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"{OP}: k must be an int, got {describe(k)}")
@@ -47,7 +53,7 @@ def check(queries: Tensor, table: object, k: int, exclude: Tensor | None, row_ma
 
 
 def check_values(num_rows: int, exclude: Tensor | None) -> None:
-    """Raise ValueError for ids no row has. On the CPU only: elsewhere the look would cost a synchronisation."""
+    """Raise ValueError for ids no row has. On the CPU only: elsewhere looking costs a synchronisation."""
     if exclude is None or exclude.numel() == 0 or exclude.device.type != "cpu":
         return
     low, high = int(exclude.min()), int(exclude.max())

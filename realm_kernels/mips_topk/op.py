@@ -12,7 +12,7 @@ from . import checks, cpu, reference
 
 BACKENDS = (cpu.BACKEND, reference.BACKEND)
 
-# return_rows: the caller will ask for d_queries, so the gathered rows [B, k, D] come along as the third result.
+# return_rows: the caller will ask for d_queries, so the gathered rows [B, k, D] come along as a third result.
 torch.library.define(
     "realm_kernels::mips_topk",
     "(Tensor queries, Tensor[] shards, int k, Tensor? exclude, Tensor? row_mask, bool return_rows)"
@@ -82,7 +82,8 @@ def mips_topk_bwd(
     g = torch.where(found, d_scores, 0.0).float()  # [B, k]
     d_queries, d_table = queries.new_empty(0), queries.new_empty(0, dtype=table_dtype)
     if needs_queries:
-        d_queries = torch.einsum("bk,bkd->bd", g, rows.float()).to(queries.dtype)
+        # Not a matrix product: autocast would cast it, and it reads each gathered row once either way.
+        d_queries = (g[:, :, None] * rows.float()).sum(1).to(queries.dtype)
     if needs_table:
         outer = g[:, :, None] * queries.float()[:, None, :]  # [B, k, D]
         total = outer.new_zeros(num_rows, queries.shape[1])
@@ -135,7 +136,9 @@ torch.library.register_autograd("realm_kernels::mips_topk", _backward, setup_con
 
 
 def _once(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    raise RuntimeError(f"{checks.OP}: the gradient is itself not differentiable (second derivatives are not offered)")
+    raise RuntimeError(
+        f"{checks.OP}: the gradient is itself not differentiable (second derivatives are not offered)"
+    )
 
 
 torch.library.register_autograd("realm_kernels::mips_topk_bwd", _once)

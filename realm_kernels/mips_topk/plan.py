@@ -10,7 +10,7 @@ from .checks import OP, check
 
 
 def cost(batch: int, num_rows: int, dim: int, k: int, row_bytes: int, query_bytes: int) -> tuple[int, int]:
-    """Least (bytes, flops): each row and query read once, k scores and ids written, one multiply-add a dimension."""
+    """Least (bytes, flops): rows and queries read once, k scores and ids written, D multiply-adds a score."""
     bytes_moved = num_rows * dim * row_bytes + batch * dim * query_bytes + batch * k * (4 + 8)
     return bytes_moved, 2 * batch * num_rows * dim
 

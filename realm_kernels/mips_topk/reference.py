@@ -15,8 +15,8 @@ def canonical_scores(queries: Tensor, rows: Tensor) -> Tensor:
     """Inner products as the contract defines them (design, section 4): [..., D] x [..., D] -> float32 [...].
 
     p_j sums the float64 products of the dimensions d = j (mod 8) in increasing d; the score is
-    ((p0+p4)+(p2+p6)) + ((p1+p5)+(p3+p7)), rounded once to float32, with -0 becoming +0. Broadcasts over the
-    leading axes.
+    ((p0+p4)+(p2+p6)) + ((p1+p5)+(p3+p7)), rounded once to float32, with -0 becoming +0. Broadcasts over
+    the leading axes.
     """
     products = queries.double() * rows.double()  # [..., D]
     products = torch.nn.functional.pad(products, (0, -products.shape[-1] % LANES))
@@ -30,12 +30,12 @@ def canonical_scores(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def eligible_rows(scores: Tensor, exclude: Tensor | None, row_mask: Tensor | None) -> Tensor:
-    """Which rows may be returned for which query: bool [B, N]. Not those that score NaN, are masked or excluded."""
+    """Which rows may be returned to which query, bool [B, N]: none that scores NaN, masked or excluded."""
     eligible = ~scores.isnan()
     if row_mask is not None:
         eligible = eligible & row_mask
     if exclude is not None and exclude.shape[1] > 0:
-        # An id outside [0, N) names no row; scattering needs an index all the same, so those go to one spare column.
+        # An id outside [0, N) names no row; scatter needs an index all the same: one spare column.
         num_rows = scores.shape[1]
         spare = torch.where((exclude >= 0) & (exclude < num_rows), exclude, num_rows)
         excluded = eligible.new_zeros(scores.shape[0], num_rows + 1).scatter(1, spare, True)
@@ -44,7 +44,7 @@ def eligible_rows(scores: Tensor, exclude: Tensor | None, row_mask: Tensor | Non
 
 
 def select(scores: Tensor, eligible: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k first eligible rows by score descending, then id ascending; id -1 and score -inf where there are fewer."""
+    """The first k eligible rows, by score descending, then id ascending; id -1 and score -inf beyond them."""
     scores = scores.masked_fill(~eligible, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices  # ties: smaller id first
     # A row that really scores -inf is still a row: it comes before those that may not be returned.
