@@ -23,7 +23,7 @@ class Backend:
     """One implementation of one op.
 
     refuses(*arguments) says why it cannot serve these arguments of the op's forward, or returns None. One with
-    default=False is reached by use_backend() only: a CUDA kernel until it has passed and won on a GPU.
+    default=False is reached by use_backend() only: a CUDA kernel until it has won on a GPU.
     """
 
     name: str

@@ -11,7 +11,8 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 // Those compiled in that this processor runs, slowest first: "portable", "avx2", "avx512".
 std::vector<std::string> instruction_sets();
 
-// The one named, or the fastest where the name is empty. Throws std::invalid_argument for one that does not run here.
+// The one named, or the fastest where the name is empty. Throws std::invalid_argument for one that does not
+// run here.
 Isa choose_isa(const std::string& name);
 
 }  // namespace realm_kernels

@@ -1,9 +1,10 @@
 // The driver of mips_topk: who scans which rows, what a hit becomes, and how the threads' lists become one.
 //
-// Queries are taken in blocks; for each block the threads draw blocks of rows in a fixed pseudo-random order (so that
-// a sorted table costs what a shuffled one does), pack a panel of rows, scan it against all queries of the block, and
-// rescore canonically the rows that the scan could not exclude. Each thread keeps its own list of candidates for each
-// query. What is returned does not depend on who scanned what: the order of results is total.
+// Queries are taken in blocks; for each block the threads draw blocks of rows in a fixed pseudo-random order
+// (so that a sorted table costs what a shuffled one does), pack a panel of rows, scan it against all queries
+// of the block, and rescore canonically the rows that the scan could not exclude. Each thread keeps its own
+// list of candidates for each query. What is returned does not depend on who scanned what: the order of
+// results is total.
 #include "cpu/mips_topk.h"
 
 #include <algorithm>
@@ -58,7 +59,8 @@ float round_up(double value) {
 }
 
 // A float32 sum of D products in any order is off by at most gamma times the sum of their magnitudes, gamma =
-// n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1); n leaves room for the last few additions.
+// n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1); n leaves room for the last few
+// additions.
 double accumulation_gamma(int64_t dim) {
   const double nu = std::ldexp(static_cast<double>(dim + 8), -24);
   return nu < 1.0 ? nu / (1.0 - nu) * (1.0 + 0x1p-10) : std::numeric_limits<double>::infinity();
@@ -70,7 +72,8 @@ float threshold_below(float kth, int64_t dim) {
     return -kInfinity;
   }
   const double highest = std::min<double>(kth, std::numeric_limits<float>::max());
-  // Half an ulp of kth, and the rounding of the cutoff itself; the last term covers sums of subnormal products.
+  // Half an ulp of kth, and the rounding of the cutoff itself; the last term covers sums of subnormal
+  // products.
   const double below = highest - std::abs(highest) * 0x1p-22 - std::ldexp(static_cast<double>(dim + 8), -148);
   return -round_up(-below);
 }
@@ -150,8 +153,8 @@ struct QueryBlock {
 // What one thread found for the queries of a block.
 class Worker {
  public:
-  Worker(const MipsTopkParams& params, const MipsTopkKernels& kernels, const QueryBlock& queries, int64_t capacity,
-         std::atomic<float>* shared_kth)
+  Worker(const MipsTopkParams& params, const MipsTopkKernels& kernels, const QueryBlock& queries,
+         int64_t capacity, std::atomic<float>* shared_kth)
       : params_(params),
         kernels_(kernels),
         queries_(queries),
@@ -204,7 +207,8 @@ class Worker {
   void scan_rows(const char* rows, int64_t row_stride, int64_t n, int64_t size, int64_t first_id) {
     int64_t num_hits;
     if (queries_.batch <= kernels_.direct_max) {
-      num_hits = kernels_.scan_rows(rows, params_.table_type, row_stride, n, params_.dim, packed_, bound_, hits_.data());
+      num_hits = kernels_.scan_rows(rows, params_.table_type, row_stride, n, params_.dim, packed_, bound_,
+                                    hits_.data());
     } else {
       const double square =
           kernels_.pack_panel(rows, params_.table_type, row_stride, n, params_.dim, panel_.data());
@@ -256,7 +260,8 @@ class Worker {
   // A k-th score of this thread's rows is a bound for all threads.
   void publish(int64_t q) {
     float seen = shared_kth_[q].load(std::memory_order_relaxed);
-    while (seen < kth_[q] && !shared_kth_[q].compare_exchange_weak(seen, kth_[q], std::memory_order_relaxed)) {
+    while (seen < kth_[q] &&
+           !shared_kth_[q].compare_exchange_weak(seen, kth_[q], std::memory_order_relaxed)) {
     }
   }
 
@@ -330,8 +335,8 @@ int64_t launch_mips_topk(const MipsTopkParams& params) {
   // A list is pruned to k whenever it is full: room for as many again makes that a constant cost a candidate.
   const int64_t capacity = params.k + std::clamp<int64_t>(params.k, 16, 1024);
   const int64_t list_bytes = capacity * static_cast<int64_t>(sizeof(Candidate)) * params.num_threads;
-  const int64_t block_size =
-      std::max<int64_t>(1, std::min({kMaxQueryBlock, kQueryBlockBytes / (4 * params.dim), kWorkspaceBytes / list_bytes}));
+  const int64_t block_size = std::max<int64_t>(
+      1, std::min({kMaxQueryBlock, kQueryBlockBytes / (4 * params.dim), kWorkspaceBytes / list_bytes}));
   const IeeeFloatMode ieee;
   int64_t rescored = 0;
   for (int64_t first = 0; first < params.batch; first += block_size) {

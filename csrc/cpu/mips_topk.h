@@ -1,5 +1,5 @@
-// Exact top-k by inner product on the CPU: one pass over the rows in float32, canonical float64 scores for the few
-// rows that the pass cannot exclude. Raw pointers and sizes; Python has validated them.
+// Exact top-k by inner product on the CPU: one pass over the rows in float32, canonical float64 scores for
+// the few rows that the pass cannot exclude. Raw pointers and sizes; Python has validated them.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace realm_kernels {
 enum class ScalarType { kFloat32, kBFloat16, kFloat16 };
 
 struct TableShard {
-  const void* rows;    // [num_rows, D], the elements of one row contiguous
+  const void* rows;  // [num_rows, D], the elements of one row contiguous
   int64_t num_rows;
   int64_t row_stride;  // elements from one row to the next
 };

@@ -1,11 +1,14 @@
-// The body of mips_topk's CPU kernels, included once by each mips_topk_<isa>.cpp, which sets kWidth and kQueryGroup.
+// The body of mips_topk's CPU kernels, included once by each mips_topk_<isa>.cpp, which sets kWidth and
+// kQueryGroup.
 //
-// A panel is 2 * kWidth rows, packed [D][2 * kWidth]. scan_panel keeps 2 x kQueryGroup accumulators in registers: for
-// each dimension it loads two vectors of rows and broadcasts one value of each query, so 2 * kQueryGroup multiply-adds
-// follow 2 + kQueryGroup loads, and the multiply-add units are the limit (docs: realm_kernels/mips_topk/README.md).
+// A panel is 2 * kWidth rows, packed [D][2 * kWidth]. scan_panel keeps 2 x kQueryGroup accumulators in
+// registers: for each dimension it loads two vectors of rows and broadcasts one value of each query, so 2 *
+// kQueryGroup multiply-adds follow 2 + kQueryGroup loads, and the multiply-add units are the limit (docs:
+// realm_kernels/mips_topk/README.md).
 //
-// Written in GCC's vector extension, which GCC and clang lower to any width and architecture. Nothing here may
-// instantiate a template or inline function of another header: the linker could keep a copy built for AVX-512.
+// Written in GCC's vector extension, which GCC and clang lower to any width and architecture. Nothing here
+// may instantiate a template or inline function of another header: the linker could keep a copy built for
+// AVX-512.
 
 #include <cstdint>
 #include <cstring>
@@ -61,7 +64,8 @@ inline Vec8 load8(const Float16* row) {
 #else
   const UInt8 half = __builtin_convertvector(load<Half8>(row), UInt8);
   const UInt8 magnitude = (half & 0x7fffu) << 13;
-  // Scaling by 2^112 rebases the exponent, of subnormals too; infinities and NaN keep an exponent of all ones.
+  // Scaling by 2^112 rebases the exponent, of subnormals too; infinities and NaN keep an exponent of all
+  // ones.
   const Vec8 scaled = (Vec8)magnitude * 0x1p112f;
   const UInt8 special = (UInt8)((half & 0x7c00u) == 0x7c00u);
   const UInt8 bits = ((UInt8)scaled & ~special) | ((magnitude | 0x7f800000u) & special);
@@ -140,7 +144,8 @@ inline uint32_t not_below(Vec low, Vec high, float cutoff) {
 #else
   uint32_t bits = 0;
   for (int r = 0; r < kWidth; ++r) {
-    bits |= static_cast<uint32_t>(!(low[r] < cutoff)) << r | static_cast<uint32_t>(!(high[r] < cutoff)) << (r + kWidth);
+    bits |= static_cast<uint32_t>(!(low[r] < cutoff)) << r | static_cast<uint32_t>(!(high[r] < cutoff))
+                                                                 << (r + kWidth);
   }
   return bits;
 #endif
@@ -152,8 +157,9 @@ inline float cutoff_of(const PackedQueries& queries, int64_t query, float norm, 
 
 // Scores of one panel and kQueries queries, packed [D][kQueries].
 template <int kQueries>
-inline int64_t scan_group(const float* panel, float norm, int64_t dim, const float* packed, int64_t first_query,
-                          const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
+inline int64_t scan_group(const float* panel, float norm, int64_t dim, const float* packed,
+                          int64_t first_query, const PackedQueries& queries, const ScanBound& bound,
+                          PanelHit* hits) {
   Vec low[kQueries] = {}, high[kQueries] = {};
   for (int64_t d = 0; d < dim; ++d) {
     const Vec rows_low = load<Vec>(panel + d * kPanelRows);
@@ -190,14 +196,15 @@ inline int64_t scan_last_group(int64_t size, const float* panel, float norm, int
   return 0;
 }
 
-int64_t scan_panel(const float* panel, float norm, int64_t dim, const PackedQueries& queries, const ScanBound& bound,
-                   PanelHit* hits) {
+int64_t scan_panel(const float* panel, float norm, int64_t dim, const PackedQueries& queries,
+                   const ScanBound& bound, PanelHit* hits) {
   int64_t count = 0, q = 0;
   for (; q + kQueryGroup <= queries.batch; q += kQueryGroup) {
-    count += scan_group<kQueryGroup>(panel, norm, dim, queries.packed + q * dim, q, queries, bound, hits + count);
+    count +=
+        scan_group<kQueryGroup>(panel, norm, dim, queries.packed + q * dim, q, queries, bound, hits + count);
   }
-  return count + scan_last_group<kQueryGroup - 1>(queries.batch - q, panel, norm, dim, queries.packed + q * dim, q,
-                                                  queries, bound, hits + count);
+  return count + scan_last_group<kQueryGroup - 1>(queries.batch - q, panel, norm, dim,
+                                                  queries.packed + q * dim, q, queries, bound, hits + count);
 }
 
 // The sums of eight accumulators, one in each lane.
@@ -206,8 +213,8 @@ inline Vec8 horizontal_sums(Vec8 (&v)[8]) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-// kQueries queries against rows as they lie, 8 / (kQueries + 1) rows at a time: with the squared norms that makes at
-// most eight accumulators, whose sums one transpose gives. Memory is the limit here.
+// kQueries queries against rows as they lie, 8 / (kQueries + 1) rows at a time: with the squared norms that
+// makes at most eight accumulators, whose sums one transpose gives. Memory is the limit here.
 template <int kQueries, class T>
 int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, const PackedQueries& queries,
                      const ScanBound& bound, PanelHit* hits) {
@@ -286,7 +293,8 @@ inline auto with_rows(const void* rows, ScalarType type, Function&& function) {
   }
 }
 
-float pack_panel(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim, float* panel) {
+float pack_panel(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
+                 float* panel) {
   return with_rows(rows, type, [&](auto* typed) { return pack_panel_of(typed, row_stride, n, dim, panel); });
 }
 
@@ -307,7 +315,8 @@ float canonical_score(const float* query, const void* row, ScalarType type, int6
   return with_rows(row, type, [&](auto* typed) { return canonical_score_of(query, typed, dim); });
 }
 
-constexpr MipsTopkKernels kKernels = {kPanelRows, kQueryGroup, 7, pack_panel, scan_panel, scan_rows, canonical_score};
+constexpr MipsTopkKernels kKernels = {kPanelRows, kQueryGroup,    7, pack_panel, scan_panel,
+                                      scan_rows,  canonical_score};
 
 }  // namespace
 }  // namespace realm_kernels

@@ -17,8 +17,9 @@ struct PackedQueries {
   int64_t batch;
 };
 
-// A row may matter to a query when !(score < threshold - error), with error = gamma/4 * (4 ||q|| * ||x||). The factor
-// four makes the inner product overflow to infinity, and so admit the row, before any partial sum of the scan can.
+// A row may matter to a query when !(score < threshold - error), with error = gamma/4 * (4 ||q|| * ||x||).
+// The factor four makes the inner product overflow to infinity, and so admit the row, before any partial sum
+// of the scan can.
 struct ScanBound {
   float gamma_div4;
   double norm_growth;  // what rounding may have taken off a squared norm, as a factor ...
@@ -34,17 +35,20 @@ struct PanelHit {
 struct MipsTopkKernels {
   int panel_rows;   // rows of one packed panel, at most 32
   int query_group;  // queries of one register block
-  int direct_max;   // up to this many queries rows are read as they lie: packing would cost more than it saves
+  int direct_max;  // up to this many queries rows are read as they lie: packing would cost more than it saves
 
-  // Packs n <= panel_rows rows into panel[D][panel_rows], zeros beyond n. Returns the largest squared norm, or NaN.
-  float (*pack_panel)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim, float* panel);
+  // Packs n <= panel_rows rows into panel[D][panel_rows], zeros beyond n. Returns the largest squared norm,
+  // or NaN.
+  float (*pack_panel)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
+                      float* panel);
   // Writes the hits of one panel, at most one for each query; returns how many.
   int64_t (*scan_panel)(const float* panel, float norm, int64_t dim, const PackedQueries& queries,
                         const ScanBound& bound, PanelHit* hits);
   // The same for n <= panel_rows rows as they lie, for batch <= direct_max.
   int64_t (*scan_rows)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
                        const PackedQueries& queries, const ScanBound& bound, PanelHit* hits);
-  // The canonical score of a query [D] and a row [D]: the contract of the library (docs/design.md, section 4).
+  // The canonical score of a query [D] and a row [D]: the contract of the library (docs/design.md, section
+  // 4).
   float (*canonical_score)(const float* query, const void* row, ScalarType type, int64_t dim);
 };
 

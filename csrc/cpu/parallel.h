@@ -10,9 +10,9 @@
 
 namespace realm_kernels {
 
-// Calls body(begin, end, thread) on `num_threads` contiguous parts of [0, count). The split depends on count and
-// num_threads only. With one thread no parallel region is entered, so a forked worker of a program that used
-// threads before stays safe.
+// Calls body(begin, end, thread) on `num_threads` contiguous parts of [0, count). The split depends on count
+// and num_threads only. With one thread no parallel region is entered, so a forked worker of a program that
+// used threads before stays safe.
 template <class Body>
 void parallel_for(int64_t count, int num_threads, const Body& body) {
   const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, count)));

@@ -1,4 +1,4 @@
-"""The C++ backend of mips_topk: a float32 scan canonical rescoring (csrc/cpu/mips_topk*)."""
+"""The C++ backend of mips_topk: a float32 scan, canonical rescoring (csrc/cpu/mips_topk*)."""
 
 from __future__ import annotations
 
