@@ -5,11 +5,15 @@ from .backends import explain, use_backend
 from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import TopK, mips_topk
 from .native import build_info
+from .table import ShardedTable, TableRefresher, TableWriter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Posterior",
+    "ShardedTable",
+    "TableRefresher",
+    "TableWriter",
     "TopK",
     "build_info",
     "explain",

@@ -1,0 +1,163 @@
+"""manifest.json: which shard files make up a table, and how it refuses what is damaged or hostile."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..validation import dtype_name
+from . import files
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Every name a writer gives a shard: version, token of the writer, number. Nothing else is opened or removed,
+# so a manifest cannot point outside its directory.
+SHARD_NAME = re.compile(r"shard-\d{6,}-[0-9a-f]{8}-\d{5,}\.safetensors")
+
+_CHECKSUM = re.compile(r"[0-9a-f]{64}")
+_MAX_BYTES = 64 << 20  # a manifest of 250,000 shards; a larger file is not one of ours
+_MAX_COUNT = 2**62  # products with it are Python's own, but row ids must stay in int64
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a table: rows [first_row, first_row + rows), `size` bytes with the SHA-256 `checksum`."""
+
+    file: str
+    first_row: int
+    rows: int
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    version: int
+    dim: int
+    dtype: torch.dtype
+    rows: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def checksums(self) -> list[str]:
+        """What the table holds, by content: equal where, and only where, the same shards were written."""
+        return [shard.checksum for shard in self.shards]
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json. Its own checksum is taken with 64 zeros in the checksum's place."""
+    body = {
+        "format": FORMAT,
+        "version": manifest.version,
+        "dim": manifest.dim,
+        "dtype": dtype_name(manifest.dtype),
+        "rows": manifest.rows,
+        "shards": [vars(shard) for shard in manifest.shards],
+        "checksum": "0" * 64,
+    }
+    raw = (json.dumps(body, indent=1) + "\n").encode()
+    return b"".join(_sealed(raw, hashlib.sha256(raw).hexdigest().encode()))
+
+
+def decode(raw: bytes, path: Path) -> Manifest:
+    """The manifest in `raw`, every field of it checked. Raises ValueError naming `path` and the rule."""
+
+    def require(holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{path}: {rule}")
+
+    require(len(raw) <= _MAX_BYTES, f"a manifest must be at most {_MAX_BYTES} bytes, got {len(raw)}")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: a manifest must be JSON: {error}") from None
+    require(isinstance(body, dict), f"a manifest must be a JSON object, got {type(body).__name__}")
+    require(
+        body.get("format") == FORMAT,
+        f"format must be {FORMAT}, the one this version reads, got {_short(body.get('format'))}",
+    )
+    checksum = body.get("checksum")
+    require(_is_checksum(checksum), f"checksum must be 64 hexadecimal digits, got {_short(checksum)}")
+    actual = hashlib.sha256(b"".join(_sealed(raw, b"0" * 64))).hexdigest()
+    require(actual == checksum, "the manifest is damaged: its own checksum does not match")
+
+    for name in ("version", "dim", "rows"):
+        require(_is_count(body.get(name)), f"{name} must be a whole number, got {_short(body.get(name))}")
+    require(body["dim"] >= 1, "dim must be at least 1, got 0")
+    dtype = body.get("dtype")
+    require(
+        isinstance(dtype, str) and dtype in DTYPES,
+        f"dtype must be one of {', '.join(DTYPES)}, got {_short(dtype)}",
+    )
+    require(isinstance(body.get("shards"), list), "shards must be a list")
+
+    shards: list[Shard] = []
+    next_row = 0
+    for number, entry in enumerate(body["shards"]):
+        require(
+            isinstance(entry, dict) and set(entry) == set(Shard.__dataclass_fields__),
+            f"shard {number} must have the fields {', '.join(Shard.__dataclass_fields__)}",
+        )
+        shard = Shard(**entry)
+        require(
+            isinstance(shard.file, str) and SHARD_NAME.fullmatch(shard.file) is not None,
+            f"the file of shard {number} must be named shard-VERSION-TOKEN-NUMBER.safetensors, "
+            f"got {_short(shard.file)}",
+        )
+        require(
+            all(_is_count(value) for value in (shard.first_row, shard.rows, shard.size)),
+            f"first_row, rows and size of shard {number} must be whole numbers",
+        )
+        require(
+            shard.first_row == next_row,
+            f"shard {number} must begin at row {next_row}, where the last one ends, got {shard.first_row}",
+        )
+        require(_is_checksum(shard.checksum), f"the checksum of shard {number} must be 64 hexadecimal digits")
+        shards.append(shard)
+        next_row += shard.rows
+    require(len({shard.file for shard in shards}) == len(shards), "no two shards may be the same file")
+    require(next_row == body["rows"], f"rows must be the sum over its shards, {next_row}, got {body['rows']}")
+    return Manifest(body["version"], body["dim"], DTYPES[dtype], body["rows"], tuple(shards))
+
+
+def read(directory: Path) -> Manifest:
+    """The committed manifest. FileNotFoundError where there is none, ValueError where it is damaged."""
+    path = directory / FILE_NAME
+    try:
+        descriptor = files.open_to_read(path, "read this manifest")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            errno.ENOENT, f"this is not a table: it has no {FILE_NAME}", str(directory)
+        ) from None
+    except NotADirectoryError:
+        raise NotADirectoryError(errno.ENOTDIR, "a table must be a directory", str(directory)) from None
+    with open(descriptor, "rb") as file, files.naming(path, "read this manifest"):
+        raw = file.read(_MAX_BYTES + 1)
+    return decode(raw, path)
+
+
+def _sealed(raw: bytes, checksum: bytes) -> tuple[bytes, bytes, bytes]:
+    """`raw` with the value of its last "checksum" field, the manifest's own, replaced."""
+    head, key, tail = raw.rpartition(b'"checksum": "')
+    return head + key, checksum, tail[64:]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_COUNT
+
+
+def _is_checksum(value: object) -> bool:
+    return isinstance(value, str) and _CHECKSUM.fullmatch(value) is not None
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

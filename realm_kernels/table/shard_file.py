@@ -1,0 +1,140 @@
+"""One shard on disk: a safetensors file with a single tensor, "rows" [n, D].
+
+The format is 8 bytes (little-endian length of the header), the header in JSON, the raw rows. Ours pads the
+header with spaces to 4096 bytes, so that the rows begin on a page: aligned for any kernel that reads them
+from a mapping.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap as memory_map
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import files
+from .manifest import Shard
+
+TENSOR_NAME = "rows"
+DATA_OFFSET = 4096
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+_READ_BYTES = 8 << 20
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def header(rows: int, dim: int, dtype: torch.dtype) -> bytes:
+    """The first DATA_OFFSET bytes of a shard of these sizes."""
+    entry = {
+        "dtype": SAFETENSORS_DTYPES[dtype],
+        "shape": [rows, dim],
+        "data_offsets": [0, rows * dim * dtype.itemsize],
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, TENSOR_NAME: entry}).encode()
+    return (DATA_OFFSET - 8).to_bytes(8, "little") + text.ljust(DATA_OFFSET - 8)
+
+
+def file_checksum(descriptor: int) -> str:
+    """SHA-256 of a whole open file, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    offset = 0
+    while block := os.pread(descriptor, _READ_BYTES, offset):
+        digest.update(block)
+        offset += len(block)
+    return digest.hexdigest()
+
+
+def read(directory: Path, shard: Shard, dim: int, dtype: torch.dtype, *, mmap: bool, verify: bool) -> Tensor:
+    """The rows of one shard, [shard.rows, dim]: mapped copy-on-write, or read into memory.
+
+    A mapping is private: what a program writes into the tensor stays in its own memory and never reaches the
+    file.
+    Raises FileNotFoundError where the file is missing, ValueError naming the file where it is damaged.
+    """
+    path = directory / shard.file
+    try:
+        descriptor = files.open_to_read(path, "open this shard")
+    except FileNotFoundError:
+        rule = "the manifest names this shard, but the file is missing"
+        raise FileNotFoundError(errno.ENOENT, rule, str(path)) from None
+    try:
+        _check_size(path, os.fstat(descriptor).st_size, shard.size)
+        start = _data_start(path, descriptor, shard, dim, dtype)
+        if verify and file_checksum(descriptor) != shard.checksum:
+            raise ValueError(f"{path}: the shard is damaged: its SHA-256 is not the manifest's")
+        return _load(path, descriptor, start, shard.rows, dim, dtype, mmap)
+    finally:
+        os.close(descriptor)
+
+
+def raw_bytes(rows: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, writable, without a copy."""
+    return memoryview(rows.view(torch.uint8).numpy().reshape(-1))  # type: ignore[arg-type]
+
+
+def _load(
+    path: Path, descriptor: int, start: int, rows: int, dim: int, dtype: torch.dtype, mmap: bool
+) -> Tensor:
+    if rows == 0:
+        return torch.empty(0, dim, dtype=dtype)
+    if mmap:
+        mapping = memory_map.mmap(descriptor, 0, access=memory_map.ACCESS_COPY)
+        return torch.frombuffer(mapping, dtype=dtype, count=rows * dim, offset=start).view(rows, dim)
+    tensor = torch.empty(rows, dim, dtype=dtype)
+    target = raw_bytes(tensor)
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], start + done)
+        if count == 0:
+            raise ValueError(f"{path}: the shard ended after {start + done} bytes while it was read")
+        done += count
+    return tensor
+
+
+def _check_size(path: Path, actual: int, expected: int) -> None:
+    if actual != expected:
+        word = "truncated" if actual < expected else "damaged"
+        raise ValueError(f"{path}: the shard is {word}: it must have {expected} bytes, got {actual}")
+
+
+def _data_start(path: Path, descriptor: int, shard: Shard, dim: int, dtype: torch.dtype) -> int:
+    """Where the rows begin, after checking that the header says what the manifest says."""
+
+    def require(holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{path}: {rule}")
+
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    require(
+        2 <= length <= min(_MAX_HEADER, shard.size - 8),
+        f"the safetensors header must fit into the file of {shard.size} bytes, got a length of {length}",
+    )
+    try:
+        names = json.loads(os.pread(descriptor, length, 8))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the safetensors header must be JSON: {error}") from None
+    require(
+        isinstance(names, dict) and set(names) - {"__metadata__"} == {TENSOR_NAME},
+        f"a shard must hold one tensor, named {TENSOR_NAME!r}",
+    )
+    data_bytes = shard.rows * dim * dtype.itemsize
+    expected = {
+        "dtype": SAFETENSORS_DTYPES[dtype],
+        "shape": [shard.rows, dim],
+        "data_offsets": [0, data_bytes],
+    }
+    require(names[TENSOR_NAME] == expected, f"{TENSOR_NAME} must be {expected}, as the manifest says")
+    start = 8 + length
+    require(
+        start + data_bytes == shard.size,
+        f"header and rows must fill the file of {shard.size} bytes, got {start} + {data_bytes}",
+    )
+    require(
+        start % dtype.itemsize == 0, f"the rows must be aligned to {dtype.itemsize} bytes, got offset {start}"
+    )
+    return start

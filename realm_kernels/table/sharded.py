@@ -1,0 +1,191 @@
+"""rk.ShardedTable: the rows of an index as a list of shards, in memory or mapped from a table directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..validation import FLOAT_DTYPES, check_tensor, describe, dtype_name
+from . import manifest, shard_file
+from .writer import SHARD_ROWS, TableWriter
+
+OP = "ShardedTable"
+
+
+class ShardedTable:
+    """N rows of width D in S shards; row ids run through the shards in order.
+
+    Made by `from_tensors` or `open`, and taken by rk.mips_topk in the place of a tensor. Results do not
+    depend on how the rows are split.
+
+    num_rows: N. dim: D. dtype: of every shard. device: of every shard.
+    shards: tuple of tensors [n, D]; empty ones are allowed. A refresh writes into these same tensors.
+    version: number of the commit these rows came from; 0 for rows that never came from a directory. A
+        TableRefresher raises it with every swap.
+
+    >>> import torch, realm_kernels as rk
+    >>> table = rk.ShardedTable.from_tensors([torch.randn(600, 128), torch.randn(400, 128)])
+    >>> top = rk.mips_topk(torch.randn(4, 128), table, 8)
+    """
+
+    def __init__(self, shards: Sequence[Tensor], version: int) -> None:
+        self.shards = tuple(shards)
+        self.version = version
+        self.num_rows = sum(shard.shape[0] for shard in self.shards)
+
+    @staticmethod
+    def from_tensors(shards: Sequence[Tensor]) -> ShardedTable:
+        """A table over tensors [n, D] of one dtype on one device. It shares their storage; nothing is copied.
+
+        Raises TypeError or ValueError for no shard, for tensors that differ in D, dtype or device, and for
+        one that requires a gradient (a table receives none: give mips_topk a plain tensor for that).
+        """
+        if isinstance(shards, Tensor) or not isinstance(shards, Sequence):
+            raise TypeError(f"{OP}: shards must be a sequence of tensors [n, D], got {describe(shards)}")
+        if len(shards) == 0:
+            raise ValueError(f"{OP}: shards must hold at least one tensor [n, D], got none")
+        for number, shard in enumerate(shards):
+            first = shards[0] if number > 0 else None
+            check_tensor(
+                OP,
+                f"shards[{number}]",
+                shard,
+                "[n, D]",
+                (None, first.shape[1] if first is not None else None),
+                FLOAT_DTYPES if first is None else (first.dtype,),
+                None if first is None else first.device,
+            )
+            if shard.requires_grad:
+                raise ValueError(f"{OP}: shards[{number}] must not require a gradient: pass shard.detach()")
+        if shards[0].shape[1] < 1:
+            raise ValueError(f"{OP}: shards must be [n, D] with D >= 1, got {describe(shards[0])}")
+        return ShardedTable(shards, version=0)
+
+    @staticmethod
+    def open(
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        mmap: bool = True,
+        verify: bool = False,
+    ) -> ShardedTable:
+        """The table committed at `path`.
+
+        device: where the shards go.
+        mmap: map the files instead of reading them (on the CPU: opening takes no time and no memory, and
+            pages come from the disk as they are used). The mapping is copy-on-write: writing into a shard
+            changes this process's memory only, never the file. It stays valid when a writer commits a newer
+            version.
+        verify: compare every shard with its SHA-256 as well; sizes and headers are always checked.
+
+        Raises FileNotFoundError where there is no table or a shard is missing, ValueError naming the file
+        where one is damaged, OSError where one cannot be read. Nothing is unpickled; nothing outside `path`
+        is read.
+        """
+        directory = Path(path)
+        current = manifest.read(directory)
+        while True:
+            try:
+                shards = [
+                    shard_file.read(directory, shard, current.dim, current.dtype, mmap=mmap, verify=verify)
+                    for shard in current.shards
+                ]
+                break
+            except FileNotFoundError:
+                # A writer that commits between our look at the manifest and at its shards removes the old
+                # ones.
+                newer = manifest.read(directory)
+                if newer == current:
+                    raise
+                current = newer
+        if not shards:
+            shards = [torch.empty(0, current.dim, dtype=current.dtype)]
+        return ShardedTable([shard.to(device) for shard in shards], current.version)
+
+    def save(self, path: str | os.PathLike[str], *, shard_rows: int = SHARD_ROWS) -> int:
+        """Commit the rows to a table directory, whole or not at all; returns the version it got there.
+
+        The split on disk follows `shard_rows`, not the shards in memory. Errors as TableWriter's.
+        """
+        with TableWriter(path, dim=self.dim, dtype=self.dtype, shard_rows=shard_rows) as writer:
+            for shard in self.shards:
+                writer.append(shard)
+        return writer.version
+
+    @property
+    def dim(self) -> int:
+        return self.shards[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shards[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.shards[0].device
+
+    def to(self, device: str | torch.device) -> ShardedTable:
+        """The table with its shards on `device`; shards that are there already are shared, not copied."""
+        return ShardedTable([shard.to(device) for shard in self.shards], self.version)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """The rows with these ids: zeros for -1. [...] int64 -> [..., D].
+
+        Raises TypeError or ValueError for indices that are not int64 on the table's device and, on the CPU,
+        for an id outside [-1, N). On CUDA, where the look would cost a synchronisation, such an id gives a
+        row of NaN.
+        """
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"{OP}.rows: indices must be a Tensor, got {describe(indices)}")
+        if indices.dtype != torch.int64 or indices.device != self.device:
+            raise ValueError(f"{OP}.rows: indices must be int64 on {self.device}, got {describe(indices)}")
+        if indices.device.type != "cpu":
+            return gather_without_sync(self.shards, indices)
+        if indices.numel() > 0:
+            low, high = int(indices.min()), int(indices.max())
+            if low < -1 or high >= self.num_rows:
+                raise ValueError(
+                    f"{OP}.rows: indices must be in [0, N={self.num_rows}) or -1, got {low} to {high}"
+                )
+        return gather(self.shards, indices)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __repr__(self) -> str:
+        return (
+            f"ShardedTable(num_rows={self.num_rows}, dim={self.dim}, dtype={dtype_name(self.dtype)}, "
+            f"shards={len(self.shards)}, device={self.device}, version={self.version})"
+        )
+
+
+def gather(shards: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """Rows by global id, zeros for -1; touches only the shards that hold one. Ids must be in range."""
+    flat = indices.flatten()
+    rows = shards[0].new_zeros(flat.shape[0], shards[0].shape[1])
+    first = 0
+    for shard in shards:
+        where = ((flat >= first) & (flat < first + shard.shape[0])).nonzero().flatten()
+        if where.numel() > 0:
+            rows[where] = shard[flat[where] - first]
+        first += shard.shape[0]
+    return rows.view(*indices.shape, shards[0].shape[1])
+
+
+def gather_without_sync(shards: Sequence[Tensor], indices: Tensor) -> Tensor:
+    """The same with shapes that do not depend on values, for CUDA graphs; NaN for an id out of range."""
+    rows = torch.where(indices == -1, 0.0, torch.nan).to(shards[0].dtype)[..., None]  # [..., 1]
+    rows = rows.expand(*indices.shape, shards[0].shape[1])
+    first = 0
+    for shard in shards:
+        if shard.shape[0] > 0:
+            local = indices - first
+            inside = (local >= 0) & (local < shard.shape[0])
+            found = shard[local.clamp(0, shard.shape[0] - 1)]  # [..., D]
+            rows = torch.where(inside[..., None], found, rows)
+        first += shard.shape[0]
+    return rows
