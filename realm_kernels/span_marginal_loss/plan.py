@@ -1,0 +1,44 @@
+"""The bytes and flops of span_marginal_loss: what explain() tells and what the benchmarks divide by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import Explanation
+from ..marginal_loss.op import backend_for
+from ..marginal_loss.plan import FLOPS_PER_EXP
+from .checks import OP, check
+
+
+def cost(batch: int, documents: int, spans: int, span_bytes: int, score_bytes: int) -> tuple[int, int]:
+    """Least (bytes, flops) of the forward: scores and both span masks read once, an exponential a span."""
+    bytes_moved = batch * (documents * (spans * (span_bytes + 2) + score_bytes) + 4 + 8)
+    return bytes_moved, batch * documents * (spans + 2) * FLOPS_PER_EXP
+
+
+def explain(
+    scores: Tensor,
+    span_scores: Tensor,
+    correct: Tensor,
+    *,
+    valid: Tensor | None = None,
+    doc_mask: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    normalization: str = "document",
+    reduction: str = "mean",
+) -> Explanation:
+    check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
+    batch, documents, spans = span_scores.shape
+    likelihood = scores.new_empty(batch, documents, 1, dtype=torch.float64, device="meta")
+    backend = backend_for(scores, likelihood, None, doc_mask, log_weight, "sequence")
+    bytes_moved, flops = cost(batch, documents, spans, span_scores.element_size(), scores.element_size())
+    return Explanation(
+        op=OP,
+        backend="reference",
+        plan=f"B={batch} K={documents} C={spans} normalization {normalization}: torch reductions over spans "
+        f"in float64, marginal_loss by {backend.name} over documents",
+        bytes=bytes_moved,
+        flops=flops,
+        limit="the larger of bytes / bandwidth and flops / float64 rate; it reads the spans many times",
+    )
