@@ -49,8 +49,8 @@ def span_marginal_loss(
     An example without a correct span in any unmasked document is 0, has no gradient and is not counted. A
     document without valid spans keeps its prior in "document", with likelihood zero, and has no part in
     "global". What masked documents and invalid spans hold is never looked at, NaN included. Where every
-    correct span scores -inf the loss is +inf and the gradient 0. The loss is float32, or float64 where an input
-    is; everything in between is float64. Twice differentiable.
+    correct span scores -inf the loss is +inf and the gradient 0. The loss is float32, or float64 where an
+    input is; everything in between is float64. Twice differentiable.
 
     Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device.
 
