@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
 
 namespace py = pybind11;
@@ -29,8 +30,8 @@ std::string threading() {
 // Shards come as (address, rows, row stride); a null address is an absent argument.
 int64_t mips_topk(uintptr_t queries, const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& shards,
                   const std::string& table_type, int64_t batch, int64_t dim, int64_t k, uintptr_t exclude,
-                  int64_t num_exclude, uintptr_t row_mask, uintptr_t scores, uintptr_t indices, int num_threads,
-                  const std::string& isa) {
+                  int64_t num_exclude, uintptr_t row_mask, uintptr_t scores, uintptr_t indices,
+                  int num_threads, const std::string& isa) {
   std::vector<TableShard> table;
   for (const auto& [address, num_rows, row_stride] : shards) {
     table.push_back({reinterpret_cast<const void*>(address), num_rows, row_stride});
@@ -38,10 +39,67 @@ int64_t mips_topk(uintptr_t queries, const std::vector<std::tuple<uintptr_t, int
   const ScalarType type = table_type == "bfloat16"  ? ScalarType::kBFloat16
                           : table_type == "float16" ? ScalarType::kFloat16
                                                     : ScalarType::kFloat32;
-  return launch_mips_topk({reinterpret_cast<const float*>(queries), table.data(), static_cast<int64_t>(table.size()),
-                           type, batch, dim, k, reinterpret_cast<const int64_t*>(exclude), num_exclude,
+  return launch_mips_topk({reinterpret_cast<const float*>(queries), table.data(),
+                           static_cast<int64_t>(table.size()), type, batch, dim, k,
+                           reinterpret_cast<const int64_t*>(exclude), num_exclude,
                            reinterpret_cast<const bool*>(row_mask), reinterpret_cast<float*>(scores),
                            reinterpret_cast<int64_t*>(indices), num_threads, choose_isa(isa)});
+}
+
+using Array = std::tuple<uintptr_t, std::string>;  // address and dtype; a null address is an absent argument
+
+FloatArray float_array(const Array& array) {
+  const auto& [address, dtype] = array;
+  const FloatType type = dtype == "float64"    ? FloatType::kFloat64
+                         : dtype == "bfloat16" ? FloatType::kBFloat16
+                         : dtype == "float16"  ? FloatType::kFloat16
+                                               : FloatType::kFloat32;
+  return {reinterpret_cast<const void*>(address), type};
+}
+
+using Extents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and M
+
+MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_likelihood,
+                                        const Array& log_weight, uintptr_t token_mask, uintptr_t doc_mask,
+                                        const Extents& shape, const Extents& strides, bool per_token,
+                                        int num_threads, const std::string& isa) {
+  MarginalLossParams params{};
+  params.scores = float_array(scores);
+  params.log_likelihood = float_array(log_likelihood);
+  params.log_weight = float_array(log_weight);
+  params.token_mask = reinterpret_cast<const bool*>(token_mask);
+  params.doc_mask = reinterpret_cast<const bool*>(doc_mask);
+  std::tie(params.batch, params.documents, params.tokens) = shape;
+  std::tie(params.stride_b, params.stride_k, params.stride_m) = strides;
+  params.per_token = per_token;
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+void marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
+                       uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
+                       bool per_token, const Array& loss, uintptr_t count, int num_threads,
+                       const std::string& isa) {
+  MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
+                                                   shape, strides, per_token, num_threads, isa);
+  params.wide = float_array(loss).type == FloatType::kFloat64;
+  params.loss = reinterpret_cast<void*>(std::get<0>(loss));
+  params.count = reinterpret_cast<int64_t*>(count);
+  launch_marginal_loss_fwd(params);
+}
+
+void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
+                       uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
+                       bool per_token, const Array& d_loss, uintptr_t d_scores, uintptr_t d_log_likelihood,
+                       int num_threads, const std::string& isa) {
+  MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
+                                                   shape, strides, per_token, num_threads, isa);
+  params.wide = float_array(d_loss).type == FloatType::kFloat64;
+  params.d_loss = float_array(d_loss).data;
+  params.d_scores = reinterpret_cast<void*>(d_scores);
+  params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
+  launch_marginal_loss_bwd(params);
 }
 
 }  // namespace
@@ -53,4 +111,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threading", &threading);
   // The GIL is released: two Python threads may search at once.
   m.def("mips_topk", &mips_topk, py::call_guard<py::gil_scoped_release>());
+  m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
 }

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, reference
+from . import checks, cpu, reference
 from .reference import result_dtype
 
-BACKENDS = (reference.BACKEND,)
+BACKENDS = (cpu.BACKEND, reference.BACKEND)
 
 _INPUTS = (
     "Tensor scores, Tensor log_likelihood, Tensor? token_mask, Tensor? doc_mask, Tensor? log_weight, str mode"

@@ -1,0 +1,69 @@
+// The driver of marginal_loss: which instruction set, which thread takes which examples.
+#include "cpu/marginal_loss.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "cpu/marginal_loss_kernels.h"
+#include "cpu/parallel.h"
+
+namespace realm_kernels {
+namespace {
+
+// Log-likelihoods a thread should have at least: below that, waking it costs what it saves.
+constexpr int64_t kGrain = 1 << 13;
+constexpr std::size_t kAlignment = 64;
+
+const MarginalLossKernels& kernels_for(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) {
+    return marginal_loss_kernels_avx512();
+  }
+  if (isa == Isa::kAvx2) {
+    return marginal_loss_kernels_avx2();
+  }
+#endif
+  (void)isa;
+  return marginal_loss_kernels_portable();
+}
+
+struct Free {
+  void operator()(double* pointer) const { std::free(pointer); }
+};
+
+std::unique_ptr<double, Free> allocate(int64_t doubles) {
+  const std::size_t bytes =
+      (static_cast<std::size_t>(doubles) * sizeof(double) / kAlignment + 1) * kAlignment;
+  auto* pointer = static_cast<double*>(std::aligned_alloc(kAlignment, bytes));
+  if (pointer == nullptr) {
+    throw std::bad_alloc();
+  }
+  return std::unique_ptr<double, Free>(pointer);
+}
+
+// Units of examples that the lanes of a vector take together are never split, so the bits of a result depend
+// neither on the number of threads nor on the split.
+void launch(const MarginalLossParams& params, bool backward) {
+  const MarginalLossKernels& kernels = kernels_for(params.isa);
+  const int64_t per_unit = params.per_token ? 1 : kernels.lanes;
+  const int64_t units = (params.batch + per_unit - 1) / per_unit;
+  const int64_t work = params.batch * params.documents * std::max<int64_t>(1, params.tokens);
+  const int num_threads = static_cast<int>(std::min<int64_t>({params.num_threads, units, 1 + work / kGrain}));
+  const int64_t per_thread = (kernels.workspace(params.documents) / 8 + 1) * 8;
+  const auto workspace = allocate(per_thread * std::max(1, num_threads));
+  parallel_for(units, num_threads, [&](int64_t begin, int64_t end, int thread) {
+    const auto run = backward ? kernels.backward : kernels.forward;
+    run(params, begin * per_unit, std::min(end * per_unit, params.batch),
+        workspace.get() + per_thread * thread);
+  });
+}
+
+}  // namespace
+
+void launch_marginal_loss_fwd(const MarginalLossParams& params) { launch(params, false); }
+
+void launch_marginal_loss_bwd(const MarginalLossParams& params) { launch(params, true); }
+
+}  // namespace realm_kernels

@@ -1,0 +1,46 @@
+// The marginal log-likelihood over documents and its gradient on the CPU: one pass each, float64 inside.
+// Raw pointers and sizes; Python has validated them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace realm_kernels {
+
+enum class FloatType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct FloatArray {
+  const void* data;
+  FloatType type;
+};
+
+struct MarginalLossParams {
+  FloatArray scores;                     // [B, K], contiguous
+  FloatArray log_likelihood;             // [B, K, M], with the strides below
+  FloatArray log_weight;                 // [B, K], contiguous, or null: zero
+  const bool* token_mask;                // [B, M], contiguous, or null: every token is scored
+  const bool* doc_mask;                  // [B, K], contiguous, or null: every document is there
+  int64_t batch;                         // B
+  int64_t documents;                     // K >= 1
+  int64_t tokens;                        // M
+  int64_t stride_b, stride_k, stride_m;  // of log_likelihood, in elements
+  bool per_token;  // mode "token": a document is drawn for every token, not for the sequence
+  bool wide;       // loss, d_loss and d_scores are double, not float
+
+  void* loss;      // [B], written by the forward
+  int64_t* count;  // [B], written by the forward: scored columns, 0 or 1 in mode "sequence"
+
+  const void* d_loss;      // [B]
+  void* d_scores;          // [B, K], written by the backward, or null
+  void* d_log_likelihood;  // [B, K, M], contiguous, of the type of log_likelihood, written by the backward,
+                           // or null
+
+  int num_threads;
+  Isa isa;
+};
+
+void launch_marginal_loss_fwd(const MarginalLossParams& params);
+void launch_marginal_loss_bwd(const MarginalLossParams& params);
+
+}  // namespace realm_kernels

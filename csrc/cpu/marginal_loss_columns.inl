@@ -1,0 +1,172 @@
+// The mathematics of marginal_loss on kLanes columns at a time, all float64. A column is what one document is
+// drawn for: a token in mode "token", a whole sequence otherwise.
+//
+// The documents of a group of columns lie in the workspace, [K][kLanes], and are walked three times (largest
+// posterior, sum, result) with at most one exponential a walk. The formulas are those of `marginal` in
+// realm_kernels/marginal_loss/reference.py, where they are explained.
+#include <math.h>
+#include <stdint.h>
+
+namespace realm_kernels {
+namespace {
+
+typedef double Vec __attribute__((vector_size(kLanes * sizeof(double))));
+typedef int64_t Mask __attribute__((vector_size(kLanes * sizeof(int64_t))));  // all bits set: true
+
+constexpr double kInfinity = __builtin_inf();
+
+inline Vec splat(double value) { return Vec{} + value; }
+
+inline bool any(const Mask& mask) {
+  for (int j = 0; j < kLanes; ++j) {
+    if (mask[j]) return true;
+  }
+  return false;
+}
+
+inline double sum_of(const Vec& x) {
+  double sum = 0.0;
+  for (int j = 0; j < kLanes; ++j) sum += x[j];
+  return sum;
+}
+
+struct Exponential {
+  Vec exp;
+  Vec expm1;
+};
+
+// exp(x) and exp(x) - 1 for x <= 1, each to about one ulp, from one polynomial: x = n ln 2 + r, |r| <= ln(2)
+// / 2, exp(x) = 2^n + 2^n expm1(r). Below -708, where 2^n would be subnormal, exp is taken for zero. NaN
+// stays NaN.
+inline Exponential exponential(Vec x) {
+  constexpr double kLowest = -708.0;
+  // Adding and subtracting 1.5 x 2^52 rounds to an integer, which then stands in the low bits of the sum.
+  constexpr double kRound = 0x1.8p52;
+  const Mask vanishes = x < kLowest;
+  const Vec bounded = vanishes ? splat(kLowest) : x;
+  const Vec shifted = bounded * 0x1.71547652b82fep0 + kRound;  // log2(e)
+  const Vec n = shifted - kRound;
+  // ln 2 in two parts; the first has 21 trailing zero bits, so n times it is exact.
+  const Vec r = (bounded - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
+  // The Taylor series to r^13 / 13!: the next term is below 2^-56 of r.
+  Vec q = splat(1.0 / 6227020800.0);
+  q = q * r + 1.0 / 479001600.0;
+  q = q * r + 1.0 / 39916800.0;
+  q = q * r + 1.0 / 3628800.0;
+  q = q * r + 1.0 / 362880.0;
+  q = q * r + 1.0 / 40320.0;
+  q = q * r + 1.0 / 5040.0;
+  q = q * r + 1.0 / 720.0;
+  q = q * r + 1.0 / 120.0;
+  q = q * r + 1.0 / 24.0;
+  q = q * r + 1.0 / 6.0;
+  q = q * r + 0.5;
+  q = q * (r * r) + r;  // expm1(r)
+  const Vec scale = (Vec)(((Mask)shifted << 52) + (int64_t{1023} << 52));
+  return {vanishes ? splat(0.0) : scale * q + scale, vanishes ? splat(-1.0) : scale * q + (scale - 1.0)};
+}
+
+inline Vec log_of(Vec x) {
+  Vec y;
+  for (int j = 0; j < kLanes; ++j) y[j] = log(x[j]);
+  return y;
+}
+
+inline Vec log1p_of(Vec x) {
+  Vec y;
+  for (int j = 0; j < kLanes; ++j) y[j] = log1p(x[j]);
+  return y;
+}
+
+// One group of columns, [K] vectors each.
+struct Columns {
+  Vec* log_prior;  // -inf where masked
+  Vec* prior;
+  Vec* log_likelihood;  // -inf where masked
+  Vec* d_relevance;     // of the backward in mode "token": one sum a lane
+};
+
+constexpr int kArrays = 4;
+
+Columns columns_in(double* workspace, int64_t documents) {
+  Vec* first = reinterpret_cast<Vec*>(workspace);
+  return {first, first + documents, first + 2 * documents, first + 3 * documents};
+}
+
+// From relevance in log_prior to log_prior and prior. Returns where there is any document.
+Mask normalise(int64_t documents, const Columns& c) {
+  Vec top = splat(-kInfinity);
+  for (int64_t k = 0; k < documents; ++k) {
+    const Vec u = c.log_prior[k];
+    top = ((u > top) | (u != u)) ? u : top;
+  }
+  const Mask empty = top == -kInfinity;
+  const Vec shift = empty ? splat(0.0) : top;
+  Vec total = splat(0.0);
+  for (int64_t k = 0; k < documents; ++k) {
+    c.prior[k] = exponential(c.log_prior[k] - shift).exp;
+    total += c.prior[k];
+  }
+  total = empty ? splat(1.0) : total;
+  const Vec log_total = log_of(total);
+  for (int64_t k = 0; k < documents; ++k) {
+    c.log_prior[k] = (c.log_prior[k] - shift) - log_total;
+    c.prior[k] /= total;
+  }
+  return ~empty;
+}
+
+// What a group of columns has in common: where its likelihoods are centred and log p(y|x) relative to there.
+struct Centre {
+  Vec log_likelihood;  // of k*, the document of the largest posterior
+  Vec relative;        // L'
+  Mask impossible;     // every document has likelihood zero
+};
+
+// prior x expm1(d), and exp(log_prior + d), with one exponential.
+struct Shifted {
+  Vec change;
+  Vec joint;
+};
+
+inline Shifted shift_prior(Vec log_prior, Vec prior, Vec d) {
+  const Mask near = (d < 1.0) & (d > -1.0);
+  const Exponential e = exponential(near ? d : log_prior + d);
+  const Vec change = near ? prior * e.expm1 : e.exp - prior;
+  return {change, near ? prior + change : e.exp};
+}
+
+Centre centre_columns(int64_t documents, const Columns& c) {
+  Vec best = splat(-kInfinity), centre = splat(0.0), log_prior_best = splat(0.0);
+  for (int64_t k = 0; k < documents; ++k) {
+    const Vec joint = c.log_prior[k] + c.log_likelihood[k];
+    const Mask better = (joint > best) | (joint != joint);  // NaN wins, and so reaches the result
+    best = better ? joint : best;
+    centre = better ? c.log_likelihood[k] : centre;
+    log_prior_best = better ? c.log_prior[k] : log_prior_best;
+  }
+  Vec sum = splat(0.0);
+  for (int64_t k = 0; k < documents; ++k) {
+    sum += shift_prior(c.log_prior[k], c.prior[k], c.log_likelihood[k] - centre).change;
+  }
+  Vec relative = log1p_of(sum);
+  const Mask far = sum <= -0.5;
+  if (any(far)) {
+    Vec total = splat(0.0);
+    for (int64_t k = 0; k < documents; ++k) {
+      total += exponential((c.log_prior[k] - log_prior_best) + (c.log_likelihood[k] - centre)).exp;
+    }
+    relative = far ? log_prior_best + log_of(total) : relative;
+  }
+  const Mask impossible = best == -kInfinity;
+  return {centre, impossible ? splat(0.0) : relative, impossible};
+}
+
+// Posterior (joint) and residual r (change) of document k.
+inline Shifted posterior_of(const Columns& c, int64_t k, const Centre& centre) {
+  return shift_prior(c.log_prior[k], c.prior[k],
+                     (c.log_likelihood[k] - centre.log_likelihood) - centre.relative);
+}
+
+}  // namespace
+}  // namespace realm_kernels
