@@ -71,7 +71,8 @@ def remove(path: Path) -> None:
 
 def make_directories(path: Path) -> list[Path]:
     """Create a directory and its missing parents, durably. Returns those it made, outermost first."""
-    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    with naming(path, "create this folder"):
+        missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     created = []
     for folder in reversed(missing):
         with naming(folder, "create this folder"):
@@ -105,8 +106,11 @@ def lock(directory: Path) -> int:
         with naming(path, "create the writer's lock"):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            with naming(path, "lock this table: another writer is at work on it"):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(path, "lock this table for writing"):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise BlockingIOError(error.errno, "another writer is at work on it") from None
             # A writer that gave up on a new directory removes its lock with it: then this one locks nothing.
             if _is_same_file(descriptor, path):
                 return descriptor

@@ -69,63 +69,10 @@ def encode(manifest: Manifest) -> bytes:
 
 def decode(raw: bytes, path: Path) -> Manifest:
     """The manifest in `raw`, every field of it checked. Raises ValueError naming `path` and the rule."""
-
-    def require(holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{path}: {rule}")
-
-    require(len(raw) <= _MAX_BYTES, f"a manifest must be at most {_MAX_BYTES} bytes, got {len(raw)}")
     try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: a manifest must be JSON: {error}") from None
-    require(isinstance(body, dict), f"a manifest must be a JSON object, got {type(body).__name__}")
-    require(
-        body.get("format") == FORMAT,
-        f"format must be {FORMAT}, the one this version reads, got {_short(body.get('format'))}",
-    )
-    checksum = body.get("checksum")
-    require(_is_checksum(checksum), f"checksum must be 64 hexadecimal digits, got {_short(checksum)}")
-    actual = hashlib.sha256(b"".join(_sealed(raw, b"0" * 64))).hexdigest()
-    require(actual == checksum, "the manifest is damaged: its own checksum does not match")
-
-    for name in ("version", "dim", "rows"):
-        require(_is_count(body.get(name)), f"{name} must be a whole number, got {_short(body.get(name))}")
-    require(body["dim"] >= 1, "dim must be at least 1, got 0")
-    dtype = body.get("dtype")
-    require(
-        isinstance(dtype, str) and dtype in DTYPES,
-        f"dtype must be one of {', '.join(DTYPES)}, got {_short(dtype)}",
-    )
-    require(isinstance(body.get("shards"), list), "shards must be a list")
-
-    shards: list[Shard] = []
-    next_row = 0
-    for number, entry in enumerate(body["shards"]):
-        require(
-            isinstance(entry, dict) and set(entry) == set(Shard.__dataclass_fields__),
-            f"shard {number} must have the fields {', '.join(Shard.__dataclass_fields__)}",
-        )
-        shard = Shard(**entry)
-        require(
-            isinstance(shard.file, str) and SHARD_NAME.fullmatch(shard.file) is not None,
-            f"the file of shard {number} must be named shard-VERSION-TOKEN-NUMBER.safetensors, "
-            f"got {_short(shard.file)}",
-        )
-        require(
-            all(_is_count(value) for value in (shard.first_row, shard.rows, shard.size)),
-            f"first_row, rows and size of shard {number} must be whole numbers",
-        )
-        require(
-            shard.first_row == next_row,
-            f"shard {number} must begin at row {next_row}, where the last one ends, got {shard.first_row}",
-        )
-        require(_is_checksum(shard.checksum), f"the checksum of shard {number} must be 64 hexadecimal digits")
-        shards.append(shard)
-        next_row += shard.rows
-    require(len({shard.file for shard in shards}) == len(shards), "no two shards may be the same file")
-    require(next_row == body["rows"], f"rows must be the sum over its shards, {next_row}, got {body['rows']}")
-    return Manifest(body["version"], body["dim"], DTYPES[dtype], body["rows"], tuple(shards))
+        return _decode(raw)
+    except _Refused as refused:
+        raise ValueError(f"{path}: {refused}") from None
 
 
 def read(directory: Path) -> Manifest:
@@ -142,6 +89,71 @@ def read(directory: Path) -> Manifest:
     with open(descriptor, "rb") as file, files.naming(path, "read this manifest"):
         raw = file.read(_MAX_BYTES + 1)
     return decode(raw, path)
+
+
+class _Refused(Exception):
+    """The rule that a manifest breaks."""
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise _Refused(rule)
+
+
+def _decode(raw: bytes) -> Manifest:
+    _require(len(raw) <= _MAX_BYTES, f"a manifest must be at most {_MAX_BYTES} bytes, this one is larger")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _Refused(f"a manifest must be JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise _Refused(f"a manifest must be a JSON object, got {type(body).__name__}")
+    # First the format: a later one may hold anything.
+    found = body.get("format")
+    _require(found == FORMAT, f"format must be {FORMAT}, the one this version reads, got {_short(found)}")
+    _require_seal(raw, body.get("checksum"))
+    for name in ("version", "dim", "rows"):
+        _require(_is_count(body.get(name)), f"{name} must be a whole number, got {_short(body.get(name))}")
+    _require(body["dim"] >= 1, "dim must be at least 1, got 0")
+    dtype, entries = body.get("dtype"), body.get("shards")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _Refused(f"dtype must be one of {', '.join(DTYPES)}, got {_short(dtype)}")
+    if not isinstance(entries, list):
+        raise _Refused(f"shards must be a list, got {_short(entries)}")
+
+    shards: list[Shard] = []
+    rows = 0
+    for number, entry in enumerate(entries):
+        shards.append(_shard(number, entry, first_row=rows))
+        rows += shards[-1].rows
+    _require(len({shard.file for shard in shards}) == len(shards), "no two shards may be the same file")
+    _require(rows == body["rows"], f"rows must be the sum over its shards, {rows}, got {body['rows']}")
+    return Manifest(body["version"], body["dim"], DTYPES[dtype], rows, tuple(shards))
+
+
+def _shard(number: int, entry: object, first_row: int) -> Shard:
+    names = Shard.__dataclass_fields__
+    if not isinstance(entry, dict) or set(entry) != set(names):
+        raise _Refused(f"shard {number} must have the fields {', '.join(names)}, got {_short(entry)}")
+    shard = Shard(**entry)
+    if not isinstance(shard.file, str) or not SHARD_NAME.fullmatch(shard.file):
+        rule = "must be named shard-VERSION-TOKEN-NUMBER.safetensors"
+        raise _Refused(f"the file of shard {number} {rule}, got {_short(shard.file)}")
+    for name in ("first_row", "rows", "size"):
+        value = entry[name]
+        _require(_is_count(value), f"{name} of shard {number} must be a whole number, got {_short(value)}")
+    _require(
+        shard.first_row == first_row,
+        f"shard {number} must begin at row {first_row}, where the one before it ends, got {shard.first_row}",
+    )
+    _require(_is_checksum(shard.checksum), f"checksum of shard {number} must be 64 hexadecimal digits")
+    return shard
+
+
+def _require_seal(raw: bytes, checksum: object) -> None:
+    _require(_is_checksum(checksum), f"checksum must be 64 hexadecimal digits, got {_short(checksum)}")
+    actual = hashlib.sha256(b"".join(_sealed(raw, b"0" * 64))).hexdigest()
+    _require(actual == checksum, "the manifest is damaged: its own checksum does not match")
 
 
 def _sealed(raw: bytes, checksum: bytes) -> tuple[bytes, bytes, bytes]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..validation import check_choice, describe
@@ -43,8 +42,7 @@ class TableRefresher:
         boundary and in stream order, so captured graphs and compiled code stay valid.
     encode: called in the thread, without gradients, with a snapshot; yields row chunks [n, D] of a float
         dtype, in the order of the row ids, N rows in all. It must use a model of its own, in eval mode, and
-        draw no random
-        numbers: torch's CPU generator is shared by all threads.
+        draw no random numbers: torch's CPU generator is shared by all threads.
     mode: "async": a finished refresh is swapped in at the next boundary; the trainer never waits, and the
         step of the swap depends on the clock. "fixed_lag": the swap comes exactly `lag` steps after the
         snapshot; the trainer waits if it must, and a resumed run has the losses of an undisturbed one.
@@ -87,13 +85,11 @@ class TableRefresher:
         self.path = None if path is None else Path(path)
         self._worker = Worker(table.shards, encode, path, attempts)
         self._pending: Refresh | None = None
-        self._current: Any = (
-            None  # the snapshot that the table was encoded from; None where we did not encode it
-        )
-        self._checksums: list[str] = []  # of its commit
+        self._current: Any = None  # snapshot that the table was encoded from; None: it came from elsewhere
+        self._checksums: list[str] = []  # of the current table's commit
         self._step: int | None = None  # the last boundary
-        self._snapshot_step: int | None = None  # the last snapshot, where `every` is counted from
-        self._table_step: int | None = None  # the snapshot that the table was encoded from
+        self._snapshot_step: int | None = None  # of the last snapshot: `every` is counted from it
+        self._table_step: int | None = None  # of the current table's snapshot
         self._pending_is_late = False  # the pending refresh is counted as late
         self._refreshes = self._failures = self._late = 0
         self._rows_per_second = 0.0
@@ -170,6 +166,10 @@ class TableRefresher:
         one as then, or make the first one with build(). Raises what `encode` raised.
         """
         self._check_open()
+        if set(state) != set(self.state_dict()):
+            raise ValueError(
+                f"{OP}: state must be a TableRefresher's state_dict(), got the keys {sorted(state)}"
+            )
         self._drop()
         if state["current"] is not None and not self._read_back(state["checksums"]):
             self._begin(state["table_step"], state["current"])
@@ -231,23 +231,18 @@ class TableRefresher:
                 pending.step, self._table_step, type(pending.error).__name__, pending.error,
             )  # fmt: skip
             return pending.error
-        self._copy_in(self._worker.buffer)
-        self.table.version = pending.version or self.table.version + 1
+        self._copy_in(self._worker.buffer, pending.version or self.table.version + 1)
         self._current, self._checksums, self._table_step = pending.snapshot, pending.checksums, pending.step
         self._refreshes += 1
         self._rows_per_second = self.table.num_rows / max(pending.seconds, 1e-9)
-        logger.info(
-            "table version %d of step %d: %.0f rows/s",
-            self.table.version,
-            pending.step,
-            self._rows_per_second,
-        )
+        logger.info("table of step %d in use, %.0f rows/s", pending.step, self._rows_per_second)
         return None
 
-    def _copy_in(self, rows: list[Tensor]) -> None:
-        with torch.no_grad():
-            for shard, fresh in zip(self.table.shards, rows, strict=True):
-                shard.copy_(fresh)
+    def _copy_in(self, shards: Sequence[Tensor], version: int) -> None:
+        target = RowCursor(self.table.shards)
+        for shard in shards:
+            target.write(shard)
+        self.table.version = version
 
     def _read_back(self, checksums: list[str]) -> bool:
         """Fill the table from `path` if the very rows with these checksums are committed there."""
@@ -265,10 +260,7 @@ class TableRefresher:
         same_kind = (stored.num_rows, stored.dim, stored.dtype) == (table.num_rows, table.dim, table.dtype)
         if stored.version != committed.version or not same_kind:
             return False
-        targets = RowCursor(table.shards)
-        for shard in stored.shards:
-            targets.write(shard)
-        table.version = stored.version
+        self._copy_in(stored.shards, stored.version)
         return True
 
     def _drop(self) -> None:
@@ -283,7 +275,7 @@ class TableRefresher:
         assert self._pending is not None
         self._late += 1
         self._pending_is_late = True
-        logger.warning("refresh of step %d is late: %s", self._pending.step, what)
+        logger.info("refresh of step %d is late: %s", self._pending.step, what)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap as memory_map
 import os
 from pathlib import Path
 
@@ -83,8 +82,7 @@ def _load(
     if rows == 0:
         return torch.empty(0, dim, dtype=dtype)
     if mmap:
-        mapping = memory_map.mmap(descriptor, 0, access=memory_map.ACCESS_COPY)
-        return torch.frombuffer(mapping, dtype=dtype, count=rows * dim, offset=start).view(rows, dim)
+        return _map(path, descriptor)[start:].view(dtype).view(rows, dim)
     tensor = torch.empty(rows, dim, dtype=dtype)
     target = raw_bytes(tensor)
     done = 0
@@ -94,6 +92,18 @@ def _load(
             raise ValueError(f"{path}: the shard ended after {start + done} bytes while it was read")
         done += count
     return tensor
+
+
+def _map(path: Path, descriptor: int) -> Tensor:
+    """All bytes of an open file, uint8, in a private mapping that outlives the descriptor."""
+    # Through the descriptor, so that what was checked is what is mapped. Python's own mmap would keep a
+    # descriptor open for each shard, and a table may have more shards than a process may have open files.
+    size = os.fstat(descriptor).st_size
+    try:
+        return torch.from_file(f"/dev/fd/{descriptor}", shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(errno.ENOMEM, f"cannot map this shard ({reason})", str(path)) from None
 
 
 def _check_size(path: Path, actual: int, expected: int) -> None:

@@ -57,8 +57,6 @@ class Worker:
 
     def start(self, refresh: Refresh, version: int) -> None:
         """Begin; `version` is the least the commit may get. Every earlier refresh must be done."""
-        if not self.buffer:
-            self.buffer = [torch.empty_like(shard) for shard in self.shards]
         ready = None
         if self._stream is not None:
             # The trainer's stream may still be copying the snapshot, or the last buffer into the table.
@@ -108,16 +106,18 @@ class Worker:
                     raise
 
     def _fill(self, refresh: Refresh) -> None:
-        targets = RowCursor(self.buffer)
+        if not self.buffer:
+            self.buffer = [torch.empty_like(shard) for shard in self.shards]
+        target = RowCursor(self.buffer)
         for chunk in self.encode(refresh.snapshot):
             self._stop_if_unwanted(refresh)
             check_tensor(
                 OP, "a chunk of encode", chunk, "[n, D]", (None, self.buffer[0].shape[1]), FLOAT_DTYPES
             )
-            targets.write(chunk)
+            target.write(chunk)
         self._stop_if_unwanted(refresh)
-        if targets.rows != self.num_rows:
-            raise ValueError(f"{OP}: encode must yield N={self.num_rows} rows in all, got {targets.rows}")
+        if target.rows != self.num_rows:
+            raise ValueError(f"{OP}: encode must yield N={self.num_rows} rows in all, got {target.rows}")
 
     def _commit(self, refresh: Refresh, version: int) -> None:
         """Write the buffer to `path`. Failing costs durability only: the rows are good, and are used."""
@@ -145,12 +145,13 @@ class Worker:
 
 
 class RowCursor:
-    """Writes rows one after another into a list of shards."""
+    """Copies chunks of rows, one after another, into the same storage of a list of shards."""
 
     def __init__(self, shards: Sequence[Tensor]) -> None:
         self.rest = [shard for shard in shards if shard.shape[0] > 0]
         self.rows = 0
 
+    @torch.no_grad()
     def write(self, chunk: Tensor) -> None:
         while chunk.shape[0] > 0:
             if not self.rest:
