@@ -5,6 +5,7 @@ from .backends import explain, use_backend
 from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import TopK, mips_topk
 from .native import build_info
+from .span_marginal_loss import span_marginal_loss
 from .table import ShardedTable, TableRefresher, TableWriter
 
 __version__ = "0.1.0"
@@ -21,5 +22,6 @@ __all__ = [
     "mips_topk",
     "nn",
     "posterior",
+    "span_marginal_loss",
     "use_backend",
 ]

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from .marginal_loss import checks as marginal_loss_checks
 from .marginal_loss import marginal_loss
+from .span_marginal_loss import checks as span_marginal_loss_checks
+from .span_marginal_loss import span_marginal_loss
 from .validation import check_choice
 
-__all__ = ["MarginalLoss"]
+__all__ = ["MarginalLoss", "SpanMarginalLoss"]
 
 
 class MarginalLoss(nn.Module):
@@ -46,3 +48,44 @@ class MarginalLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, reduction={self.reduction!r}"
+
+
+class SpanMarginalLoss(nn.Module):
+    """rk.span_marginal_loss with its normalization ("document", "global") and reduction fixed.
+
+    >>> import torch, realm_kernels as rk
+    >>> loss_of = rk.nn.SpanMarginalLoss(normalization="global")
+    >>> loss = loss_of(torch.randn(4, 5), torch.randn(4, 5, 30), torch.rand(4, 5, 30) < 0.1)
+    """
+
+    def __init__(self, *, normalization: str = "document", reduction: str = "mean") -> None:
+        super().__init__()
+        normalizations = span_marginal_loss_checks.NORMALIZATIONS
+        check_choice("SpanMarginalLoss", "normalization", normalization, normalizations)
+        check_choice("SpanMarginalLoss", "reduction", reduction, marginal_loss_checks.REDUCTIONS)
+        self.normalization = normalization
+        self.reduction = reduction
+
+    def forward(
+        self,
+        scores: Tensor,
+        span_scores: Tensor,
+        correct: Tensor,
+        *,
+        valid: Tensor | None = None,
+        doc_mask: Tensor | None = None,
+        log_weight: Tensor | None = None,
+    ) -> Tensor:
+        return span_marginal_loss(
+            scores,
+            span_scores,
+            correct,
+            valid=valid,
+            doc_mask=doc_mask,
+            log_weight=log_weight,
+            normalization=self.normalization,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return f"normalization={self.normalization!r}, reduction={self.reduction!r}"

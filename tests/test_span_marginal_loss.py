@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import realm_kernels as rk
-from realm_kernels.span_marginal_loss import span_marginal_loss
+from realm_kernels import span_marginal_loss
 from realm_kernels.testing import assert_within
 
 NORMALIZATIONS = ("document", "global")
@@ -393,3 +393,14 @@ def test_explain_computes_nothing_and_counts_the_spans(normalization):
     assert told.bytes == 4 * (3 * (5 * (4 + 2) + 4) + 12)
     with pytest.raises(ValueError, match="span_scores must be"):
         rk.explain(span_marginal_loss, case.scores, case.scores, case.correct)
+
+
+@both
+def test_the_module_is_the_function_with_its_options(normalization):
+    case = make_case(4, 3, 5)
+    module = rk.nn.SpanMarginalLoss(normalization=normalization, reduction="sum")
+    got = module(*case[:3], valid=case.valid, doc_mask=case.doc_mask, log_weight=case.log_weight)
+    assert torch.equal(got, case.loss(normalization, "sum"))
+    assert repr(module) == f"SpanMarginalLoss(normalization={normalization!r}, reduction='sum')"
+    with pytest.raises(ValueError, match="SpanMarginalLoss: normalization must be one of"):
+        rk.nn.SpanMarginalLoss(normalization="spans")
