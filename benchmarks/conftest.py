@@ -1,0 +1,35 @@
+"""One fixture times an implementation and notes what the report needs."""
+
+import pytest
+import torch
+
+from . import roofline
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="one small shape of each op, to see that all runs")
+
+
+@pytest.fixture
+def quick(request):
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def measure(benchmark, quick):
+    """measure(name, function, bytes=, flops=, dtype=): time it as one implementation of its group."""
+
+    def run(name, function, *, bytes_moved, flops, dtype=torch.float32):
+        benchmark.extra_info.update(
+            implementation=name, limit_seconds=roofline.limit_seconds(bytes_moved, flops, dtype)
+        )
+        return benchmark.pedantic(function, rounds=2 if quick else 5, warmup_rounds=1)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["read_gigabytes_per_second"] = roofline.measure_bandwidth() / 1e9
+    machine_info["float32_matrix_gigaflops"] = roofline.measure_matrix_rate(torch.float32) / 1e9
+    machine_info["bfloat16_matrix_gigaflops"] = roofline.measure_matrix_rate(torch.bfloat16) / 1e9
+    machine_info["threads"] = torch.get_num_threads()
