@@ -1,0 +1,191 @@
+"""How the Triton backend searches one piece of a table: group, tiles, slack, query blocks. Imports no
+triton."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+WORKSPACE_BYTES = 256 << 20
+MAX_K = 2048  # of the fused search: the repair keeps as many 64-bit keys of a query in registers
+MAX_SELECTED = 4096  # groups: those of k = 2048 and its slack
+SORT_KEYS = 2048  # keys a program sorts: sixteen in each of 128 threads
+ROUNDOFF = 2.0**-22  # of an addition in a tensor core, which truncates; to be confirmed on a GPU
+SORT_KEYS_PER_WARP = SORT_KEYS // 4
+SCAN_STAGES = 3  # tiles in flight
+ALIGNMENT = 256  # of each array of the workspace, as of a fresh allocation
+ARRAYS = 10
+TF32_ROUNDOFF = 2.0**-10  # of a float32 row in tf32: the tensor core ignores the low 13 bits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """It depends on shapes, dtypes and the workspace budget alone. B queries, N rows, D columns, G rows a
+    group."""
+
+    scan_dtype: torch.dtype
+    relative: float  # bound of |s~ - q^.x| / (|q^| |x|)
+    group: int  # G
+    num_groups: int
+    selected: int  # groups rescored for a query: m
+    top: int  # rows kept of a query: T, k rounded up to a power of two
+    batch: int  # queries of a pass over the piece
+    block_b: int  # queries of a scan tile
+    block_n: int  # rows of a scan tile
+    block_d: int  # columns loaded at once
+    repair_parts: int  # programs that share the repair of a query
+
+    def dim_padded(self, dim: int) -> int:
+        return ceil_div(dim, self.block_d) * self.block_d
+
+
+def plan_for(
+    batch: int,
+    num_rows: int,
+    dim: int,
+    k: int,
+    num_excluded: int,
+    query_dtype: torch.dtype,
+    row_dtype: torch.dtype,
+    workspace: int = WORKSPACE_BYTES,
+) -> Plan:
+    """The plan for B > 0 queries over a piece of N > 0 rows, k <= MAX_K. Its constants are reasoned, not
+    measured."""
+    scan_dtype = _scan_dtype(query_dtype, row_dtype)
+    # Three buffers of D = 128 columns are 96 KiB either way.
+    block_n = 64 if scan_dtype == torch.float32 else 128
+    group = _group_rows(num_rows, dim, k, block_n, workspace)
+    num_groups = ceil_div(num_rows, group)
+    plan = Plan(
+        scan_dtype=scan_dtype,
+        relative=_relative_error(dim, row_dtype),
+        group=group,
+        num_groups=num_groups,
+        selected=min(_selected_groups(k, num_excluded, query_dtype, row_dtype), power_of_two(num_groups, 2)),
+        top=power_of_two(k, 2),
+        batch=batch,
+        block_b=min(power_of_two(batch, 16), 128),
+        block_n=block_n,
+        block_d=min(power_of_two(dim, 16), 128),
+        # A few flagged queries should still spread over the device.
+        repair_parts=max(16, min(256, 4096 // batch)),
+    )
+    return fit_batch(plan, dim, workspace)
+
+
+def fit_batch(plan: Plan, dim: int, workspace: int) -> Plan:
+    """The plan with as many queries a pass as fit the workspace, in whole scan tiles where one or more
+    fit."""
+    fixed, a_query, a_scanned_query = _bytes(plan, dim)
+    room = workspace - fixed - plan.block_b * a_scanned_query  # the last tile may be padded
+    batch = max(1, min(plan.batch, room // (a_query + a_scanned_query)))
+    if batch > plan.block_b:
+        batch -= batch % plan.block_b
+    return replace(plan, batch=batch)
+
+
+def workspace_bytes(plan: Plan, dim: int) -> int:
+    fixed, a_query, a_scanned_query = _bytes(plan, dim)
+    return fixed + plan.batch * a_query + ceil_div(plan.batch, plan.block_b) * plan.block_b * a_scanned_query
+
+
+def _bytes(plan: Plan, dim: int) -> tuple[int, int, int]:
+    """Bytes whatever the number of queries, bytes of a query, and bytes of a query of the padded scan
+    tiles."""
+    fixed = 4 * plan.num_groups + ARRAYS * ALIGNMENT
+    a_query = 4 * plan.num_groups + 8 * sum(scratch_widths(plan)) + 8 + 4  # maxima, keys, k-th key, flag
+    a_scanned_query = plan.scan_dtype.itemsize * plan.dim_padded(dim) + 4 + 4 + 8  # slope, offset, left out
+    return fixed, a_query, a_scanned_query
+
+
+def scratch_widths(plan: Plan) -> tuple[int, int]:
+    """Keys of a query in the two buffers that select, rescore and repair write in turn, each reading the
+    other."""
+    select = rounds(parts(plan.num_groups, plan.selected) * plan.selected, plan.selected, to_one_list=True)
+    rescore = rounds(plan.selected * plan.group, plan.top)
+    repair = rounds(plan.repair_parts * plan.top, plan.top)
+    widths = select + rescore + repair
+    return max(widths[::2]), max(widths[1::2])
+
+
+def rounds(width: int, top: int, to_one_list: bool = False) -> list[int]:
+    """Widths of a tournament's arrays: each round keeps `top` keys of a part, until one program can sort what
+    is left.
+
+    With to_one_list the last array is one part's list.
+    """
+    widths = [width]
+    while widths[-1] > (top if to_one_list else sort_keys(widths[-1], top)):
+        widths.append(parts(widths[-1], top) * top)
+    return widths
+
+
+def parts(width: int, top: int) -> int:
+    return ceil_div(width, sort_keys(width, top))
+
+
+def sort_keys(width: int, top: int) -> int:
+    """Keys a program sorts to keep `top` of them: enough that a round at least halves what is left."""
+    return min(max(SORT_KEYS, 2 * top), power_of_two(width, top))
+
+
+def _scan_dtype(query_dtype: torch.dtype, row_dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 rows are scanned as they are, and so are float16 rows by float16 queries; all else in tf32.
+
+    Other queries over float16 rows could overflow in float16; tf32 holds both half precisions exactly.
+    """
+    if row_dtype == torch.bfloat16 or row_dtype == query_dtype == torch.float16:
+        return row_dtype
+    return torch.float32
+
+
+def _relative_error(dim: int, row_dtype: torch.dtype) -> float:
+    """Bound of |s~ - q^.x| / (|q^| |x|): D products and D/8 partial sums, each truncated once (README.md)."""
+    terms = ROUNDOFF * (dim + ceil_div(dim, 8) + 4)
+    if terms >= 0.5:
+        return math.inf
+    rounding = TF32_ROUNDOFF if row_dtype == torch.float32 else 0.0
+    return (rounding + (1 + rounding) * terms / (1 - terms)) * (1 + 2.0**-20)  # passed as float32
+
+
+def _selected_groups(k: int, num_excluded: int, query_dtype: torch.dtype, row_dtype: torch.dtype) -> int:
+    """k + E groups hold every row that may be returned, were U exact; the slack is for its error."""
+    is_exact = query_dtype == row_dtype and row_dtype != torch.float32
+    # Unrounded operands leave an error of a few ulp: one or two groups. Rounded ones leave up to 2 % of a
+    # standard deviation, which in the tail of a normal distribution is up to 20 % more groups; half is for
+    # other tails.
+    slack = 4 + k // 8 if is_exact else 8 + k // 2
+    return min(power_of_two(k + num_excluded + slack, 2), MAX_SELECTED)
+
+
+def _group_rows(num_rows: int, dim: int, k: int, block_n: int, workspace: int) -> int:
+    """Balance the write of maxima against the reads of rescoring, sqrt(8 N / 2 k D) (design, section 5)."""
+    group = power_of_two(round(math.sqrt(8 * num_rows / (2 * k * dim))), 16)
+    while 8 * ceil_div(num_rows, group) > workspace // 4:  # norms and the maxima of a query: room for several
+        group *= 2
+    return min(group, block_n)
+
+
+def sort_warps(keys: int) -> int:
+    return max(1, min(16, keys // SORT_KEYS_PER_WARP))
+
+
+def scan_warps(block_b: int) -> int:
+    """Warps of 16 query rows; wgmma wants them in fours."""
+    return 8 if block_b == 128 else 4
+
+
+def norm_scale(dim: int) -> float:
+    """1 + the relative error of a norm from D squares summed in float32, in any order, and of its square
+    root."""
+    return 1 + (dim + 8) * 2.0**-23
+
+
+def power_of_two(at_least: int, lowest: int) -> int:
+    return max(lowest, 1 << (at_least - 1).bit_length() if at_least > 1 else 1)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
