@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "cpu/isa.h"
 #include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
@@ -62,7 +64,8 @@ using Extents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and M
 MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_likelihood,
                                         const Array& log_weight, uintptr_t token_mask, uintptr_t doc_mask,
                                         const Extents& shape, const Extents& strides, bool per_token,
-                                        int num_threads, const std::string& isa) {
+                                        const std::string& reduction, int num_threads,
+                                        const std::string& isa) {
   MarginalLossParams params{};
   params.scores = float_array(scores);
   params.log_likelihood = float_array(log_likelihood);
@@ -72,6 +75,10 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   std::tie(params.batch, params.documents, params.tokens) = shape;
   std::tie(params.stride_b, params.stride_k, params.stride_m) = strides;
   params.per_token = per_token;
+  params.reduction = reduction == "mean"  ? Reduction::kMean
+                     : reduction == "sum" ? Reduction::kSum
+                                          : Reduction::kNone;
+  params.divisor = 1.0;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
   return params;
@@ -79,10 +86,10 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
 
 void marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const Array& loss, uintptr_t count, int num_threads,
-                       const std::string& isa) {
+                       bool per_token, const std::string& reduction, const Array& loss, uintptr_t count,
+                       int num_threads, const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
-                                                   shape, strides, per_token, num_threads, isa);
+                                                   shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(loss).type == FloatType::kFloat64;
   params.loss = reinterpret_cast<void*>(std::get<0>(loss));
   params.count = reinterpret_cast<int64_t*>(count);
@@ -91,12 +98,16 @@ void marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const A
 
 void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const Array& d_loss, uintptr_t d_scores, uintptr_t d_log_likelihood,
-                       int num_threads, const std::string& isa) {
+                       bool per_token, const std::string& reduction, const Array& d_loss, uintptr_t count,
+                       uintptr_t d_scores, uintptr_t d_log_likelihood, int num_threads,
+                       const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
-                                                   shape, strides, per_token, num_threads, isa);
+                                                   shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(d_loss).type == FloatType::kFloat64;
   params.d_loss = float_array(d_loss).data;
+  if (params.reduction == Reduction::kMean) {
+    params.divisor = static_cast<double>(std::max<int64_t>(1, *reinterpret_cast<const int64_t*>(count)));
+  }
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
   launch_marginal_loss_bwd(params);

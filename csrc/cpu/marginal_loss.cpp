@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <vector>
 
 #include "cpu/marginal_loss_kernels.h"
 #include "cpu/parallel.h"
@@ -43,10 +45,12 @@ std::unique_ptr<double, Free> allocate(int64_t doubles) {
   return std::unique_ptr<double, Free>(pointer);
 }
 
-// Units of examples that the lanes of a vector take together are never split, so the bits of a result depend
-// neither on the number of threads nor on the split.
-void launch(const MarginalLossParams& params, bool backward) {
+// Examples that the lanes of a vector take together are never split, so the bits of a result depend neither
+// on the number of threads nor on the split.
+void launch(MarginalLossParams params, bool backward) {
   const MarginalLossKernels& kernels = kernels_for(params.isa);
+  // With one token the modes agree, and examples fill the lanes better.
+  params.per_token = params.per_token && params.tokens > 1;
   const int64_t per_unit = params.per_token ? 1 : kernels.lanes;
   const int64_t units = (params.batch + per_unit - 1) / per_unit;
   const int64_t work = params.batch * params.documents * std::max<int64_t>(1, params.tokens);
@@ -60,9 +64,35 @@ void launch(const MarginalLossParams& params, bool backward) {
   });
 }
 
+void write_loss(const MarginalLossParams& params, int64_t i, double value) {
+  if (params.wide) {
+    static_cast<double*>(params.loss)[i] = value;
+  } else {
+    static_cast<float*>(params.loss)[i] = static_cast<float>(value);
+  }
+}
+
 }  // namespace
 
-void launch_marginal_loss_fwd(const MarginalLossParams& params) { launch(params, false); }
+void launch_marginal_loss_fwd(MarginalLossParams params) {
+  std::vector<double> loss(static_cast<std::size_t>(params.batch));
+  std::vector<int64_t> count(loss.size());
+  params.example_loss = loss.data();
+  params.example_count = count.data();
+  launch(params, false);
+  if (params.reduction == Reduction::kNone) {
+    for (int64_t b = 0; b < params.batch; ++b) {
+      write_loss(params, b, loss[b]);
+    }
+    std::copy(count.begin(), count.end(), params.count);
+    return;
+  }
+  const double total = std::accumulate(loss.begin(), loss.end(), 0.0);
+  const int64_t counted = std::accumulate(count.begin(), count.end(), int64_t{0});
+  const bool mean = params.reduction == Reduction::kMean;
+  write_loss(params, 0, mean ? total / static_cast<double>(std::max<int64_t>(1, counted)) : total);
+  *params.count = counted;
+}
 
 void launch_marginal_loss_bwd(const MarginalLossParams& params) { launch(params, true); }
 

@@ -10,6 +10,8 @@ namespace realm_kernels {
 
 enum class FloatType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+enum class Reduction { kNone, kSum, kMean };
+
 struct FloatArray {
   const void* data;
   FloatType type;
@@ -28,19 +30,25 @@ struct MarginalLossParams {
   bool per_token;  // mode "token": a document is drawn for every token, not for the sequence
   bool wide;       // loss, d_loss and d_scores are double, not float
 
-  void* loss;      // [B], written by the forward
-  int64_t* count;  // [B], written by the forward: scored columns, 0 or 1 in mode "sequence"
+  Reduction reduction;
 
-  const void* d_loss;      // [B]
+  void* loss;      // [B] with no reduction, else one number; written by the forward
+  int64_t* count;  // of the same shape: scored columns, 0 or 1 an example in mode "sequence"
+
+  const void* d_loss;      // shaped as loss
+  double divisor;          // of d_loss: the count in reduction "mean", else 1
   void* d_scores;          // [B, K], written by the backward, or null
   void* d_log_likelihood;  // [B, K, M], contiguous, of the type of log_likelihood, written by the backward,
                            // or null
+
+  double* example_loss;  // [B], [B]: scratch of the driver
+  int64_t* example_count;
 
   int num_threads;
   Isa isa;
 };
 
-void launch_marginal_loss_fwd(const MarginalLossParams& params);
+void launch_marginal_loss_fwd(MarginalLossParams params);
 void launch_marginal_loss_bwd(const MarginalLossParams& params);
 
 }  // namespace realm_kernels

@@ -12,13 +12,18 @@
 namespace realm_kernels {
 namespace {
 
+// Documents that are converted at a time, in a buffer on the stack.
+constexpr int kChunk = 32;
+
+int chunk_from(int64_t first, int64_t end) {
+  return static_cast<int>(end - first < kChunk ? end - first : kChunk);
+}
+
 // s_k + log w_k of example b into lane j (or every lane, where j < 0), -inf where masked.
 void load_relevance(const MarginalLossParams& params, int64_t b, int j, Vec* out) {
-  constexpr int kChunk = 32;
   double scores[kChunk], log_weight[kChunk];
   for (int64_t first = 0; first < params.documents; first += kChunk) {
-    const int64_t rest = params.documents - first;
-    const int count = static_cast<int>(rest < kChunk ? rest : kChunk);
+    const int count = chunk_from(first, params.documents);
     const int64_t offset = b * params.documents + first;
     load(params.scores, offset, 1, count, scores);
     if (params.log_weight.data != nullptr) {
@@ -37,30 +42,6 @@ void load_relevance(const MarginalLossParams& params, int64_t b, int j, Vec* out
   }
 }
 
-// sum_m c_m l_km of example b, document k.
-double sequence_log_likelihood(const MarginalLossParams& params, int64_t b, int64_t k) {
-  constexpr int kChunk = 8 * kLanes;
-  const bool* scored = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
-  double values[kChunk];
-  Vec sums = splat(0.0);
-  for (int64_t first = 0; first < params.tokens; first += kChunk) {
-    const int64_t rest = params.tokens - first;
-    const int count = static_cast<int>(rest < kChunk ? rest : kChunk);
-    load(params.log_likelihood, b * params.stride_b + k * params.stride_k + first * params.stride_m,
-         params.stride_m, count, values);
-    for (int i = count; i < kChunk; ++i) values[i] = 0.0;
-    if (scored != nullptr) {
-      for (int i = 0; i < count; ++i) values[i] = scored[first + i] ? values[i] : 0.0;
-    }
-    for (int i = 0; i < count; i += kLanes) {
-      Vec part;
-      memcpy(&part, values + i, sizeof part);
-      sums += part;
-    }
-  }
-  return sum_of(sums);
-}
-
 bool is_scored(const MarginalLossParams& params, int64_t b, int64_t m) {
   return params.token_mask == nullptr || params.token_mask[b * params.tokens + m];
 }
@@ -72,23 +53,28 @@ bool any_scored(const MarginalLossParams& params, int64_t b) {
   return false;
 }
 
+// sum_m c_m l_km of example b for `count` documents from `first` on.
+void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t first, int count, double* sums) {
+  double values[kChunk];
+  for (int i = 0; i < count; ++i) sums[i] = 0.0;
+  for (int64_t m = 0; m < params.tokens; ++m) {
+    if (!is_scored(params, b, m)) continue;
+    load(params.log_likelihood, b * params.stride_b + first * params.stride_k + m * params.stride_m,
+         params.stride_k, count, values);
+    for (int i = 0; i < count; ++i) sums[i] += values[i];
+  }
+}
+
 // -g x value where it counts. Selected, not multiplied: an infinite g times zero would be NaN.
 inline Vec gradient(Mask counts, Vec g, Vec value) {
   return (counts & (value != 0.0)) ? -g * value : splat(0.0);
 }
 
-// loss, d_loss and d_scores are doubles or floats.
-void store_wide(const MarginalLossParams& params, void* out, int64_t i, double value) {
-  if (params.wide) {
-    static_cast<double*>(out)[i] = value;
-  } else {
-    static_cast<float*>(out)[i] = static_cast<float>(value);
-  }
-}
-
 double upstream(const MarginalLossParams& params, int64_t b) {
-  return params.wide ? static_cast<const double*>(params.d_loss)[b]
-                     : static_cast<const float*>(params.d_loss)[b];
+  const int64_t i = params.reduction == Reduction::kNone ? b : 0;
+  const double d_loss = params.wide ? static_cast<const double*>(params.d_loss)[i]
+                                    : static_cast<const float*>(params.d_loss)[i];
+  return d_loss / params.divisor;
 }
 
 // log p(y|x) of lane j.
@@ -107,13 +93,18 @@ Mask load_sequences(const MarginalLossParams& params, int64_t b, int lanes, cons
     scored[j] = any_scored(params, b + j) ? -1 : 0;
   }
   scored &= normalise(params.documents, c);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    Vec sums = splat(-kInfinity);
-    for (int j = 0; j < lanes; ++j) {
-      // What a masked document holds is never looked at.
-      if (scored[j] && c.log_prior[k][j] != -kInfinity) sums[j] = sequence_log_likelihood(params, b + j, k);
+  double sums[kChunk];
+  for (int64_t k = 0; k < params.documents; ++k) c.log_likelihood[k] = splat(-kInfinity);
+  for (int j = 0; j < lanes; ++j) {
+    for (int64_t first = 0; first < params.documents && scored[j]; first += kChunk) {
+      const int count = chunk_from(first, params.documents);
+      sum_tokens(params, b + j, first, count, sums);
+      for (int i = 0; i < count; ++i) {
+        // What a masked document holds is read, but never looked at.
+        const bool masked = c.log_prior[first + i][j] == -kInfinity;
+        c.log_likelihood[first + i][j] = masked ? -kInfinity : sums[i];
+      }
     }
-    c.log_likelihood[k] = sums;
   }
   return scored;
 }
@@ -122,21 +113,29 @@ void sequence_forward(const MarginalLossParams& params, int64_t b, int lanes, co
   const Mask scored = load_sequences(params, b, lanes, c);
   const Centre centre = centre_columns(params.documents, c);
   for (int j = 0; j < lanes; ++j) {
-    store_wide(params, params.loss, b + j, scored[j] ? -log_marginal(centre, j) : 0.0);
-    params.count[b + j] = scored[j] ? 1 : 0;
+    params.example_loss[b + j] = scored[j] ? -log_marginal(centre, j) : 0.0;
+    params.example_count[b + j] = scored[j] ? 1 : 0;
   }
 }
 
-// d_log_likelihood[b, k, :] of mode "sequence": one value for every scored token.
-void store_tokens(const MarginalLossParams& params, int64_t b, int64_t k, double value) {
-  constexpr int kChunk = 32;
+// d_scores[b] and d_log_likelihood[b] of mode "sequence", the latter one value for every scored token.
+void store_sequence(const MarginalLossParams& params, int64_t b, int j, const Columns& c) {
+  const double zeros[kChunk] = {};
   double values[kChunk];
-  for (int64_t first = 0; first < params.tokens; first += kChunk) {
-    const int64_t rest = params.tokens - first;
-    const int count = static_cast<int>(rest < kChunk ? rest : kChunk);
-    for (int i = 0; i < count; ++i) values[i] = is_scored(params, b, first + i) ? value : 0.0;
-    store(params.d_log_likelihood, params.log_likelihood.type,
-          (b * params.documents + k) * params.tokens + first, count, values);
+  for (int64_t first = 0; first < params.documents; first += kChunk) {
+    const int count = chunk_from(first, params.documents);
+    const int64_t row = b * params.documents + first;
+    if (params.d_scores != nullptr) {
+      for (int i = 0; i < count; ++i) values[i] = c.d_relevance[first + i][j];
+      store(params.d_scores, params.wide ? FloatType::kFloat64 : FloatType::kFloat32, row, 1, count, values);
+    }
+    if (params.d_log_likelihood != nullptr) {
+      for (int i = 0; i < count; ++i) values[i] = c.log_likelihood[first + i][j];
+      for (int64_t m = 0; m < params.tokens; ++m) {
+        store(params.d_log_likelihood, params.log_likelihood.type, row * params.tokens + m, params.tokens,
+              count, is_scored(params, b, m) ? values : zeros);
+      }
+    }
   }
 }
 
@@ -148,14 +147,10 @@ void sequence_backward(const MarginalLossParams& params, int64_t b, int lanes, c
   for (int j = 0; j < lanes; ++j) g[j] = upstream(params, b + j);
   for (int64_t k = 0; k < params.documents; ++k) {
     const Shifted s = posterior_of(c, k, centre);
-    const Vec d_relevance = gradient(counts, g, s.change), d_log_likelihood = gradient(counts, g, s.joint);
-    for (int j = 0; j < lanes; ++j) {
-      if (params.d_scores != nullptr) {
-        store_wide(params, params.d_scores, (b + j) * params.documents + k, d_relevance[j]);
-      }
-      if (params.d_log_likelihood != nullptr) store_tokens(params, b + j, k, d_log_likelihood[j]);
-    }
+    c.d_relevance[k] = gradient(counts, g, s.change);
+    c.log_likelihood[k] = gradient(counts, g, s.joint);  // its place is free now
   }
+  for (int j = 0; j < lanes; ++j) store_sequence(params, b + j, j, c);
 }
 
 // Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
@@ -193,8 +188,8 @@ void token_forward(const MarginalLossParams& params, int64_t b, const Columns& c
       count += scored[j] ? 1 : 0;
     }
   }
-  store_wide(params, params.loss, b, loss);
-  params.count[b] = count;
+  params.example_loss[b] = loss;
+  params.example_count[b] = count;
 }
 
 void token_backward(const MarginalLossParams& params, int64_t b, const Columns& c) {
@@ -215,12 +210,16 @@ void token_backward(const MarginalLossParams& params, int64_t b, const Columns& 
         double values[kLanes];
         memcpy(values, &d_log_likelihood, sizeof values);
         store(params.d_log_likelihood, params.log_likelihood.type,
-              (b * params.documents + k) * params.tokens + m, lanes, values);
+              (b * params.documents + k) * params.tokens + m, 1, lanes, values);
       }
     }
   }
-  for (int64_t k = 0; k < params.documents && params.d_scores != nullptr; ++k) {
-    store_wide(params, params.d_scores, b * params.documents + k, sum_of(c.d_relevance[k]));
+  double values[kChunk];
+  for (int64_t first = 0; first < params.documents && params.d_scores != nullptr; first += kChunk) {
+    const int count = chunk_from(first, params.documents);
+    for (int i = 0; i < count; ++i) values[i] = sum_of(c.d_relevance[first + i]);
+    store(params.d_scores, params.wide ? FloatType::kFloat64 : FloatType::kFloat32,
+          b * params.documents + first, 1, count, values);
   }
 }
 

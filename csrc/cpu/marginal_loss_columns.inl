@@ -4,7 +4,6 @@
 // The documents of a group of columns lie in the workspace, [K][kLanes], and are walked three times (largest
 // posterior, sum, result) with at most one exponential a walk. The formulas are those of `marginal` in
 // realm_kernels/marginal_loss/reference.py, where they are explained.
-#include <math.h>
 #include <stdint.h>
 
 namespace realm_kernels {
@@ -12,6 +11,7 @@ namespace {
 
 typedef double Vec __attribute__((vector_size(kLanes * sizeof(double))));
 typedef int64_t Mask __attribute__((vector_size(kLanes * sizeof(int64_t))));  // all bits set: true
+typedef uint64_t Bits __attribute__((vector_size(kLanes * sizeof(uint64_t))));
 
 constexpr double kInfinity = __builtin_inf();
 
@@ -66,16 +66,34 @@ inline Exponential exponential(Vec x) {
   return {vanishes ? splat(0.0) : scale * q + scale, vanishes ? splat(-1.0) : scale * q + (scale - 1.0)};
 }
 
-inline Vec log_of(Vec x) {
-  Vec y;
-  for (int j = 0; j < kLanes; ++j) y[j] = log(x[j]);
-  return y;
+// log(x + low) for normal x > 0 and |low| below half an ulp of x, to about one ulp: fdlibm's series in f / (2
+// + f), after x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2). Infinity and NaN stay; zero is not served.
+inline Vec log_of(Vec x, Vec low) {
+  constexpr uint64_t kOne = 0x3ff0000000000000, kRootHalf = 0x3fe6a09e667f3bcd,
+                     kFraction = 0x000fffffffffffff;
+  const Bits lifted = (Bits)x + (kOne - kRootHalf);
+  // An integer below 2^52 under the exponent of 2^52 is that integer, once 2^52 is taken off.
+  const Vec e = (Vec)((lifted >> 52) | uint64_t{0x4330000000000000}) - (0x1p52 + 1023.0);
+  const Vec f = (Vec)((lifted & kFraction) + kRootHalf) - 1.0;
+  const Vec s = f / (f + 2.0), z = s * s, half_square = 0.5 * f * f;
+  Vec q = splat(1.479819860511658591e-01);
+  q = q * z + 1.531383769920937332e-01;
+  q = q * z + 1.818357216161805012e-01;
+  q = q * z + 2.222219843214978396e-01;
+  q = q * z + 2.857142874366239149e-01;
+  q = q * z + 3.999999999940941908e-01;
+  q = q * z + 6.666666666666735130e-01;
+  const Vec tail = s * (half_square + z * q) + (e * 0x1.a39ef35793c76p-33 + low / x);
+  const Vec result = e * 0x1.62e42fee00000p-1 - ((half_square - tail) - f);
+  return x < kInfinity ? result : x;
 }
 
+inline Vec log_of(Vec x) { return log_of(x, splat(0.0)); }
+
+// log(1 + x) for x > -1 + 2^-50: what rounding 1 + x loses is carried along.
 inline Vec log1p_of(Vec x) {
-  Vec y;
-  for (int j = 0; j < kLanes; ++j) y[j] = log1p(x[j]);
-  return y;
+  const Vec sum = x + 1.0, added = sum - 1.0;
+  return log_of(sum, (1.0 - (sum - added)) + (x - added));
 }
 
 // One group of columns, [K] vectors each.

@@ -82,9 +82,9 @@ inline void load_as(const void* data, int64_t offset, int64_t stride, int count,
 }
 
 template <class T>
-inline void store_as(void* data, int64_t offset, int count, const double* values) {
+inline void store_as(void* data, int64_t offset, int64_t stride, int count, const double* values) {
   T* target = static_cast<T*>(data) + offset;
-  for (int i = 0; i < count; ++i) from_double(values[i], target + i);
+  for (int i = 0; i < count; ++i) from_double(values[i], target + i * stride);
 }
 
 void load(const FloatArray& array, int64_t offset, int64_t stride, int count, double* out) {
@@ -100,16 +100,16 @@ void load(const FloatArray& array, int64_t offset, int64_t stride, int count, do
   }
 }
 
-void store(void* data, FloatType type, int64_t offset, int count, const double* values) {
+void store(void* data, FloatType type, int64_t offset, int64_t stride, int count, const double* values) {
   switch (type) {
     case FloatType::kFloat32:
-      return store_as<float>(data, offset, count, values);
+      return store_as<float>(data, offset, stride, count, values);
     case FloatType::kFloat64:
-      return store_as<double>(data, offset, count, values);
+      return store_as<double>(data, offset, stride, count, values);
     case FloatType::kBFloat16:
-      return store_as<BFloat16>(data, offset, count, values);
+      return store_as<BFloat16>(data, offset, stride, count, values);
     case FloatType::kFloat16:
-      return store_as<Float16>(data, offset, count, values);
+      return store_as<Float16>(data, offset, stride, count, values);
   }
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import explained_by
 from . import plan, reference
 from .checks import OP, REDUCTIONS, check, check_choice, check_null_index
+from .reference import reduce
 
 __all__ = ["Posterior", "marginal_loss", "posterior", "reduce"]
 
@@ -75,18 +76,10 @@ def marginal_loss(
     """
     check(OP, scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    loss, count = torch.ops.realm_kernels.marginal_loss(
-        scores, _with_tokens(log_likelihood), token_mask, doc_mask, log_weight, mode
+    loss, _ = torch.ops.realm_kernels.marginal_loss(
+        scores, _with_tokens(log_likelihood), token_mask, doc_mask, log_weight, mode, reduction
     )
-    return reduce(loss, count, reduction)
-
-
-def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """The reductions of every marginal loss: loss [B], count int64 [B] of what "mean" divides by."""
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / count.sum().clamp(min=1)
+    return loss
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The C++ backend of marginal_loss: one pass forward, one backward, float64 inside (csrc/cpu/marginal_loss*)."""
+"""The C++ backend of marginal_loss: one pass each way, float64 inside (csrc/cpu/marginal_loss*)."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def forward(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
     scores, log_weight = scores.contiguous(), _contiguous(log_weight)
     token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
-    loss = torch.empty(scores.shape[0], dtype=dtype)
-    count = torch.empty(scores.shape[0], dtype=torch.int64)
+    shape = scores.shape[:1] if reduction == "none" else ()
+    loss, count = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.int64)
     native.cpu.marginal_loss_fwd(
         _array(scores),
         _array(log_likelihood),
@@ -61,6 +62,7 @@ def forward(
         tuple(log_likelihood.shape),
         log_likelihood.stride(),
         mode == "token",
+        reduction,
         _array(loss),
         count.data_ptr(),
         torch.get_num_threads(),
@@ -71,6 +73,7 @@ def forward(
 
 def backward(
     d_loss: Tensor,
+    count: Tensor | None,
     scores: Tensor,
     log_likelihood: Tensor,
     token_mask: Tensor | None,
@@ -97,7 +100,9 @@ def backward(
         tuple(log_likelihood.shape),
         log_likelihood.stride(),
         mode == "token",
+        "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
         _array(d_loss),
+        _pointer(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
         torch.get_num_threads(),

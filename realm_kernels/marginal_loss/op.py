@@ -6,6 +6,7 @@ kept between them but what the caller holds anyway, so a backward may run any nu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ BACKENDS = (cpu.BACKEND, reference.BACKEND)
 _INPUTS = (
     "Tensor scores, Tensor log_likelihood, Tensor? token_mask, Tensor? doc_mask, Tensor? log_weight, str mode"
 )
-torch.library.define("realm_kernels::marginal_loss", f"({_INPUTS}) -> (Tensor loss, Tensor count)")
+torch.library.define(
+    "realm_kernels::marginal_loss", f"({_INPUTS}, str reduction='none') -> (Tensor loss, Tensor count)"
+)
 torch.library.define(
     "realm_kernels::marginal_loss_bwd",
-    f"(Tensor d_loss, {_INPUTS}, bool needs_scores, bool needs_log_likelihood)"
+    f"(Tensor d_loss, {_INPUTS}, bool needs_scores, bool needs_log_likelihood, Tensor? count=None)"
     " -> (Tensor d_scores, Tensor d_log_likelihood)",
 )
 torch.library.define(
     "realm_kernels::marginal_loss_bwd_bwd",
-    f"(Tensor? v_scores, Tensor? v_log_likelihood, Tensor d_loss, {_INPUTS})"
+    f"(Tensor? v_scores, Tensor? v_log_likelihood, Tensor d_loss, {_INPUTS}, Tensor? count)"
     " -> (Tensor d_d_loss, Tensor d_scores, Tensor d_log_likelihood)",
 )
 
@@ -54,10 +57,11 @@ def marginal_loss_fwd(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    reduction: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """loss [B], zero where nothing is scored; count int64 [B], the examples (0 or 1) or tokens in it."""
-    backend = backend_for(scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
-    return backend.forward(scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
+    """loss and count, the examples or tokens it sums: [B] each for reduction "none", else one number each."""
+    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
+    return backend_for(*inputs).forward(*inputs, reduction)
 
 
 @torch.library.register_fake("realm_kernels::marginal_loss")
@@ -68,10 +72,11 @@ def _(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    reduction: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    batch = scores.shape[0]
-    loss = scores.new_empty(batch, dtype=result_dtype(scores, log_likelihood, log_weight))
-    return loss, scores.new_empty(batch, dtype=torch.int64)
+    shape = scores.shape[:1] if reduction == "none" else ()
+    loss = scores.new_empty(shape, dtype=result_dtype(scores, log_likelihood, log_weight))
+    return loss, scores.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.impl("realm_kernels::marginal_loss_bwd", "CompositeExplicitAutograd")
@@ -85,11 +90,12 @@ def marginal_loss_bwd(
     mode: str,
     needs_scores: bool,
     needs_log_likelihood: bool,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     backend = backend_for(*inputs)
     assert backend.backward is not None
-    return backend.backward(d_loss, *inputs, needs_scores, needs_log_likelihood)
+    return backend.backward(d_loss, count, *inputs, needs_scores, needs_log_likelihood)
 
 
 @torch.library.register_fake("realm_kernels::marginal_loss_bwd")
@@ -103,6 +109,7 @@ def _(
     mode: str,
     needs_scores: bool,
     needs_log_likelihood: bool,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = result_dtype(scores, log_likelihood, log_weight)
     d_scores = scores.new_empty(scores.shape if needs_scores else (0,), dtype=dtype)
@@ -126,6 +133,7 @@ def _(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = result_dtype(scores, log_likelihood, log_weight)
     d_scores = scores.new_empty(scores.shape, dtype=dtype)
@@ -137,62 +145,63 @@ def _(
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.mode = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.mark_non_differentiable(output[1])
+    scores, log_likelihood, token_mask, doc_mask, log_weight, ctx.mode, *reduction = inputs
+    count = output[1]
+    divisor = count if reduction == ["mean"] else None
+    ctx.save_for_backward(scores, log_likelihood, token_mask, doc_mask, log_weight, divisor)
+    ctx.mark_non_differentiable(count)
     # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
     ctx.forced = backends.forced_backend()
 
 
 def _backward(ctx: Any, d_loss: Tensor, _d_count: Tensor) -> tuple[Tensor | None, ...]:
-    scores, log_likelihood, token_mask, doc_mask, log_weight = ctx.saved_tensors
-    wants_scores, wants_log_likelihood, _, _, wants_log_weight, _ = ctx.needs_input_grad
+    *inputs, divisor = ctx.saved_tensors
+    wants_scores, wants_log_likelihood, _, _, wants_log_weight = ctx.needs_input_grad[:5]
+    wants_relevance = wants_scores or wants_log_weight
     with backends.use_backend(ctx.forced):
-        d_scores, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
-            d_loss,
-            *ctx.saved_tensors,
-            ctx.mode,
-            wants_scores or wants_log_weight,
-            wants_log_likelihood,
+        d_relevance, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
+            d_loss, *inputs, ctx.mode, wants_relevance, wants_log_likelihood, divisor
         )
-    return (
-        d_scores.to(scores.dtype) if wants_scores else None,
-        d_log_likelihood if wants_log_likelihood else None,
-        None,
-        None,
-        d_scores.to(log_weight.dtype) if wants_log_weight else None,
-        None,
-    )
+    return _gradients(ctx.needs_input_grad, 0, inputs, d_relevance, d_log_likelihood)
+
+
+def _gradients(
+    wants: tuple[bool, ...],
+    first: int,
+    inputs: Sequence[Tensor | None],
+    d_relevance: Tensor,
+    d_log_likelihood: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument, of which scores, log_likelihood .. log_weight begin at `first`."""
+    gradients: list[Tensor | None] = [None] * len(wants)
+    for offset, gradient in ((0, d_relevance), (1, d_log_likelihood), (4, d_relevance)):
+        if wants[first + offset]:
+            tensor = inputs[offset]
+            assert tensor is not None
+            gradients[first + offset] = gradient.to(tensor.dtype)
+    return tuple(gradients)
 
 
 torch.library.register_autograd("realm_kernels::marginal_loss", _backward, setup_context=_save_inputs)
 
 
 def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.mode, ctx.needs_scores, ctx.needs_log_likelihood = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.mode, ctx.needs_scores, ctx.needs_log_likelihood = inputs[:9]
+    ctx.save_for_backward(*tensors, inputs[9] if len(inputs) > 9 else None)
 
 
 def _double_backward(ctx: Any, v_scores: Tensor, v_log_likelihood: Tensor) -> tuple[Tensor | None, ...]:
-    d_loss, scores, log_likelihood, token_mask, doc_mask, log_weight = ctx.saved_tensors
-    d_d_loss, d_scores, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd_bwd(
+    d_loss, *inputs, divisor = ctx.saved_tensors
+    d_d_loss, d_relevance, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd_bwd(
         v_scores if ctx.needs_scores else None,
         v_log_likelihood if ctx.needs_log_likelihood else None,
-        *ctx.saved_tensors,
+        d_loss,
+        *inputs,
         ctx.mode,
+        divisor,
     )
-    wants_g, wants_scores, wants_log_likelihood, _, _, wants_log_weight, *_ = ctx.needs_input_grad
-    return (
-        d_d_loss.to(d_loss.dtype) if wants_g else None,
-        d_scores.to(scores.dtype) if wants_scores else None,
-        d_log_likelihood if wants_log_likelihood else None,
-        None,
-        None,
-        d_scores.to(log_weight.dtype) if wants_log_weight else None,
-        None,
-        None,
-        None,
-    )
+    gradients = _gradients(ctx.needs_input_grad, 1, inputs, d_relevance, d_log_likelihood)
+    return (d_d_loss.to(d_loss.dtype) if ctx.needs_input_grad[0] else None, *gradients[1:])
 
 
 torch.library.register_autograd(

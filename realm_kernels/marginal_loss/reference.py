@@ -110,12 +110,20 @@ def columns(log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Ten
 
 
 def scored_columns(log_p: Tensor, log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Tensor:
-    """bool [B, M], or [B, 1] in mode "sequence": the columns that count, with a document and a scored token."""
+    """bool [B, M], or [B, 1] in mode "sequence": columns with a document and a scored token, which count."""
     batch, _, tokens = log_likelihood.shape
     scored = token_mask if token_mask is not None else log_p.new_ones(batch, tokens, dtype=torch.bool)
     if mode == "sequence":
         scored = scored.any(1, keepdim=True)
     return scored & (log_p > -torch.inf).any(1, keepdim=True)
+
+
+def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """The reductions of every marginal loss: loss [B], count int64 [B] of what "mean" divides by."""
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / count.sum().clamp(min=1)
 
 
 def forward(
@@ -125,17 +133,29 @@ def forward(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """loss [B], the sum of -log_marginal over the scored columns, and count int64 [B], how many those are."""
+    """loss, the sum of -log_marginal over the scored columns, and count int64, how many those are.
+
+    Both are [B] for reduction "none", else one number each.
+    """
     log_p = log_prior(scores, doc_mask, log_weight)
     scored = scored_columns(log_p, log_likelihood, token_mask, mode)
     log_marginal = marginal(log_p, columns(log_likelihood, token_mask, mode)).log_marginal
-    loss = torch.where(scored, -log_marginal, 0.0).sum(1)
-    return loss.to(result_dtype(scores, log_likelihood, log_weight)), scored.sum(1)
+    loss, count = torch.where(scored, -log_marginal, 0.0).sum(1), scored.sum(1)
+    loss = reduce(loss, count, reduction).to(result_dtype(scores, log_likelihood, log_weight))
+    return loss, count if reduction == "none" else count.sum()
+
+
+def upstream(d_loss: Tensor, count: Tensor | None, batch: int) -> Tensor:
+    """The gradient of each example's loss, float64 [B]; count divides it in reduction "mean"."""
+    g = d_loss.double()
+    return (g if count is None else g / count.clamp(min=1)).expand(batch)
 
 
 def backward(
     d_loss: Tensor,
+    count: Tensor | None,
     scores: Tensor,
     log_likelihood: Tensor,
     token_mask: Tensor | None,
@@ -147,13 +167,14 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """d_scores = -g sum_m r and d_log_likelihood = -g posterior; an empty tensor for what is not needed.
 
+    count: the divisor of reduction "mean"; None for the others.
     d_scores [B, K] has the dtype of the loss (log_weight has the same gradient), d_log_likelihood [B, K, M]
     its own.
     """
     log_p = log_prior(scores, doc_mask, log_weight)
     scored = scored_columns(log_p, log_likelihood, token_mask, mode)[:, None, :]  # [B, 1, M] or [B, 1, 1]
     _, posterior, residual = marginal(log_p, columns(log_likelihood, token_mask, mode))
-    g = d_loss.double()[:, None, None]
+    g = upstream(d_loss, count, scores.shape[0])[:, None, None]
     d_scores = scores.new_empty(0, dtype=result_dtype(scores, log_likelihood, log_weight))
     d_log_likelihood = log_likelihood.new_empty(0)
     if needs_scores:
@@ -178,6 +199,7 @@ def double_backward(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    count: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of <v_scores, d_scores> + <v_log_likelihood, d_log_likelihood> in closed form.
 
@@ -198,8 +220,10 @@ def double_backward(
     if v_log_likelihood is not None:
         v_l = columns(v_log_likelihood, token_mask, mode)
     along = _covariance(posterior, v_s + v_l)
-    g = d_loss.double()
+    g = upstream(d_loss, count, scores.shape[0])
     d_d_loss = -(residual * v_s + posterior * v_l).sum((1, 2))
+    if d_loss.dim() == 0:
+        d_d_loss = upstream(d_d_loss.sum(), count, 1)[0]
     d_scores = -g[:, None] * (along - _covariance(prior, v_s)).sum(2)
     d_log_likelihood = select_tokens((-g[:, None, None] * along).expand(log_likelihood.shape), token_mask)
     dtype = result_dtype(scores, log_likelihood, log_weight)
