@@ -73,17 +73,21 @@ def make_directories(path: Path) -> list[Path]:
     """Create a directory and its missing parents, durably. Returns those it made, outermost first."""
     with naming(path, "create this folder"):
         missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
-    created = []
-    for folder in reversed(missing):
-        with naming(folder, "create this folder"):
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                if not folder.is_dir():  # not another writer that was first, but a file
-                    raise
-                continue
-        flush_directory(folder.parent)
-        created.append(folder)
+    created: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            with naming(folder, "create this folder"):
+                try:
+                    folder.mkdir()
+                except FileExistsError:
+                    if not folder.is_dir():  # not another writer that was first, but a file
+                        raise
+                    continue
+            created.append(folder)
+            flush_directory(folder.parent)
+    except BaseException:
+        remove_directories(created)
+        raise
     return created
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,9 @@ def read(directory: Path) -> Manifest:
     except NotADirectoryError:
         raise NotADirectoryError(errno.ENOTDIR, "a table must be a directory", str(directory)) from None
     with open(descriptor, "rb") as file, files.naming(path, "read this manifest"):
-        raw = file.read(_MAX_BYTES + 1)
+        if os.fstat(descriptor).st_size > _MAX_BYTES:
+            raise ValueError(f"{path}: a manifest must be at most {_MAX_BYTES} bytes, this one is larger")
+        raw = file.read()
     return decode(raw, path)
 
 
@@ -101,7 +104,6 @@ def _require(holds: bool, rule: str) -> None:
 
 
 def _decode(raw: bytes) -> Manifest:
-    _require(len(raw) <= _MAX_BYTES, f"a manifest must be at most {_MAX_BYTES} bytes, this one is larger")
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:

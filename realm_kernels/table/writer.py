@@ -100,12 +100,14 @@ class TableWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        whole = False
         try:
             if kind is None:
                 self._commit()
+                whole = True
         finally:
             try:
-                if not self._took_place():
+                if not whole and not self._took_place():
                     self._discard()
             finally:
                 self._release()
