@@ -1,0 +1,105 @@
+"""Checkpoints: safetensors and JSON, nothing pickled, committed by rename.
+
+A run folder holds `checkpoints/<number>/` with state.safetensors (model, optimizer, random generators,
+snapshots of the refresher), state.json (stage, step, what else is a number) and tokenizer.json. A folder is
+written under another name, flushed and renamed, so one that can be seen is whole; the older ones go after
+that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from .inputs import load_tokenizer
+
+STATE, TENSORS, TOKENIZER = "state.json", "state.safetensors", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Nested dicts, lists, numbers and strings; tensors at any leaf."""
+
+    state: dict[str, Any]
+    tokenizer: Tokenizer = field(compare=False)
+
+
+def save(folder: Path, number: int, checkpoint: Checkpoint) -> None:
+    """Commit checkpoint `number` of a folder and drop the others. An OSError leaves the folder as it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{number:06d}"
+    partial = folder / f"{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensors: dict[str, Tensor] = {}
+    plain = _take_tensors(checkpoint.state, "", tensors)
+    save_file(tensors, partial / TENSORS)
+    (partial / STATE).write_text(json.dumps(plain), encoding="utf-8")
+    checkpoint.tokenizer.save(str(partial / TOKENIZER))
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _flush(folder)
+    for other in _folders(folder):
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a folder, None where there is none. Raises ValueError where it is damaged."""
+    found = _folders(folder)
+    if not found:
+        return None
+    last = found[-1]
+    try:
+        tensors = load_file(last / TENSORS)
+        plain = json.loads((last / STATE).read_text(encoding="utf-8"))
+        tokenizer = load_tokenizer(last / TOKENIZER)
+        return Checkpoint(_give_tensors(plain, tensors), tokenizer)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {last} is damaged: {error}") from error
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir() and path.name.isdigit())
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` with each tensor replaced by {"tensor": its name}."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _take_tensors(v, f"{name}/{key}", tensors)] for key, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _give_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _give_tensors(v, tensors) for key, v in value["dict"]}
+    if isinstance(value, list):
+        return [_give_tensors(v, tensors) for v in value]
+    return value
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

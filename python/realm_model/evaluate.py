@@ -1,0 +1,117 @@
+"""How well a REALM retrieves and answers: recall@k, retrieval utility, masked-token accuracy.
+
+Shapes: B queries, N documents, K candidates, M target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import realm_kernels as rk
+
+from .config import RealmConfig
+from .inputs import IGNORE, Corpus, Statements
+from .masking import mask_statements
+from .model import Realm, embed_documents
+from .objectives import fresh_scores, retrieve
+
+RECALL_AT = (1, 5, 20)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over queries. Logarithms are natural."""
+
+    recall: dict[int, float]  # at k: the document that states the fact is among the top k of all documents
+    utility: float  # RU of the top document: log p(y|top, x) - log p(y|null, x) (section 4.5)
+    # log p(y|top, x) - log(1 / objects of the relation). RU alone flatters: with no document the reader may
+    # come to say less than the prior does.
+    gain: float
+    accuracy: float  # of the masked tokens, by the marginal over the candidates
+    log_marginal: float  # log p(y|x)
+
+    def as_dict(self) -> dict[str, float]:
+        values = {f"recall@{k}": value for k, value in self.recall.items()}
+        return values | {
+            "utility": self.utility,
+            "gain": self.gain,
+            "accuracy": self.accuracy,
+            "log_marginal": self.log_marginal,
+        }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the model made of masked statements, by candidate."""
+
+    rows: Tensor  # int64 [B, K], the null document first
+    log_likelihood: Tensor  # [B, K, M]
+    token_mask: Tensor  # bool [B, M]
+    posterior: rk.Posterior
+    predictions: Tensor  # int64 [B, M], by the marginal
+
+
+def build_table(model: Realm, corpus: Corpus) -> rk.ShardedTable:
+    """The index by the encoder as it is now."""
+    rows = torch.arange(corpus.documents.num_documents)
+    return rk.ShardedTable.from_tensors([embed_documents(model.retriever, corpus.documents, rows)])
+
+
+@torch.no_grad()
+def read(
+    model: Realm,
+    corpus: Corpus,
+    table: rk.ShardedTable,
+    masked: tuple[Tensor, Tensor, Tensor],
+    config: RealmConfig,
+) -> Reading:
+    """Retrieve for and read masked ids [B, L] with positions and targets [B, M]."""
+    ids, positions, targets = masked
+    queries = model.retriever.queries(ids)
+    rows, found = retrieve(queries, table, corpus.documents, config.candidates, None)
+    scores = fresh_scores(model, corpus.documents, queries, rows)
+    hidden = model.read(ids, positions, corpus.documents.bodies[rows])
+    log_p = (hidden @ model.reader.weight.T + model.reader.bias).log_softmax(-1)  # [B, K, M, V]
+    token_mask = targets != IGNORE
+    wanted = targets.masked_fill(~token_mask, 0)[:, None, :, None].expand(-1, rows.shape[1], -1, 1)
+    log_likelihood = log_p.gather(3, wanted).squeeze(3)
+    posterior = rk.posterior(
+        scores, log_likelihood, token_mask=token_mask, doc_mask=found, mode=config.mode, null_index=0
+    )
+    marginal = torch.einsum("bk,bkmv->bmv", posterior.prior.to(log_p.dtype), log_p.exp())
+    return Reading(rows, log_likelihood, token_mask, posterior, marginal.argmax(-1))
+
+
+@torch.no_grad()
+def evaluate(model: Realm, corpus: Corpus, config: RealmConfig, statements: Statements) -> Evaluation:
+    """Objects of the statements masked, over all documents of the corpus, with a fresh index."""
+    model.eval()
+    table = build_table(model, corpus)
+    unused = torch.Generator()  # salient masks draw nothing
+    totals = dict.fromkeys(["utility", "gain", "right", "tokens", "log_marginal"], 0.0)
+    hits = dict.fromkeys(RECALL_AT, 0.0)
+    for rows in torch.arange(len(statements)).split(100):
+        batch = statements[rows]
+        masked = mask_statements(batch, "salient", unused)
+        top = rk.mips_topk(model.retriever.queries(masked[0]), table, min(max(RECALL_AT), table.num_rows))
+        for k in RECALL_AT:
+            hits[k] += (top.indices[:, :k] == batch.fact[:, None]).any(1).sum().item()
+        reading = read(model, corpus, table, masked, config)
+        log_top = (reading.log_likelihood[:, 1] * reading.token_mask).sum(1)
+        totals["utility"] += reading.posterior.utility[:, 1].sum().item()
+        totals["gain"] += (log_top + corpus.objects_per_fact[batch.fact].log()).sum().item()
+        totals["right"] += (reading.predictions == masked[2]).sum().item()
+        totals["tokens"] += reading.token_mask.sum().item()
+        totals["log_marginal"] += reading.posterior.log_marginal.sum().item()
+    model.train()
+    n = max(len(statements), 1)
+    return Evaluation(
+        recall={k: hits[k] / n for k in RECALL_AT},
+        utility=totals["utility"] / n,
+        gain=totals["gain"] / n,
+        accuracy=totals["right"] / max(totals["tokens"], 1),
+        log_marginal=totals["log_marginal"] / n,
+    )

@@ -1,0 +1,269 @@
+"""Pre-training from the first step to the last, killed and resumed at any of them.
+
+The stages follow one another (stages.py). What a step depends on is in the Trainer's state_dict and nowhere
+else, so with the fixed-lag refresher the losses of a resumed run equal those of an undisturbed one bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from . import checkpoints
+from .config import RunConfig, StageConfig, read_config, to_json
+from .evaluate import Evaluation, evaluate
+from .inputs import Corpus, prepare, world_tokenizer
+from .model import Realm
+from .stages import IctStage, ReaderStage, RealmStage, Stage
+from .world import World, draw_world, generate_source, load_source
+
+STAGES = ("ict", "reader", "realm")
+CLIP = 1.0  # of the gradient's norm, for each network (released code)
+WEIGHT_DECAY, ADAM_EPS = 0.01, 1e-6  # released code
+
+Record = dict[str, Any]  # one line of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run trains and is tested on."""
+
+    config: RunConfig
+    world: World
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+
+def make_setting(config: RunConfig, tokenizer: Tokenizer | None = None) -> Setting:
+    """Draw the world of a configuration. Raises ValueError where its data are missing or too few."""
+    source = generate_source() if config.world.data is None else load_source(Path(config.world.data))
+    world = draw_world(source, config.world, config.seed)
+    tokenizer = tokenizer or world_tokenizer(world, config.model.vocab_size)
+    return Setting(config, world, tokenizer, prepare(world, tokenizer, config.model))
+
+
+def make_model(setting: Setting) -> Realm:
+    torch.manual_seed(setting.config.seed)
+    return Realm(setting.config.model, setting.tokenizer.get_vocab_size())
+
+
+class Optimizer:
+    """AdamW for the networks a stage trains: each with its rate and its clip, linear warm-up and decay."""
+
+    def __init__(self, model: Realm, config: StageConfig) -> None:
+        self.config = config
+        rates = ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
+        groups = [{"params": list(net.parameters()), "lr": lr, "peak": lr} for net, lr in rates if lr > 0]
+        self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS)
+
+    def step(self, loss: torch.Tensor, step: int) -> None:
+        self.adamw.zero_grad()
+        loss.backward()
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak"] * self._factor(step)
+            nn.utils.clip_grad_norm_(group["params"], CLIP)
+        self.adamw.step()
+
+    def _factor(self, step: int) -> float:
+        steps = self.config.steps
+        warmup = max(1, round(self.config.warmup * steps))
+        return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+class Trainer:
+    """A run in memory."""
+
+    def __init__(self, setting: Setting, index: Path | None = None) -> None:
+        torch.set_num_threads(setting.config.threads)
+        self.setting, self.index = setting, index
+        self.model = make_model(setting)
+        self.generator = torch.Generator().manual_seed(setting.config.seed)  # draws all batches
+        self.enter(0)
+
+    def enter(self, number: int) -> None:
+        """Begin stage `number`; past the last one there is nothing to do."""
+        self.number, self.step = number, 0
+        self.stage: Stage | None = None
+        self.optimizer: Optimizer | None = None
+        if not self.done:
+            self.stage = self._make_stage()
+            self.optimizer = Optimizer(self.model, self.stage.config)
+
+    @property
+    def done(self) -> bool:
+        return self.number == len(STAGES)
+
+    @property
+    def name(self) -> str:
+        return STAGES[self.number]
+
+    def advance(self) -> Record:
+        """One step of training."""
+        assert self.stage is not None and self.optimizer is not None
+        self.stage.begin_step(self.step)
+        loss, metrics = self.stage.loss(self.generator)
+        self.optimizer.step(loss, self.step)
+        record = {"stage": self.name, "step": self.step, "loss": loss.item(), **metrics}
+        self.step += 1
+        return record
+
+    def end_stage(self) -> None:
+        self.close()
+        self.enter(self.number + 1)
+
+    def evaluate(self) -> Evaluation:
+        corpus, config = self.setting.corpus, self.setting.config
+        return evaluate(self.model, corpus, config.marginal, corpus.held_out)
+
+    def close(self) -> None:
+        if self.stage is not None:
+            self.stage.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": {} if self.optimizer is None else self.optimizer.adamw.state_dict()["state"],
+            "generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+            "stage": {} if self.stage is None else self.stage.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()
+        self.model.load_state_dict(state["model"])
+        self.enter(state["number"])
+        self.step = state["step"]
+        if self.stage is not None and self.optimizer is not None:
+            adamw = self.optimizer.adamw
+            adamw.load_state_dict(adamw.state_dict() | {"state": state["optimizer"]})
+            if self.step > 0:
+                self.stage.load_state_dict(state["stage"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_generator"])
+
+    def _make_stage(self) -> Stage:
+        config, corpus = self.setting.config, self.setting.corpus
+        if self.name == "ict":
+            return IctStage(config, self.model, corpus)
+        if self.name == "reader":
+            return ReaderStage(config, self.model, corpus)
+        return RealmStage(config, self.model, corpus, self.index)
+
+
+def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> Evaluation:
+    """Train into the run folder `out`, from its last checkpoint where it has one; the final evaluation.
+
+    Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
+    sees each line. Raises ValueError for data that are missing, a folder that is another run's or a damaged
+    checkpoint, OSError where the folder cannot be written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(config, out)
+    checkpoint = checkpoints.load(out / "checkpoints")
+    setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
+    trainer = Trainer(setting, out / "index")
+    log = MetricsLog(out / "metrics.jsonl")
+    try:
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint.state)
+            log.cut(checkpoint.state["metrics_bytes"])
+        return _run(trainer, out, log, report)
+    finally:
+        trainer.close()
+        log.close()
+
+
+def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], None]) -> Evaluation:
+    config = trainer.setting.config
+
+    def write(record: Record) -> None:
+        log.write(record)
+        report(record)
+
+    def commit() -> None:
+        state = trainer.state_dict() | {"metrics_bytes": log.size()}
+        number = sum(_stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
+        checkpoints.save(
+            out / "checkpoints", number, checkpoints.Checkpoint(state, trainer.setting.tokenizer)
+        )
+
+    started = time.monotonic()
+    while not trainer.done:
+        stage, steps = trainer.name, _stage_steps(config)[trainer.number]
+        while trainer.step < steps:
+            write(trainer.advance())
+            due = stage == "realm" and trainer.step % config.evaluate_every == 0
+            if due and trainer.step < steps:
+                write(_evaluation_record(trainer, stage, started))
+            if trainer.step % config.checkpoint_every == 0 and trainer.step < steps:
+                commit()
+        write(_evaluation_record(trainer, stage, started))
+        trainer.end_stage()
+        commit()
+    return trainer.evaluate()
+
+
+def _evaluation_record(trainer: Trainer, stage: str, started: float) -> Record:
+    values = trainer.evaluate().as_dict()
+    seconds = time.monotonic() - started
+    return {"evaluation": values, "stage": stage, "step": trainer.step, "seconds": round(seconds, 1)}
+
+
+class MetricsLog:
+    """metrics.jsonl: appended line by line, cut back to the last checkpoint on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("ab")
+
+    def write(self, record: Record) -> None:
+        self.file.write(json.dumps(record).encode() + b"\n")
+
+    def size(self) -> int:
+        self.file.flush()
+        return self.file.tell()
+
+    def cut(self, size: int) -> None:
+        self.file.truncate(min(size, self.size()))
+        self.file.seek(0, 2)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def load_run(run: Path) -> tuple[Setting, Realm]:
+    """The world and the model of the last checkpoint of a run folder. ValueError where there is none."""
+    config = read_config(run)
+    checkpoint = checkpoints.load(run / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{run} has no checkpoint yet")
+    torch.set_num_threads(config.threads)
+    setting = make_setting(config, checkpoint.tokenizer)
+    model = make_model(setting)
+    model.load_state_dict(checkpoint.state["model"])
+    return setting, model.eval()
+
+
+def _claim(config: RunConfig, out: Path) -> None:
+    """Write config.json; where one is, it must be the same."""
+    path = out / "config.json"
+    if not path.exists():
+        path.write_text(to_json(config) + "\n", encoding="utf-8")
+    elif read_config(out) != config:
+        raise ValueError(
+            f"{out} holds a run with another configuration: choose another folder, or start afresh"
+        )
+
+
+def _stage_steps(config: RunConfig) -> tuple[int, int, int]:
+    return config.ict.steps, config.reader.steps, config.realm.steps

@@ -1,0 +1,180 @@
+"""The three stages of pre-training, in order: the Inverse Cloze Task, the reader's copy start, REALM.
+
+A stage draws its batches and says what to minimise. Nothing a stage makes at its start outlives what a
+checkpoint holds: made again from the same model, it is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import realm_kernels as rk
+
+from .config import RunConfig, StageConfig
+from .evaluate import build_table
+from .inputs import Corpus
+from .masking import crop_spans, mask_statements
+from .model import Realm, embed_documents
+from .objectives import ict_loss, reading_loss, realm_loss
+
+ICT_REMOVE = 0.9  # the share of spans taken out of their context (ORQA)
+# The copy start's contexts: a statement's own document, one retrieved for it, or none.
+OWN_CONTEXT, RETRIEVED_CONTEXT = 0.7, 0.2
+RETRIEVED = 8
+ENCODE_ROWS = 1024  # documents per chunk of a refresh
+
+
+class Stage(Protocol):
+    """One stage of training."""
+
+    config: StageConfig
+
+    def begin_step(self, step: int) -> None:
+        """The step boundary, before the work of `step`."""
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Draw a batch; the loss and what else is worth a line in the metrics."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed stage needs beside the model."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Stateless:
+    def begin_step(self, step: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class IctStage(_Stateless):
+    """Warm start of the retriever: a span of each document's body looks for the rest of it (section 3.3)."""
+
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
+        self.config, self.model, self.documents = config.ict, model, corpus.documents
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randperm(self.documents.num_documents, generator=generator)[: self.config.batch]
+        spans, rest = crop_spans(self.documents.bodies[rows], ICT_REMOVE, generator)
+        return ict_loss(self.model, self.documents, rows, spans, rest), {}
+
+
+class ReaderStage(_Stateless):
+    """Copy start of the reader: it learns to fill a mask from a document that says it, and to do without.
+
+    Statements of the corpus, masked, beside their own document, one that the warm retriever finds for them,
+    or the null document. No query is seen and the retriever stays as it is. Without this start the first
+    steps of REALM reward documents for nothing and damage the retriever.
+    """
+
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
+        self.config, self.model, self.corpus = config.reader, model, corpus
+        self.masks = ("salient", config.marginal.masks)  # alternating, so that an ablation starts fairly
+        self.step = 0
+        self.retrieved = self._retrieve()
+
+    def begin_step(self, step: int) -> None:
+        self.step = step
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        own, documents = self.corpus.own, self.corpus.documents
+        picked = torch.randint(len(own), (self.config.batch,), generator=generator)
+        statements = own[picked]
+        draw = torch.rand(len(picked), generator=generator)
+        column = torch.randint(self.retrieved.shape[1], (len(picked),), generator=generator)
+        rows = torch.where(draw < OWN_CONTEXT, statements.fact, self.retrieved[picked, column])
+        rows = rows.masked_fill(draw >= OWN_CONTEXT + RETRIEVED_CONTEXT, documents.null)
+        masked = mask_statements(statements, self.masks[self.step % 2], generator)
+        return reading_loss(self.model, *masked, documents.bodies[rows]), {}
+
+    @torch.no_grad()
+    def _retrieve(self) -> Tensor:
+        """The top documents of every statement of the corpus, its object masked: int64 [facts, RETRIEVED]."""
+        table = build_table(self.model, self.corpus)
+        unused = torch.Generator()  # salient masks draw nothing
+        found = []
+        for rows in torch.arange(len(self.corpus.own)).split(ENCODE_ROWS):
+            ids, _, _ = mask_statements(self.corpus.own[rows], "salient", unused)
+            found.append(rk.mips_topk(self.model.retriever.queries(ids), table, RETRIEVED).indices)
+        return torch.cat(found)
+
+
+class RealmStage:
+    """REALM's pre-training: retrieve from the stale index, score afresh, maximise log p(y|x), refresh the
+    index.
+    """
+
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, index: Path | None) -> None:
+        self.config, self.marginal, self.model, self.corpus = config.realm, config.marginal, model, corpus
+        rows = torch.zeros(corpus.documents.num_documents, config.model.projection)
+        self.table = rk.ShardedTable.from_tensors([rows])
+        lag = config.marginal.refresh_lag if config.marginal.refresh == "fixed_lag" else None
+        self.refresher = rk.TableRefresher(
+            self.table,
+            self._encoder(),
+            mode=config.marginal.refresh,
+            every=config.marginal.refresh_every,
+            lag=lag,
+            path=index,
+        )
+
+    def begin_step(self, step: int) -> None:
+        if step == 0:
+            self.refresher.build(0, self.model.retriever.state_dict)
+        self.refresher.step(step, self.model.retriever.state_dict)
+
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        from_corpus = round(self.marginal.corpus_share * self.config.batch)
+        train, own = self.corpus.train, self.corpus.own
+        queries = train[torch.randint(len(train), (self.config.batch - from_corpus,), generator=generator)]
+        sentences = own[torch.randint(len(own), (from_corpus,), generator=generator)]
+        # A sentence of the corpus would find the document it was taken from, and learn nothing by it.
+        exclude = torch.cat([torch.full_like(queries.fact, -1), sentences.fact])[:, None]  # [B, 1]
+        masked = mask_statements(queries.cat(sentences), self.marginal.masks, generator)
+        loss, posterior = realm_loss(
+            self.model, self.corpus.documents, self.table, masked, exclude, self.marginal
+        )
+        metrics = self.refresher.metrics
+        null = posterior.prior[: len(queries), 0].mean().item()
+        return loss, {
+            "null_prior": null,
+            "age": metrics.age,
+            "refreshes": metrics.refreshes,
+            "failed_refreshes": metrics.failures,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.refresher.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.refresher.load_state_dict(state)
+
+    def close(self) -> None:
+        self.refresher.close()
+
+    def _encoder(self) -> Any:
+        """What the refresher's thread runs: a twin of the embedder, which it alone touches."""
+        twin, documents = copy.deepcopy(self.model.retriever).eval(), self.corpus.documents
+
+        def encode(snapshot: dict[str, Tensor]) -> Iterator[Tensor]:
+            twin.load_state_dict(snapshot)
+            for rows in torch.arange(documents.num_documents).split(ENCODE_ROWS):
+                yield embed_documents(twin, documents, rows)
+
+        return encode
