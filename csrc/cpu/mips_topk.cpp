@@ -185,7 +185,8 @@ class Worker {
       const int64_t n = std::min<int64_t>(kernels_.panel_rows, block.num_rows - r);
       const char* panel_rows = rows + first * block.shard->row_stride * size;
       if (!all_masked(block.first_id + first, n)) {
-        scan_rows(panel_rows, block.shard->row_stride, n, size, block.first_id + first);
+        const int64_t next_n = std::min<int64_t>(kernels_.panel_rows, block.num_rows - r - n);
+        scan_rows(panel_rows, block.shard->row_stride, n, next_n, size, block.first_id + first);
       }
     }
   }
@@ -203,8 +204,9 @@ class Worker {
     return std::none_of(mask, mask + n, [](bool kept) { return kept; });
   }
 
-  // The rows of one panel, by the kernel that fits the batch.
-  void scan_rows(const char* rows, int64_t row_stride, int64_t n, int64_t size, int64_t first_id) {
+  // The n rows of one panel, before next_n rows of the next, by the kernel that fits the batch.
+  void scan_rows(const char* rows, int64_t row_stride, int64_t n, int64_t next_n, int64_t size,
+                 int64_t first_id) {
     int64_t num_hits;
     if (queries_.batch <= kernels_.direct_max) {
       num_hits = kernels_.scan_rows(rows, params_.table_type, row_stride, n, params_.dim, packed_, bound_,
@@ -213,7 +215,9 @@ class Worker {
       const double square =
           kernels_.pack_panel(rows, params_.table_type, row_stride, n, params_.dim, panel_.data());
       const float norm = static_cast<float>(std::sqrt(square * bound_.norm_growth + bound_.norm_floor));
-      num_hits = kernels_.scan_panel(panel_.data(), norm, params_.dim, packed_, bound_, hits_.data());
+      const NextRows next = {rows + n * row_stride * size,
+                             row_stride == params_.dim ? next_n * row_stride * size : 0};
+      num_hits = kernels_.scan_panel(panel_.data(), norm, params_.dim, packed_, bound_, next, hits_.data());
     }
     for (int64_t h = 0; h < num_hits; ++h) {
       for (uint32_t bits = hits_[h].rows; bits != 0; bits &= bits - 1) {

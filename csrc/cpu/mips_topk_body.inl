@@ -197,9 +197,17 @@ inline int64_t scan_last_group(int64_t size, const float* panel, float norm, int
 }
 
 int64_t scan_panel(const float* panel, float norm, int64_t dim, const PackedQueries& queries,
-                   const ScanBound& bound, PanelHit* hits) {
+                   const ScanBound& bound, NextRows next, PanelHit* hits) {
+  // Packing waits for memory and scanning does not: the rows of the next panel are asked for while this one
+  // is scanned, a share with each group of queries.
+  const int64_t share = (next.bytes * kQueryGroup / queries.batch + 63) / 64 * 64;
+  const char* asked = static_cast<const char*>(next.rows);
+  const char* end = asked + next.bytes;
   int64_t count = 0, q = 0;
   for (; q + kQueryGroup <= queries.batch; q += kQueryGroup) {
+    for (const char* stop = end - asked < share ? end : asked + share; asked < stop; asked += 64) {
+      __builtin_prefetch(asked);
+    }
     count +=
         scan_group<kQueryGroup>(panel, norm, dim, queries.packed + q * dim, q, queries, bound, hits + count);
   }
@@ -213,51 +221,81 @@ inline Vec8 horizontal_sums(Vec8 (&v)[8]) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+// A bit for each lane that is not below its cutoff; NaN counts as not below.
+inline uint32_t not_below8(Vec8 scores, Vec8 cutoffs) {
+#if defined(__AVX2__)
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)scores, (__m256)cutoffs, _CMP_NLT_UQ)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 8; ++lane) {
+    bits |= static_cast<uint32_t>(!(scores[lane] < cutoffs[lane])) << lane;
+  }
+  return bits;
+#endif
+}
+
 // kQueries queries against rows as they lie, 8 / (kQueries + 1) rows at a time: with the squared norms that
-// makes at most eight accumulators, whose sums one transpose gives. Memory is the limit here.
+// makes at most eight accumulators, whose sums one transpose gives. Memory is the limit here, so the rows
+// that come next are asked for early.
 template <int kQueries, class T>
 int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, const PackedQueries& queries,
                      const ScanBound& bound, PanelHit* hits) {
   constexpr int kRows = 8 / (kQueries + 1);
+  constexpr int kAhead = 16;  // rows: 8 KiB of float32 at D = 128, some 300 ns of one core's share of memory
   uint32_t found[kQueries] = {};
   for (int64_t first = 0; first < n; first += kRows) {
     const T* row[kRows];
     for (int r = 0; r < kRows; ++r) {  // beyond the last row: the last again, its bit is not kept
       row[r] = rows + (first + r < n ? first + r : n - 1) * row_stride;
     }
-    Vec8 sums[8] = {};
+    Vec8 sums[8] = {};  // of query q and row r at q * kRows + r, then the squared norms
     const auto step = [&](int64_t d, auto&& load_row) __attribute__((always_inline)) {
       Vec8 x[kRows];
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         x[r] = load_row(row[r]);
-        sums[r * (kQueries + 1) + kQueries] += x[r] * x[r];
+        sums[kQueries * kRows + r] += x[r] * x[r];
       }
 #pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) {
         const Vec8 query = load<Vec8>(queries.padded + q * queries.padded_dim + d);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          sums[r * (kQueries + 1) + q] += x[r] * query;
+          sums[q * kRows + r] += x[r] * query;
         }
       }
     };
     int64_t d = 0;
-    for (; d + 8 <= dim; d += 8) {
+    for (; d + 16 <= dim; d += 16) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_prefetch(row[r] + kAhead * row_stride + d);
+      }
       step(d, [d](const T* from) { return load8(from + d); });
+      step(d + 8, [d](const T* from) { return load8(from + d + 8); });
     }
-    if (d < dim) {
-      step(d, [d, dim](const T* from) { return load_tail(from, d, dim); });
+    for (; d < dim; d += 8) {
+      step(d, [d, dim](const T* from) { return load_any(from, d, dim); });
     }
     const Vec8 totals = horizontal_sums(sums);
-    for (int r = 0; r < kRows && first + r < n; ++r) {
-      const double square = totals[r * (kQueries + 1) + kQueries];
-      const float norm = static_cast<float>(__builtin_sqrt(square * bound.norm_growth + bound.norm_floor));
-      for (int q = 0; q < kQueries; ++q) {
-        if (q < queries.batch && !(totals[r * (kQueries + 1) + q] < cutoff_of(queries, q, norm, bound))) {
-          found[q] |= 1u << (first + r);
-        }
+    float square = 0.0f;
+    for (int r = 0; r < kRows; ++r) {
+      const float candidate = totals[kQueries * kRows + r];
+      square = candidate > square || candidate != candidate ? candidate : square;
+    }
+    const float norm = static_cast<float>(__builtin_sqrt(square * bound.norm_growth + bound.norm_floor));
+    Vec8 cutoffs = {};
+    for (int q = 0; q < kQueries && q < queries.batch; ++q) {
+      const float cutoff = cutoff_of(queries, q, norm, bound);
+      for (int r = 0; r < kRows; ++r) {
+        cutoffs[q * kRows + r] = cutoff;
       }
+    }
+    const uint32_t bits = not_below8(totals, cutoffs);
+    constexpr uint32_t kRowBits = (1u << kRows) - 1;
+    for (int q = 0; q < kQueries && q < queries.batch; ++q) {
+      found[q] |= (bits >> (q * kRows) & kRowBits) << first;
     }
   }
   int64_t count = 0;

@@ -26,6 +26,12 @@ struct ScanBound {
   double norm_floor;   // ... and as an absolute term (underflow)
 };
 
+// Memory to fetch while a panel is scanned: the rows of the next one, where they lie in one piece.
+struct NextRows {
+  const void* rows;
+  int64_t bytes;
+};
+
 // One query and the rows of a panel that may matter to it, a bit each.
 struct PanelHit {
   int32_t query;
@@ -43,7 +49,7 @@ struct MipsTopkKernels {
                       float* panel);
   // Writes the hits of one panel, at most one for each query; returns how many.
   int64_t (*scan_panel)(const float* panel, float norm, int64_t dim, const PackedQueries& queries,
-                        const ScanBound& bound, PanelHit* hits);
+                        const ScanBound& bound, NextRows next, PanelHit* hits);
   // The same for n <= panel_rows rows as they lie, for batch <= direct_max.
   int64_t (*scan_rows)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
                        const PackedQueries& queries, const ScanBound& bound, PanelHit* hits);
