@@ -2,6 +2,7 @@
 
 from . import nn
 from .backends import explain, use_backend
+from .linear_marginal_loss import linear_marginal_loss
 from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import TopK, mips_topk
 from .native import build_info
@@ -18,6 +19,7 @@ __all__ = [
     "TopK",
     "build_info",
     "explain",
+    "linear_marginal_loss",
     "marginal_loss",
     "mips_topk",
     "nn",

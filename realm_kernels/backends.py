@@ -12,7 +12,7 @@ from typing import Any
 from . import native
 
 # Every name use_backend() knows, in the order in which a call tries them.
-NAMES = ("cpu", "cuda", "triton", "reference")
+NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 
 _local = threading.local()
 _warned: set[str] = set()
@@ -73,7 +73,8 @@ def valid_names() -> tuple[str, ...]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend for the calls of this thread inside the `with` block; None gives the choice back.
 
-    name: "cpu", "cuda", "triton", "reference", or one instruction set of the CPU backend as "cpu:avx2".
+    name: "cpu", "cuda", "triton", "torch" (products of the library, any device), "reference", or one instruction
+        set of the CPU backend as "cpu:avx2".
     Raises ValueError for a name that is unknown or cannot run on this machine.
 
     >>> import torch, realm_kernels as rk

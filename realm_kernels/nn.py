@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .linear_marginal_loss import linear_marginal_loss
+from .marginal_loss import Posterior
 from .marginal_loss import checks as marginal_loss_checks
 from .marginal_loss import marginal_loss
 from .span_marginal_loss import checks as span_marginal_loss_checks
 from .span_marginal_loss import span_marginal_loss
 from .validation import check_choice
 
-__all__ = ["MarginalLoss", "SpanMarginalLoss"]
+__all__ = ["LinearMarginalLoss", "MarginalLoss", "SpanMarginalLoss"]
 
 
 class MarginalLoss(nn.Module):
@@ -48,6 +50,65 @@ class MarginalLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, reduction={self.reduction!r}"
+
+
+class LinearMarginalLoss(nn.Module):
+    """rk.linear_marginal_loss with its ignore_index, mode, reduction and return_posterior fixed.
+
+    It owns no weight: the decoder's, tied to the embeddings or not, is passed to each call.
+
+    >>> import torch, realm_kernels as rk
+    >>> hidden, weight = torch.randn(2, 4, 3, 16), torch.randn(100, 16)
+    >>> loss_of = rk.nn.LinearMarginalLoss(mode="token")
+    >>> loss = loss_of(torch.randn(2, 4), hidden, weight, torch.randint(100, (2, 3)))
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        mode: str = "sequence",
+        reduction: str = "mean",
+        return_posterior: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("LinearMarginalLoss", "mode", mode, marginal_loss_checks.MODES)
+        check_choice("LinearMarginalLoss", "reduction", reduction, marginal_loss_checks.REDUCTIONS)
+        self.ignore_index = ignore_index
+        self.mode = mode
+        self.reduction = reduction
+        self.return_posterior = return_posterior
+
+    def forward(
+        self,
+        scores: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        *,
+        bias: Tensor | None = None,
+        doc_mask: Tensor | None = None,
+        log_weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Posterior]:
+        return linear_marginal_loss(
+            scores,
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            doc_mask=doc_mask,
+            log_weight=log_weight,
+            ignore_index=self.ignore_index,
+            mode=self.mode,
+            reduction=self.reduction,
+            return_posterior=self.return_posterior,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, mode={self.mode!r}, reduction={self.reduction!r}, "
+            f"return_posterior={self.return_posterior}"
+        )
 
 
 class SpanMarginalLoss(nn.Module):

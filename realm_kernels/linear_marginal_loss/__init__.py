@@ -1,0 +1,3 @@
+from .api import linear_marginal_loss
+
+__all__ = ["linear_marginal_loss"]

@@ -1,0 +1,102 @@
+"""rk.linear_marginal_loss: the marginal loss from hidden states, without their logits in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import explained_by
+from ..marginal_loss.api import Posterior, posterior
+from ..marginal_loss.reference import reduce
+from . import plan
+from .checks import check
+
+__all__ = ["linear_marginal_loss"]
+
+
+@explained_by(plan.explain)
+def linear_marginal_loss(
+    scores: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    doc_mask: Tensor | None = None,
+    log_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    mode: str = "sequence",
+    reduction: str = "mean",
+    return_posterior: bool = False,
+) -> Tensor | tuple[Tensor, Posterior]:
+    """rk.marginal_loss of log p(y_m|z_k,x) = log softmax(hidden_km weight^T + bias) at y_m = targets_m.
+
+    This is REALM's knowledge-augmented encoder (Guu et al. 2020, section 3.2) from the last hidden state to
+    the loss: -log p(y|x), marginalised over K documents in mode "sequence" (equation 1) or "token" (the
+    released code). The logits [B, K, M, V] are never held: chunks of whole examples pass through a workspace
+    of 256 MiB, and their gradients are made on the way, three matrix products in all.
+
+    scores: [B, K] relevance f(x, z), K >= 1, any float dtype; -inf masks a document.
+    hidden: [B, K, M, H], the reader's hidden states at the target tokens, H >= 1.
+    weight, bias: [V, H], V >= 1, and [V] or None, of hidden's dtype. A weight tied to the embeddings works.
+    targets: int64 [B, M], in [0, V) or ignore_index: tokens that are not scored.
+    doc_mask: bool [B, K]; False means no document.
+    log_weight: [B, K] added to scores, any float dtype; it receives the same gradient.
+    ignore_index: any int, also one inside the vocabulary.
+    reduction: "none" gives [B]; "sum"; "mean" divides by the counted examples (mode "sequence") or counted
+        tokens (mode "token") and is 0 where nothing counts. "none" with a weight or bias that requires a
+        gradient recomputes the logits in the backward: a fourth product.
+    return_posterior: return (loss, rk.Posterior) with what rk.posterior gives, detached.
+
+    An example without a document or a scored token is 0, has no gradient and is not counted. What masked
+    documents and ignored tokens hold is never looked at, NaN included. Where every document has likelihood
+    zero the loss is +inf and the gradient 0. The loss, the logits and the sums of d_weight and d_bias are
+    float32 (float64 where hidden is); torch's switches for reduced precision products are obeyed. Under
+    autocast hidden, weight and bias are cast as torch.nn.functional.linear casts them, and nothing else is.
+    Once differentiable.
+
+    Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device, and on the
+    CPU for a target out of range; elsewhere such a target makes its example NaN.
+
+    >>> import torch, realm_kernels as rk
+    >>> hidden, weight = torch.randn(2, 4, 3, 16), torch.randn(100, 16, requires_grad=True)
+    >>> rk.linear_marginal_loss(torch.randn(2, 4), hidden, weight, torch.randint(100, (2, 3))).backward()
+    """
+    check(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, reduction)
+    hidden, weight = _cast_as_linear(hidden), _cast_as_linear(weight)
+    if bias is not None:
+        bias = _cast_as_linear(bias)
+    needs_hidden, needs_weight, needs_bias = (_needs_gradient(tensor) for tensor in (hidden, weight, bias))
+    # One example's share of d_weight cannot be scaled afterwards, so with "none" nothing is made beforehand.
+    beforehand = reduction != "none" or not (needs_weight or needs_bias)
+    loss, count, log_likelihood, *_ = torch.ops.realm_kernels.linear_marginal_loss(
+        scores,
+        hidden,
+        weight,
+        targets,
+        bias,
+        doc_mask,
+        log_weight,
+        ignore_index,
+        mode,
+        beforehand and needs_hidden,
+        beforehand and needs_weight,
+        beforehand and needs_bias,
+    )
+    reduced = reduce(loss, count, reduction)
+    if not return_posterior:
+        return reduced
+    scored = targets != ignore_index
+    return reduced, posterior(
+        scores, log_likelihood, token_mask=scored, doc_mask=doc_mask, log_weight=log_weight, mode=mode
+    )
+
+
+def _needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
+
+
+def _cast_as_linear(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -1,0 +1,59 @@
+"""Every error a user of linear_marginal_loss can see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..marginal_loss.checks import DTYPES, REDUCTIONS, check_documents
+from ..marginal_loss.reference import MODES
+from ..validation import check_choice, check_tensor, describe
+
+OP = "linear_marginal_loss"
+
+
+def check(
+    scores: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    ignore_index: int,
+    mode: str,
+    reduction: str,
+) -> None:
+    """Raise TypeError or ValueError for arguments the op does not take."""
+    check_documents(OP, scores, doc_mask, log_weight)
+    device = scores.device
+    legend = "[B, K, M, H]"
+    check_tensor(OP, "hidden", hidden, legend, (*scores.shape, None, None), DTYPES, device)
+    batch, _, tokens, width = hidden.shape
+    if width < 1:
+        raise ValueError(f"{OP}: hidden must be {legend} with H >= 1, got {describe(hidden)}")
+    check_tensor(OP, "weight", weight, "[V, H]", (None, width), (hidden.dtype,), device)
+    if weight.shape[0] < 1:
+        raise ValueError(f"{OP}: weight must be [V, H] with V >= 1, got {describe(weight)}")
+    check_tensor(OP, "targets", targets, "[B, M]", (batch, tokens), (torch.int64,), device)
+    if bias is not None:
+        check_tensor(OP, "bias", bias, "[V]", (weight.shape[0],), (hidden.dtype,), device)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{OP}: ignore_index must be an int, got {describe(ignore_index)}")
+    check_choice(OP, "mode", mode, MODES)
+    check_choice(OP, "reduction", reduction, REDUCTIONS)
+
+
+def check_values(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise ValueError for targets out of range. On the CPU only: elsewhere looking would synchronise."""
+    if targets.device.type != "cpu":
+        return
+    scored = targets[targets != ignore_index]
+    if scored.numel() == 0:
+        return
+    low, high = int(scored.min()), int(scored.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{OP}: targets must be in [0, V={vocabulary}) or ignore_index={ignore_index}, "
+            f"got values from {low} to {high}"
+        )

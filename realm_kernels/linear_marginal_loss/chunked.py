@@ -1,0 +1,176 @@
+"""linear_marginal_loss without the logits of all rows: chunks of whole examples through torch's products.
+
+A chunk holds all K * M rows of its examples, so their posteriors are known as soon as its logits are, and one
+pass does everything:
+
+    logits = W hidden^T + b                                [V, R]   first product
+    statistics over V: log p(target), sum of exponentials  [R]
+    posterior of the chunk's examples, by marginal_loss    [R]
+    d_logits = posterior (p - onehot(target)), in place    [V, R]
+    d_hidden = d_logits^T W                                [R, H]   second product
+    d_weight += d_logits hidden, in float32                [V, H]   third product
+
+The gradients are those of an upstream gradient of 1, to be scaled by the real one. Where that is not one
+number for all examples (reduction "none" with a weight to train), and where one example outgrows the
+workspace, a first pass takes the statistics alone and a second recomputes the logits: four products. Beside
+the products a chunk's V * R numbers are passed over about nine times (README.md counts them).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from .chunks import chunks_of
+from .problem import Gradients, Needs, Problem, posterior_factor
+from .products import products_for
+
+
+class Rows(NamedTuple):
+    """Some rows of a problem, those without a part in the loss left out or neutral."""
+
+    place: Tensor | slice  # among all rows
+    hidden: Tensor  # [R, H]
+    targets: Tensor  # [R], 0 where out of range
+    outside: Tensor  # [R], target out of range
+
+
+class Statistics(NamedTuple):
+    log_p: Tensor  # [R] log softmax of the logits at the target
+    total: Tensor  # [R] sum over V of exp(logit - the largest)
+
+
+def softmax_statistics_(logits: Tensor, targets: Tensor) -> Statistics:
+    """The statistics of logits [V, R], which become exp(logit - the largest), and 0 at the target.
+
+    The target is summed apart from the rest: log p = -log1p(rest / e) keeps its digits where p is near 1.
+    """
+    largest = logits.amax(0)
+    at_target = targets[None]
+    distance = logits.gather(0, at_target)[0] - largest
+    logits.sub_(largest).exp_()
+    logits.scatter_(0, at_target, 0.0)
+    e, rest = distance.exp(), logits.sum(0)
+    total = e + rest
+    log_p = torch.where(rest < e, -(rest / e).log1p(), distance - total.log())
+    return Statistics(log_p, total)
+
+
+def logits_gradient_(exponentials: Tensor, targets: Tensor, statistics: Statistics, factor: Tensor) -> None:
+    """exponentials [V, R], as softmax_statistics_ left them, become factor [R] (p - onehot(target))."""
+    exponentials.mul_(factor / statistics.total)
+    exponentials.scatter_(0, targets[None], (factor * statistics.log_p.expm1())[None])
+
+
+class Pass:
+    """The buffers of one call, and what it does with one chunk."""
+
+    def __init__(self, problem: Problem, needs: Needs) -> None:
+        self.problem, self.needs = problem, needs
+        self.chunks = chunks_of(problem)
+        self.products = products_for(problem.weight, problem.sum_dtype)
+        hidden, weight = problem.hidden, problem.weight
+        self.hidden = hidden.reshape(-1, hidden.shape[3])  # [B * K * M, H]
+        self.live = problem.live().flatten()
+        self.targets = problem.targets[:, None, :].expand(hidden.shape[:3]).flatten()
+
+        dtype = problem.sum_dtype
+        self.workspace = weight.new_empty(
+            weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=dtype
+        )
+        self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=dtype)
+        self.d_hidden = hidden.new_zeros(
+            hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
+        )
+        self.d_weight = weight.new_zeros(weight.shape if needs.weight else (0,), dtype=dtype)
+        self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
+
+    def rows(self, first: int, last: int) -> Rows:
+        live, targets, hidden = self.live[first:last], self.targets[first:last], self.hidden[first:last]
+        place: Tensor | slice = slice(first, last)
+        if live.device.type == "cpu":
+            # Padding tokens and missing documents cost nothing. Elsewhere counting them would synchronise.
+            kept = live.nonzero()[:, 0]
+            place, targets, hidden = kept + first, targets[kept], hidden[kept]
+        else:
+            targets = torch.where(live, targets, 0)
+            hidden = torch.where(live[:, None], hidden, 0.0)
+        outside = (targets < 0) | (targets >= self.problem.weight.shape[0])
+        return Rows(place, self.products.operand(hidden), torch.where(outside, 0, targets), outside)
+
+    def exponentials(self, rows: Rows) -> tuple[Tensor, Statistics]:
+        """First product and statistics."""
+        vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
+        logits = self.workspace[: vocabulary * count].view(vocabulary, count)
+        self.products.logits(rows.hidden, logits)
+        if self.problem.bias is not None:
+            logits.add_(self.problem.bias[:, None])
+        return logits, softmax_statistics_(logits, rows.targets)
+
+    def keep_log_likelihood(self, rows: Rows, statistics: Statistics) -> None:
+        log_p = torch.where(rows.outside, torch.nan, statistics.log_p)
+        if isinstance(rows.place, slice):  # rows without a part are 0
+            log_p = torch.where(self.live[rows.place], log_p, 0.0)
+        self.log_likelihood.view(-1)[rows.place] = log_p
+
+    def add_gradients(self, rows: Rows, exponentials: Tensor, statistics: Statistics, factor: Tensor) -> None:
+        """Second and third product; factor: [R], the upstream gradient times the posterior."""
+        scale = self.products.scale
+        logits_gradient_(exponentials, rows.targets, statistics, factor * scale)
+        d_logits = self.products.operand(exponentials)
+        if self.needs.hidden:
+            d_hidden = self.products.d_hidden(d_logits) / scale
+            self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
+        if self.needs.weight:
+            self.products.add_d_weight(self.d_weight, d_logits, rows.hidden)
+        if self.needs.bias:
+            self.d_bias += exponentials.sum(1)
+
+    def gradients(self) -> Gradients:
+        scale = self.products.scale
+        if scale != 1.0:
+            self.d_weight.div_(scale)
+            self.d_bias.div_(scale)
+        return Gradients(self.d_hidden, self.d_weight, self.d_bias)
+
+
+def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+    """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
+    work = Pass(problem, needs)
+    ones = work.log_likelihood.new_ones(problem.scores.shape[0])
+    one_pass = any(needs) and work.chunks.examples_at_once > 0
+    for first, last in work.chunks.ranges():
+        rows = work.rows(first, last)
+        exponentials, statistics = work.exponentials(rows)
+        work.keep_log_likelihood(rows, statistics)
+        if one_pass:
+            examples = first // work.chunks.rows_of_example, last // work.chunks.rows_of_example
+            part = slice(*examples)
+            factor = posterior_factor(
+                problem.examples(*examples), work.log_likelihood[part], ones[part]
+            ).flatten()
+            kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
+            work.add_gradients(rows, exponentials, statistics, factor[kept])
+    if any(needs) and not one_pass:
+        _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
+    return work.log_likelihood, work.gradients()
+
+
+def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
+    """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
+    work = Pass(problem, needs)
+    _second_pass(work, posterior_factor(problem, log_likelihood, d_loss).flatten())
+    return work.gradients()
+
+
+def _second_pass(work: Pass, factor: Tensor) -> None:
+    for first, last in work.chunks.ranges():
+        rows = work.rows(first, last)
+        exponentials, statistics = work.exponentials(rows)
+        work.add_gradients(rows, exponentials, statistics, factor[rows.place])
+
+
+BACKEND = Backend(name="torch", refuses=lambda *arguments: None, forward=forward, backward=backward)

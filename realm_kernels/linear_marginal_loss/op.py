@@ -1,0 +1,252 @@
+"""The torch ops behind linear_marginal_loss: schemas, fake kernels, autograd, choice of the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..marginal_loss.reference import result_dtype
+from . import checks, chunked, reference
+from .problem import Gradients, Needs, Problem
+
+BACKENDS = (chunked.BACKEND, reference.BACKEND)
+
+_INPUTS = (
+    "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"
+    " Tensor? log_weight"
+)
+_OPTIONS = "int ignore_index, str mode, bool needs_hidden, bool needs_weight, bool needs_bias"
+
+# Gradients come with the forward, for an upstream gradient of 1. needs_weight and needs_bias promise an
+# upstream gradient equal for all examples: a sum over examples cannot be taken apart again.
+torch.library.define(
+    "realm_kernels::linear_marginal_loss",
+    f"({_INPUTS}, {_OPTIONS}) -> (Tensor loss, Tensor count, Tensor log_likelihood, Tensor unit_d_hidden,"
+    " Tensor unit_d_weight, Tensor unit_d_bias)",
+)
+# has_units: the forward brought the gradients, which are scaled; without it they are computed here.
+torch.library.define(
+    "realm_kernels::linear_marginal_loss_bwd",
+    f"(Tensor d_loss, {_INPUTS}, Tensor log_likelihood, Tensor unit_d_hidden, Tensor unit_d_weight,"
+    f" Tensor unit_d_bias, bool has_units, {_OPTIONS}, bool needs_scores)"
+    " -> (Tensor d_scores, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+)
+
+
+def backend_for(problem: Problem) -> backends.Backend:
+    return backends.choose(checks.OP, BACKENDS, problem)
+
+
+@contextmanager
+def _inside(problem: Problem, backend: backends.Backend) -> Iterator[None]:
+    """No autocast within, and the marginal of documents by the reference too, or by the first that can."""
+    device_type = problem.hidden.device.type
+    marginal = backend.name if backend.name == "reference" else None
+    with torch.autocast(device_type, enabled=False), backends.use_backend(marginal):
+        yield
+
+
+@torch.library.impl("realm_kernels::linear_marginal_loss", "CompositeExplicitAutograd")
+def linear_marginal_loss_fwd(
+    scores: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    ignore_index: int,
+    mode: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, ...]:
+    """loss [B], count int64 [B] as marginal_loss gives them, log_likelihood [B, K, M], gradients for 1."""
+    checks.check_values(targets, weight.shape[0], ignore_index)
+    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    backend = backend_for(problem)
+    with _inside(problem, backend):
+        log_likelihood, units = backend.forward(problem, Needs(needs_hidden, needs_weight, needs_bias))
+        loss, count = torch.ops.realm_kernels.marginal_loss(
+            scores, log_likelihood, problem.scored(), doc_mask, log_weight, mode
+        )
+    return loss, count, log_likelihood, *units
+
+
+@torch.library.register_fake("realm_kernels::linear_marginal_loss")
+def _(
+    scores: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    ignore_index: int,
+    mode: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, ...]:
+    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    batch, vocabulary, dtype = scores.shape[0], weight.shape[0], problem.sum_dtype
+    return (
+        scores.new_empty(batch, dtype=result_dtype(scores, hidden, log_weight)),
+        scores.new_empty(batch, dtype=torch.int64),
+        hidden.new_empty(hidden.shape[:3], dtype=dtype),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=problem.hidden_gradient_dtype),
+        weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
+        weight.new_empty(vocabulary if needs_bias else 0, dtype=dtype),
+    )
+
+
+@torch.library.impl("realm_kernels::linear_marginal_loss_bwd", "CompositeExplicitAutograd")
+def linear_marginal_loss_bwd(
+    d_loss: Tensor,
+    scores: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    log_likelihood: Tensor,
+    unit_d_hidden: Tensor,
+    unit_d_weight: Tensor,
+    unit_d_bias: Tensor,
+    has_units: bool,
+    ignore_index: int,
+    mode: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_scores: bool,
+) -> tuple[Tensor, ...]:
+    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    needs = Needs(needs_hidden, needs_weight, needs_bias)
+    backend = backend_for(problem)
+    with _inside(problem, backend):
+        d_scores, _ = torch.ops.realm_kernels.marginal_loss_bwd(
+            d_loss,
+            scores,
+            log_likelihood,
+            problem.scored(),
+            doc_mask,
+            log_weight,
+            mode,
+            needs_scores,
+            False,
+        )
+        if has_units:
+            units = Gradients(unit_d_hidden, unit_d_weight, unit_d_bias)
+            return d_scores, *_scaled(problem, units, needs, d_loss, d_loss[:1].sum())
+        # Of the size of one, as the units are: half precision has no room for the scale of a loss.
+        size = d_loss.abs().amax() if d_loss.numel() > 0 else d_loss.sum()
+        relative = torch.where(size > 0, d_loss / size, 0.0)
+        assert backend.backward is not None
+        units = backend.backward(problem, log_likelihood, relative, needs)
+        return d_scores, *_scaled(problem, units, needs, size.expand(d_loss.shape), size)
+
+
+def _scaled(
+    problem: Problem, units: Gradients, needs: Needs, by_example: Tensor, by_all: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the inputs, in their dtypes, in memory of their own."""
+    d_hidden, d_weight = problem.hidden.new_empty(0), problem.weight.new_empty(0)
+    d_bias = problem.weight.new_empty(0)
+    if needs.hidden:
+        d_hidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
+        torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
+    if needs.weight:
+        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
+        torch.mul(units.d_weight, by_all, out=d_weight)
+    if needs.bias:
+        d_bias = problem.weight.new_empty(problem.weight.shape[0])
+        torch.mul(units.d_bias, by_all, out=d_bias)
+    return d_hidden, d_weight, d_bias
+
+
+@torch.library.register_fake("realm_kernels::linear_marginal_loss_bwd")
+def _(
+    d_loss: Tensor,
+    scores: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    log_likelihood: Tensor,
+    unit_d_hidden: Tensor,
+    unit_d_weight: Tensor,
+    unit_d_bias: Tensor,
+    has_units: bool,
+    ignore_index: int,
+    mode: str,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    needs_scores: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        scores.new_empty(
+            scores.shape if needs_scores else (0,), dtype=result_dtype(scores, hidden, log_weight)
+        ),
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty(weight.shape[0] if needs_bias else 0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias = inputs
+    _, *rest = output
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(*tensors, *rest[1:])
+    ctx.has_units = needs_hidden or needs_weight or needs_bias
+    # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
+    ctx.forced = backends.forced_backend()
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
+    scores, *_, log_weight = ctx.saved_tensors[:7]
+    wants_scores, wants_hidden, wants_weight, _, wants_bias, _, wants_log_weight, *_ = ctx.needs_input_grad
+    with backends.use_backend(ctx.forced):
+        d_scores, d_hidden, d_weight, d_bias = torch.ops.realm_kernels.linear_marginal_loss_bwd(
+            d_loss,
+            *ctx.saved_tensors,
+            ctx.has_units,
+            ctx.ignore_index,
+            ctx.mode,
+            wants_hidden,
+            wants_weight,
+            wants_bias,
+            wants_scores or wants_log_weight,
+        )
+    return (
+        d_scores.to(scores.dtype) if wants_scores else None,
+        d_hidden if wants_hidden else None,
+        d_weight if wants_weight else None,
+        None,
+        d_bias if wants_bias else None,
+        None,
+        d_scores.to(log_weight.dtype) if wants_log_weight else None,
+        *(None,) * 5,
+    )
+
+
+torch.library.register_autograd("realm_kernels::linear_marginal_loss", _backward, setup_context=_save)
+
+
+def _once(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError(
+        f"{checks.OP}: the gradient is itself not differentiable (second derivatives are not offered)"
+    )
+
+
+torch.library.register_autograd("realm_kernels::linear_marginal_loss_bwd", _once)

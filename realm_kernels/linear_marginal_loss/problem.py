@@ -1,0 +1,93 @@
+"""The tensors of one call and what follows from them: what every backend of linear_marginal_loss is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..marginal_loss import op as _marginal_loss  # noqa: F401  (registers the op called here)
+from ..marginal_loss.reference import relevance
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for; no work is done for the others."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """Empty where not needed. d_hidden has `hidden_gradient_dtype`, the sums have `sum_dtype`."""
+
+    d_hidden: Tensor  # [B, K, M, H]
+    d_weight: Tensor  # [V, H]
+    d_bias: Tensor  # [V]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Legend: B examples, K documents, M target tokens, H hidden size, V vocabulary."""
+
+    scores: Tensor  # [B, K]
+    hidden: Tensor  # [B, K, M, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [B, M]
+    bias: Tensor | None  # [V]
+    doc_mask: Tensor | None  # [B, K]
+    log_weight: Tensor | None  # [B, K]
+    ignore_index: int
+    mode: str
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """Of logits, statistics and sums: float32, or float64 where the hidden states are."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def hidden_gradient_dtype(self) -> torch.dtype:
+        """Of d_hidden for an upstream gradient of 1: half precision would lose what a loss scale saves."""
+        return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
+
+    def scored(self) -> Tensor:
+        """bool [B, M]: the tokens that count."""
+        return self.targets != self.ignore_index
+
+    def live(self) -> Tensor:
+        """bool [B, K, M]: the rows that have a part in the loss. What the others hold is never looked at."""
+        is_document = relevance(self.scores, self.doc_mask, self.log_weight) != -torch.inf
+        return is_document[:, :, None] & self.scored()[:, None, :]
+
+    def examples(self, first: int, last: int) -> Problem:
+        """The same problem for examples [first, last) alone."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[first:last]
+
+        return replace(
+            self,
+            scores=self.scores[first:last],
+            hidden=self.hidden[first:last],
+            targets=self.targets[first:last],
+            doc_mask=cut(self.doc_mask),
+            log_weight=cut(self.log_weight),
+        )
+
+
+def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:
+    """d_loss [B] times the posterior: [B, K, M] in log_likelihood's dtype, 0 for rows without a part."""
+    _, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
+        d_loss,
+        problem.scores,
+        log_likelihood,
+        problem.scored(),
+        problem.doc_mask,
+        problem.log_weight,
+        problem.mode,
+        False,
+        True,
+    )
+    return -d_log_likelihood
