@@ -22,8 +22,8 @@ _warned: set[str] = set()
 class Backend:
     """One implementation of one op.
 
-    refuses(*arguments) says why it cannot serve these arguments of the op's forward, or returns None. One with
-    default=False is reached by use_backend() only: a CUDA kernel until it has won on a GPU.
+    refuses(*arguments) says why it cannot serve these arguments of the op's forward, or returns None. One
+    with default=False is reached by use_backend() only: a CUDA kernel until it has won on a GPU.
     """
 
     name: str
@@ -73,8 +73,8 @@ def valid_names() -> tuple[str, ...]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend for the calls of this thread inside the `with` block; None gives the choice back.
 
-    name: "cpu", "cuda", "triton", "torch" (products of the library, any device), "reference", or one instruction
-        set of the CPU backend as "cpu:avx2".
+    name: "cpu", "cuda", "triton", "torch" (torch's own matrix products, any device), "reference", or one
+        instruction set of the CPU backend as "cpu:avx2".
     Raises ValueError for a name that is unknown or cannot run on this machine.
 
     >>> import torch, realm_kernels as rk

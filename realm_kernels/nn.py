@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .linear_marginal_loss import linear_marginal_loss
-from .marginal_loss import Posterior
+from .marginal_loss import Posterior, marginal_loss
 from .marginal_loss import checks as marginal_loss_checks
-from .marginal_loss import marginal_loss
 from .span_marginal_loss import checks as span_marginal_loss_checks
 from .span_marginal_loss import span_marginal_loss
 from .validation import check_choice
