@@ -65,24 +65,30 @@ def read(
     model: Realm,
     corpus: Corpus,
     table: rk.ShardedTable,
-    masked: tuple[Tensor, Tensor, Tensor],
+    masked: tuple[Tensor, Tensor, Tensor | None],
     config: RealmConfig,
+    mode: str | None = None,
 ) -> Reading:
-    """Retrieve for and read masked ids [B, L] with positions and targets [B, M]."""
+    """Retrieve for and read masked ids [B, L] with positions and targets [B, M].
+
+    Without targets the likelihoods are those of the model's own prediction.
+    """
     ids, positions, targets = masked
     queries = model.retriever.queries(ids)
     rows, found = retrieve(queries, table, corpus.documents, config.candidates, None)
     scores = fresh_scores(model, corpus.documents, queries, rows)
     hidden = model.read(ids, positions, corpus.documents.bodies[rows])
     log_p = (hidden @ model.reader.weight.T + model.reader.bias).log_softmax(-1)  # [B, K, M, V]
+    prior = scores.masked_fill(~found, -torch.inf).softmax(-1)  # [B, K]
+    predictions = torch.einsum("bk,bkmv->bmv", prior, log_p.exp()).argmax(-1)
+    targets = predictions if targets is None else targets
     token_mask = targets != IGNORE
     wanted = targets.masked_fill(~token_mask, 0)[:, None, :, None].expand(-1, rows.shape[1], -1, 1)
     log_likelihood = log_p.gather(3, wanted).squeeze(3)
     posterior = rk.posterior(
-        scores, log_likelihood, token_mask=token_mask, doc_mask=found, mode=config.mode, null_index=0
+        scores, log_likelihood, token_mask=token_mask, doc_mask=found, mode=mode or config.mode, null_index=0
     )
-    marginal = torch.einsum("bk,bkmv->bmv", posterior.prior.to(log_p.dtype), log_p.exp())
-    return Reading(rows, log_likelihood, token_mask, posterior, marginal.argmax(-1))
+    return Reading(rows, log_likelihood, token_mask, posterior, predictions)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         intermediate_size=4 * config.hidden,
-        hidden_act="gelu_new",
+        hidden_act="gelu_pytorch_tanh",  # BERT's gelu_new as one fused op
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         initializer_range=config.initializer_range,

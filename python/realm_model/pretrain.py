@@ -161,8 +161,8 @@ class Trainer:
         return RealmStage(config, self.model, corpus, self.index)
 
 
-def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> Evaluation:
-    """Train into the run folder `out`, from its last checkpoint where it has one; the final evaluation.
+def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> None:
+    """Train into the run folder `out`, from its last checkpoint where it has one.
 
     Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
     sees each line. Raises ValueError for data that are missing, a folder that is another run's or a damaged
@@ -178,13 +178,13 @@ def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> 
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
             log.cut(checkpoint.state["metrics_bytes"])
-        return _run(trainer, out, log, report)
+        _run(trainer, out, log, report)
     finally:
         trainer.close()
         log.close()
 
 
-def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], None]) -> Evaluation:
+def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], None]) -> None:
     config = trainer.setting.config
 
     def write(record: Record) -> None:
@@ -211,7 +211,6 @@ def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record]
         write(_evaluation_record(trainer, stage, started))
         trainer.end_stage()
         commit()
-    return trainer.evaluate()
 
 
 def _evaluation_record(trainer: Trainer, stage: str, started: float) -> Record:

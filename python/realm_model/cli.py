@@ -1,0 +1,165 @@
+"""realm-model: pre-train a small REALM, evaluate it, ask it. Every run lives in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from .config import RunConfig, preset
+
+# torch and transformers take seconds to import: the commands import what needs them, so that --help is at
+# once.
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+console = Console()
+errors = Console(stderr=True)
+
+RunFolder = Annotated[Path, typer.Option("--run", help="A run folder that `pretrain` wrote.")]
+
+
+class World(str, Enum):
+    easy = "easy"
+    hard = "hard"
+    tiny = "tiny"
+
+
+class Mode(str, Enum):
+    sequence = "sequence"
+    token = "token"
+
+
+class Masks(str, Enum):
+    salient = "salient"
+    token = "token"
+    span = "span"
+
+
+class Refresh(str, Enum):
+    fixed_lag = "fixed_lag"
+    asynchronous = "async"
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="The run folder; a run that was killed goes on from here.")],
+    world: Annotated[World, typer.Option(help="How large the world is.")] = World.easy,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with facts.jsonl and patterns.jsonl; else generated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the world, the weights and the batches.")] = 0,
+    mode: Annotated[
+        Mode, typer.Option(help="The marginal of the paper, or of the released code.")
+    ] = Mode.sequence,
+    masks: Annotated[Masks, typer.Option(help="Salient spans, or an ablation.")] = Masks.salient,
+    refresh: Annotated[
+        Refresh, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
+    ] = Refresh.fixed_lag,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
+) -> None:
+    """Pre-train: Inverse Cloze Task, copy start of the reader, REALM with an index refreshed in the
+    background.
+
+    Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
+    run that was stopped.
+
+    Example: `realm-model pretrain --out runs/demo --world easy --seed 0`
+    """
+    base = preset(world.value)
+    config = replace(
+        base,
+        seed=seed,
+        threads=threads,
+        world=replace(base.world, data=None if data is None else str(data)),
+        marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
+    )
+    with _one_clear_line():
+        if fresh:
+            _drop_run(out)
+        _pretrain(config, out)
+
+
+@app.command()
+def evaluate(run: RunFolder) -> None:
+    """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
+    plots.
+
+    Example: `realm-model evaluate --run runs/demo`
+    """
+    with _one_clear_line():
+        from . import report
+        from .evaluate import evaluate as evaluate_model
+        from .pretrain import load_run
+
+        setting, model = load_run(run)
+        with console.status("evaluating"):
+            result = evaluate_model(model, setting.corpus, setting.config.marginal, setting.corpus.held_out)
+        (run / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        console.print(report.evaluations_table(report.read_metrics(run), result.as_dict()))
+        console.print("plots: " + ", ".join(str(path) for path in report.plot(run)))
+
+
+@app.command()
+def answer(
+    question: Annotated[str, typer.Argument(help="A sentence of the world with [MASK] for the answer.")],
+    run: RunFolder = Path("runs/demo"),
+) -> None:
+    """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
+
+    Example: `realm-model answer "Fene Zaband works as a [MASK]." --run runs/demo`
+    """
+    with _one_clear_line():
+        from . import report
+        from .answer import answer as answer_question
+        from .pretrain import load_run
+
+        console.print(report.answer_table(answer_question(*load_run(run), question)))
+
+
+def main() -> None:
+    app()
+
+
+def _pretrain(config: RunConfig, out: Path) -> None:
+    from . import report
+    from .pretrain import pretrain as run
+
+    # A refresh that fails is the refresher's to log; the run goes on with the index it has.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
+    try:
+        with report.progress(console, config) as see:
+            run(config, out, see)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
+        raise typer.Exit(130) from None
+    console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
+
+
+def _drop_run(out: Path) -> None:
+    """Remove a run folder; nothing that is not one."""
+    if not out.exists():
+        return
+    if any(out.iterdir()) and not (out / "config.json").is_file():
+        raise ValueError(f"{out} is not a run folder: it has no config.json, so --fresh leaves it alone")
+    shutil.rmtree(out)
+
+
+@contextmanager
+def _one_clear_line() -> Iterator[None]:
+    """Errors a user can mend are one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        errors.print(f"realm-model: {error}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None

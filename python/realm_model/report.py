@@ -1,0 +1,167 @@
+"""What a run shows: progress bars, tables, plots."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .answer import Answer
+from .config import RunConfig
+
+SMOOTHING = 0.95  # of the loss that is shown
+STAGE_TITLES = {"ict": "ICT warm start", "reader": "copy start", "realm": "REALM"}
+COLUMNS = {
+    "recall@1": "recall@1",
+    "recall@5": "recall@5",
+    "recall@20": "recall@20",
+    "utility": "retrieval utility",
+    "gain": "log p(y|top) - prior",
+    "accuracy": "accuracy",
+    "log_marginal": "log p(y|x)",
+}
+
+Record = dict[str, Any]
+
+
+@contextmanager
+def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record], None]]:
+    """A bar for each stage with loss, recall@5 and the age of the index; a line for each evaluation."""
+    columns = (
+        TextColumn("{task.description:<15}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, refresh_per_second=4) as bars:
+        steps = {"ict": config.ict.steps, "reader": config.reader.steps, "realm": config.realm.steps}
+        tasks: dict[str, Any] = {}
+        state: dict[str, float] = {}
+
+        def see(record: Record) -> None:
+            stage = record["stage"]
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(STAGE_TITLES[stage], total=steps[stage], shown="")
+                state.pop("loss", None)
+            if "evaluation" in record:
+                state["recall"] = record["evaluation"]["recall@5"]
+                console.print(_evaluation_line(record))
+            else:
+                loss = record["loss"]
+                state["loss"] = SMOOTHING * state.get("loss", loss) + (1 - SMOOTHING) * loss
+                state["age"] = record.get("age", -1)
+            shown = f"loss {state['loss']:.3f}" if "loss" in state else ""
+            shown += f"  recall@5 {state['recall']:.3f}" if "recall" in state else ""
+            shown += f"  index age {state['age']}" if state.get("age", -1) >= 0 else ""
+            bars.update(tasks[stage], completed=record["step"] + ("loss" in record), shown=shown)
+
+        yield see
+
+
+def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
+    """After the warm starts, and now: held-out subjects, retrieval over all documents."""
+    table = Table(title="held-out subjects, over all documents", title_justify="left")
+    table.add_column("model")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    last = {record["stage"]: record["evaluation"] for record in records if "evaluation" in record}
+    for stage in ("ict", "reader"):
+        if stage in last:
+            table.add_row(f"after {STAGE_TITLES[stage]}", *_cells(last[stage]))
+    table.add_row("now", *_cells(final), style="bold")
+    return table
+
+
+def answer_table(answer: Answer) -> Table:
+    title = f'answer: "{answer.text}"   log p(y|x) = {answer.log_marginal:.3f}'
+    table = Table(title=title, title_justify="left")
+    for name, justify in (("document", "left"), ("p(z|x)", "right"), ("p(y|z,x)", "right")):
+        table.add_column(name, justify=justify)
+    table.add_column("p(z|x,y)", justify="right")
+    table.add_column("utility", justify="right")
+    for candidate in answer.candidates:
+        name = f"[bold]{candidate.title}[/bold] {candidate.body}" if candidate.title else "(null document)"
+        numbers = (candidate.prior, candidate.likelihood, candidate.posterior, candidate.utility)
+        table.add_row(name, *(f"{number:.3f}" for number in numbers))
+    return table
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def plot(run: Path) -> list[Path]:
+    """loss.png, recall.png and utility.png of a run folder."""
+    records = read_metrics(run)
+    ends = _stage_ends(records)
+    losses: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for record in records:
+        stage, at = record["stage"], ends[record["stage"]] + record["step"]
+        if "evaluation" in record:
+            for name, value in record["evaluation"].items():
+                curves[name][0].append(at)
+                curves[name][1].append(value)
+        else:
+            xs, ys = losses.setdefault(STAGE_TITLES[stage], ([], []))
+            xs.append(at)
+            ys.append(SMOOTHING * ys[-1] + (1 - SMOOTHING) * record["loss"] if ys else record["loss"])
+    recalls = {name: curves[name] for name in ("recall@1", "recall@5", "recall@20")}
+    utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain")}
+    return [
+        _draw(run / "loss.png", "loss, smoothed", losses, ends),
+        _draw(run / "recall.png", "recall on held-out subjects", recalls, ends),
+        _draw(run / "utility.png", "nats", utilities, ends),
+    ]
+
+
+def _stage_ends(records: list[Record]) -> dict[str, int]:
+    """The number of steps before each stage."""
+    before: dict[str, int] = {}
+    total = 0
+    for stage in STAGE_TITLES:
+        before[stage] = total
+        total += max((record["step"] for record in records if record["stage"] == stage), default=0)
+    return before
+
+
+def _draw(
+    path: Path, title: str, curves: dict[str, tuple[list[float], list[float]]], ends: dict[str, int]
+) -> Path:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (xs, ys) in curves.items():
+        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 30 else None, markersize=3)
+    for stage, start in ends.items():
+        if start > 0:
+            axes.axvline(start, color="0.8", linewidth=1, zorder=0)
+            axes.annotate(f" {STAGE_TITLES[stage]}", (start, 1), xycoords=("data", "axes fraction"), va="top")
+    axes.set_xlabel("step")
+    axes.set_ylabel(title)
+    axes.legend(loc="best")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _cells(values: dict[str, float]) -> list[str]:
+    return [f"{values[name]:.3f}" for name in COLUMNS]
+
+
+def _evaluation_line(record: Record) -> str:
+    values = record["evaluation"]
+    return (
+        f"{STAGE_TITLES[record['stage']]:<15}step {record['step']:>4}  "
+        f"recall@1 {values['recall@1']:.3f}  recall@5 {values['recall@5']:.3f}  "
+        f"utility {values['utility']:.2f}  accuracy {values['accuracy']:.3f}"
+    )
