@@ -43,6 +43,11 @@ class Gated:
         self.started = threading.Event()
         self.snapshots = []
 
+    def open_when_joined(self, refresher):
+        """Open the gate at the instant the trainer begins to wait."""
+        join = refresher._worker.join
+        refresher._worker.join = lambda: (self.gate.set(), join())
+
     def __call__(self, snapshot):
         self.snapshots.append(snapshot["value"])
         chunks = encode(snapshot)
@@ -99,7 +104,7 @@ def test_fixed_lag_waits_for_a_slow_refresh_and_counts_it():
     gated = Gated()
     with TableRefresher(new_table(), gated, mode="fixed_lag", every=4, lag=2) as refresher:
         run(refresher, range(6))
-        threading.Timer(0.1, gated.gate.set).start()
+        gated.open_when_joined(refresher)
         assert run(refresher, [6]) == [4.0]
         assert refresher.metrics.late == 1
 
@@ -291,7 +296,7 @@ def test_build_makes_the_first_table_and_drops_what_runs():
         assert value_of(table) == 0.0
         run(refresher, range(3))
         assert gated.started.wait(60)
-        threading.Timer(0.1, gated.gate.set).start()
+        gated.open_when_joined(refresher)
         refresher.build(3, lambda: {"value": 33})
         assert value_of(table) == 33.0 and refresher.metrics.refreshes == 2
         assert refresher.metrics.failures == 0
@@ -463,14 +468,19 @@ def test_a_run_resumed_at_any_step_has_the_losses_of_an_undisturbed_one(tmp_path
         path = tmp_path / str(stop) if on_disk else None
         first = Trainer(path=path).begin()
         losses = first.train(range(stop))
-        checkpoint = first.checkpoint()
+        checkpoint, first_age = first.checkpoint(), first.refresher.metrics.age
         first.train(range(stop, min(stop + 4, steps)))  # what the crash throws away, commits excepted
         first.refresher.close()
         second = Trainer(path=path).resume(checkpoint)
         losses += second.train(range(stop, steps))
         second.refresher.close()
         assert losses == expected, f"resumed at {stop}"
-        assert second.refresher.metrics.refreshes == 1 + 4
+        resumed, whole = second.refresher.metrics, undisturbed.refresher.metrics
+        assert (resumed.age, resumed.refreshes) == (whole.age, whole.refreshes)
+
+        third = Trainer().resume(checkpoint)  # the age is right at once, not only after the next swap
+        assert third.refresher.metrics.age == first_age
+        third.refresher.close()
 
 
 def test_a_resumed_run_reads_the_same_rows_back_instead_of_encoding_them(tmp_path):

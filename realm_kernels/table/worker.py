@@ -115,7 +115,6 @@ class Worker:
                 OP, "a chunk of encode", chunk, "[n, D]", (None, self.buffer[0].shape[1]), FLOAT_DTYPES
             )
             target.write(chunk)
-        self._stop_if_unwanted(refresh)
         if target.rows != self.num_rows:
             raise ValueError(f"{OP}: encode must yield N={self.num_rows} rows in all, got {target.rows}")
 
