@@ -37,8 +37,7 @@ def wordpiece(vocabulary: list[str]) -> Tokenizer:
 
 
 def learn_vocabulary(texts: Iterable[str], size: int, whole_words: Iterable[str] = ()) -> list[str]:
-    """The special tokens, every character, the most frequent merges of neighbouring pieces, then
-    `whole_words`.
+    """The special tokens, each character at a word's start and inside, frequent merges, `whole_words`.
 
     The trainer of `tokenizers` breaks ties by the order of a hash map, differently in every process; here
     ties go to the alphabetically smaller pair, so that a seed gives one run. `whole_words` (the objects)
@@ -47,7 +46,8 @@ def learn_vocabulary(texts: Iterable[str], size: int, whole_words: Iterable[str]
     words = Counter(word for text in texts for word in _words(text))
     whole = sorted({word for text in whole_words for word in _words(text)})
     pieces = {word: [word[0], *(f"##{c}" for c in word[1:])] for word in [*words, *whole]}
-    alphabet = sorted({piece for split in pieces.values() for piece in split})
+    letters = sorted({letter for word in pieces for letter in word})
+    alphabet = [*letters, *(f"##{letter}" for letter in letters)]
     vocabulary = dict.fromkeys([*SPECIAL, *alphabet])
 
     counts: Counter[tuple[str, str]] = Counter()

@@ -168,16 +168,15 @@ def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> 
     sees each line. Raises ValueError for data that are missing, a folder that is another run's or a damaged
     checkpoint, OSError where the folder cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(config, out)
     checkpoint = checkpoints.load(out / "checkpoints")
     setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
+    _claim(config, out)
     trainer = Trainer(setting, out / "index")
     log = MetricsLog(out / "metrics.jsonl")
     try:
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
-            log.cut(checkpoint.state["metrics_bytes"])
+        log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
         _run(trainer, out, log, report)
     finally:
         trainer.close()
@@ -227,9 +226,9 @@ class MetricsLog:
 
     def write(self, record: Record) -> None:
         self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
 
     def size(self) -> int:
-        self.file.flush()
         return self.file.tell()
 
     def cut(self, size: int) -> None:
@@ -256,6 +255,10 @@ def load_run(run: Path) -> tuple[Setting, Realm]:
 def _claim(config: RunConfig, out: Path) -> None:
     """Write config.json; where one is, it must be the same."""
     path = out / "config.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write the run folder {out}: {error.strerror}") from error
     if not path.exists():
         path.write_text(to_json(config) + "\n", encoding="utf-8")
     elif read_config(out) != config:

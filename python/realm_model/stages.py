@@ -106,12 +106,14 @@ class ReaderStage(_Stateless):
     @torch.no_grad()
     def _retrieve(self) -> Tensor:
         """The top documents of every statement of the corpus, its object masked: int64 [facts, RETRIEVED]."""
+        self.model.eval()
         table = build_table(self.model, self.corpus)
         unused = torch.Generator()  # salient masks draw nothing
         found = []
         for rows in torch.arange(len(self.corpus.own)).split(ENCODE_ROWS):
             ids, _, _ = mask_statements(self.corpus.own[rows], "salient", unused)
             found.append(rk.mips_topk(self.model.retriever.queries(ids), table, RETRIEVED).indices)
+        self.model.train()
         return torch.cat(found)
 
 

@@ -1,0 +1,114 @@
+"""realm-model: one clear line for what a user can mend, and a whole run from pretrain to answer."""
+
+import json
+import re
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from realm_model import cli
+from realm_model.config import ModelConfig, RealmConfig, RunConfig, StageConfig, WorldConfig
+from typer.testing import CliRunner
+
+SMALL = RunConfig(
+    world=WorldConfig(subjects=10, facts_per_subject=3, relations=3),
+    model=ModelConfig(vocab_size=400, hidden=16, layers=1, projection=8),
+    ict=StageConfig(steps=3, batch=8, retriever_lr=1e-2),
+    reader=StageConfig(steps=3, batch=8, reader_lr=1e-2),
+    realm=StageConfig(steps=4, batch=4, retriever_lr=1e-2, reader_lr=1e-2),
+    marginal=RealmConfig(refresh_every=2, refresh_lag=1),
+)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr(cli.console, "width", 200)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    monkeypatch.setattr(cli, "preset", lambda name: SMALL)
+    runner = CliRunner()
+
+    def invoke(*arguments):
+        return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def one_line(result):
+    assert result.exit_code == 1
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "answer"])
+def test_every_command_shows_an_example(call, command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"realm-model {command}" in re.sub(r"\s+", " ", result.stdout)
+
+
+def test_a_run_from_pretrain_to_answer(call, tmp_path):
+    run = tmp_path / "run"
+    result = call("pretrain", "--out", run, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    files = {path.name for path in run.iterdir()}
+    assert {"config.json", "metrics.jsonl", "loss.png", "recall.png", "utility.png"} <= files
+
+    result = call("evaluate", "--run", run)
+    assert result.exit_code == 0, result.output
+    assert "recall@5" in result.stdout
+    assert 0 <= json.loads((run / "evaluation.json").read_text())["recall@5"] <= 1
+
+    question = re.search(r'realm-model answer "(.*)" --run', result.stdout).group(1)
+    result = call("answer", question, "--run", run)
+    assert result.exit_code == 0, result.output
+    assert "(null document)" in result.stdout and "utility" in result.stdout
+
+    assert "must hold [MASK]" in one_line(call("answer", "no mask here", "--run", run))
+    assert "another configuration" in one_line(call("pretrain", "--out", run, "--seed", 5))
+
+
+def test_a_missing_data_folder_is_one_line_and_leaves_nothing_behind(call, tmp_path):
+    line = one_line(call("pretrain", "--out", tmp_path / "run", "--data", tmp_path / "nowhere"))
+    assert "cannot read" in line and "facts.jsonl" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_run_folder_is_one_line(call, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write the run folder" in one_line(call("pretrain", "--out", tmp_path / "file" / "run"))
+
+
+def test_a_folder_without_a_run_is_one_line(call, tmp_path):
+    assert "is no run folder" in one_line(call("evaluate", "--run", tmp_path))
+
+
+def test_fresh_drops_a_run_folder_and_nothing_else(call, tmp_path):
+    (tmp_path / "thesis.txt").write_text("dear to somebody")
+    assert "is not a run folder" in one_line(call("pretrain", "--out", tmp_path, "--fresh"))
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monkeypatch):
+    from realm_model import stages
+
+    embed, calls = stages.embed_documents, []
+
+    def fails_once_started(*arguments):
+        calls.append(1)
+        if len(calls) > 1:  # the first index is built; every refresh after it fails
+            raise RuntimeError("killed")
+        return embed(*arguments)
+
+    monkeypatch.setattr(stages, "embed_documents", fails_once_started)
+    run = tmp_path / "run"
+    result = call("pretrain", "--out", run, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    realm = [line for line in lines if line["stage"] == "realm" and "loss" in line]
+    assert len(realm) == SMALL.realm.steps
+    assert realm[-1]["failed_refreshes"] > 0 and realm[-1]["age"] == SMALL.realm.steps - 1
