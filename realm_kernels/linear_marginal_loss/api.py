@@ -87,9 +87,12 @@ def linear_marginal_loss(
     if not return_posterior:
         return reduced
     scored = targets != ignore_index
-    return reduced, posterior(
+    wide = posterior(
         scores, log_likelihood, token_mask=scored, doc_mask=doc_mask, log_weight=log_weight, mode=mode
     )
+    dtype = loss.dtype
+    shown = Posterior(wide.log_marginal.to(dtype), wide.prior.to(dtype), wide.posterior.to(dtype), None)
+    return reduced, shown
 
 
 def _needs_gradient(tensor: Tensor | None) -> bool:

@@ -39,21 +39,22 @@ class Rows(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    log_p: Tensor  # [R] log softmax of the logits at the target
-    total: Tensor  # [R] sum over V of exp(logit - the largest)
+    log_p: Tensor  # [R] float64, log softmax of the logits at the target
+    total: Tensor  # [R] float64, sum over V of exp(logit - the largest)
 
 
 def softmax_statistics_(logits: Tensor, targets: Tensor) -> Statistics:
     """The statistics of logits [V, R], which become exp(logit - the largest), and 0 at the target.
 
     The target is summed apart from the rest: log p = -log1p(rest / e) keeps its digits where p is near 1.
+    What is left of a row is a handful of numbers on which all hangs, and those are float64.
     """
     largest = logits.amax(0)
     at_target = targets[None]
-    distance = logits.gather(0, at_target)[0] - largest
+    distance = logits.gather(0, at_target)[0].double() - largest.double()
     logits.sub_(largest).exp_()
     logits.scatter_(0, at_target, 0.0)
-    e, rest = distance.exp(), logits.sum(0)
+    e, rest = distance.exp(), logits.sum(0).double()
     total = e + rest
     log_p = torch.where(rest < e, -(rest / e).log1p(), distance - total.log())
     return Statistics(log_p, total)
@@ -61,8 +62,9 @@ def softmax_statistics_(logits: Tensor, targets: Tensor) -> Statistics:
 
 def logits_gradient_(exponentials: Tensor, targets: Tensor, statistics: Statistics, factor: Tensor) -> None:
     """exponentials [V, R], as softmax_statistics_ left them, become factor [R] (p - onehot(target))."""
-    exponentials.mul_(factor / statistics.total)
-    exponentials.scatter_(0, targets[None], (factor * statistics.log_p.expm1())[None])
+    dtype = exponentials.dtype
+    exponentials.mul_((factor / statistics.total).to(dtype))
+    exponentials.scatter_(0, targets[None], (factor * statistics.log_p.expm1()).to(dtype)[None])
 
 
 class Pass:
@@ -72,6 +74,11 @@ class Pass:
         self.problem, self.needs = problem, needs
         self.chunks = chunks_of(problem)
         self.products = products_for(problem.weight, problem.sum_dtype)
+        self.bias = None
+        if problem.bias is not None:
+            # Softmax does not see a common offset, which would cost the logits the digits it has.
+            bias = problem.bias.double()
+            self.bias = (bias - bias.amax()).to(problem.sum_dtype)[:, None]  # [V, 1]
         hidden, weight = problem.hidden, problem.weight
         self.hidden = hidden.reshape(-1, hidden.shape[3])  # [B * K * M, H]
         self.live = problem.live().flatten()
@@ -81,7 +88,7 @@ class Pass:
         self.workspace = weight.new_empty(
             weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=dtype
         )
-        self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=dtype)
+        self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=torch.float64)
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
         )
@@ -106,8 +113,8 @@ class Pass:
         vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
         logits = self.workspace[: vocabulary * count].view(vocabulary, count)
         self.products.logits(rows.hidden, logits)
-        if self.problem.bias is not None:
-            logits.add_(self.problem.bias[:, None])
+        if self.bias is not None:
+            logits.add_(self.bias)
         return logits, softmax_statistics_(logits, rows.targets)
 
     def keep_log_likelihood(self, rows: Rows, statistics: Statistics) -> None:
@@ -117,7 +124,7 @@ class Pass:
         self.log_likelihood.view(-1)[rows.place] = log_p
 
     def add_gradients(self, rows: Rows, exponentials: Tensor, statistics: Statistics, factor: Tensor) -> None:
-        """Second and third product; factor: [R], the upstream gradient times the posterior."""
+        """Second and third product; factor: float64 [R], the upstream gradient times the posterior."""
         scale = self.products.scale
         logits_gradient_(exponentials, rows.targets, statistics, factor * scale)
         d_logits = self.products.operand(exponentials)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..marginal_loss.reference import result_dtype
 from . import checks, chunked, reference
 from .problem import Gradients, Needs, Problem
 
@@ -66,7 +65,7 @@ def linear_marginal_loss_fwd(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """loss [B], count int64 [B] as marginal_loss gives them, log_likelihood [B, K, M], gradients for 1."""
+    """loss [B], count int64 [B] as of marginal_loss, log_likelihood float64 [B, K, M], gradients for 1."""
     checks.check_values(targets, weight.shape[0], ignore_index)
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
     backend = backend_for(problem)
@@ -75,7 +74,7 @@ def linear_marginal_loss_fwd(
         loss, count = torch.ops.realm_kernels.marginal_loss(
             scores, log_likelihood, problem.scored(), doc_mask, log_weight, mode
         )
-    return loss, count, log_likelihood, *units
+    return loss.to(problem.loss_dtype), count, log_likelihood, *units
 
 
 @torch.library.register_fake("realm_kernels::linear_marginal_loss")
@@ -96,9 +95,9 @@ def _(
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
     batch, vocabulary, dtype = scores.shape[0], weight.shape[0], problem.sum_dtype
     return (
-        scores.new_empty(batch, dtype=result_dtype(scores, hidden, log_weight)),
+        scores.new_empty(batch, dtype=problem.loss_dtype),
         scores.new_empty(batch, dtype=torch.int64),
-        hidden.new_empty(hidden.shape[:3], dtype=dtype),
+        hidden.new_empty(hidden.shape[:3], dtype=torch.float64),
         hidden.new_empty(hidden.shape if needs_hidden else (0,), dtype=problem.hidden_gradient_dtype),
         weight.new_empty(weight.shape if needs_weight else (0,), dtype=dtype),
         weight.new_empty(vocabulary if needs_bias else 0, dtype=dtype),
@@ -144,13 +143,14 @@ def linear_marginal_loss_bwd(
         )
         if has_units:
             units = Gradients(unit_d_hidden, unit_d_weight, unit_d_bias)
-            return d_scores, *_scaled(problem, units, needs, d_loss, d_loss[:1].sum())
+            return d_scores.to(problem.loss_dtype), *_scaled(problem, units, needs, d_loss, d_loss[:1].sum())
         # Of the size of one, as the units are: half precision has no room for the scale of a loss.
         size = d_loss.abs().amax() if d_loss.numel() > 0 else d_loss.sum()
         relative = torch.where(size > 0, d_loss / size, 0.0)
         assert backend.backward is not None
         units = backend.backward(problem, log_likelihood, relative, needs)
-        return d_scores, *_scaled(problem, units, needs, size.expand(d_loss.shape), size)
+        scaled = _scaled(problem, units, needs, size.expand(d_loss.shape), size)
+        return d_scores.to(problem.loss_dtype), *scaled
 
 
 def _scaled(
@@ -162,6 +162,7 @@ def _scaled(
     if needs.hidden:
         d_hidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
         torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
+        d_hidden.masked_fill_(~problem.live()[..., None], 0.0)  # where an infinite scale made 0 a NaN
     if needs.weight:
         d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
         torch.mul(units.d_weight, by_all, out=d_weight)
@@ -193,10 +194,9 @@ def _(
     needs_bias: bool,
     needs_scores: bool,
 ) -> tuple[Tensor, ...]:
+    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
     return (
-        scores.new_empty(
-            scores.shape if needs_scores else (0,), dtype=result_dtype(scores, hidden, log_weight)
-        ),
+        scores.new_empty(scores.shape if needs_scores else (0,), dtype=problem.loss_dtype),
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
         weight.new_empty(weight.shape if needs_weight else (0,)),
         weight.new_empty(weight.shape[0] if needs_bias else 0),

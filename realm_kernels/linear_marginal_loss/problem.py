@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..marginal_loss import op as _marginal_loss  # noqa: F401  (registers the op called here)
-from ..marginal_loss.reference import relevance
+from ..marginal_loss.reference import relevance, result_dtype
 
 
 class Needs(NamedTuple):
@@ -44,8 +44,12 @@ class Problem:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """Of logits, statistics and sums: float32, or float64 where the hidden states are."""
+        """Of logits and of sums over rows: float32, or float64 where the hidden states are."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        return result_dtype(self.scores, self.hidden, self.log_weight)
 
     @property
     def hidden_gradient_dtype(self) -> torch.dtype:
@@ -78,7 +82,7 @@ class Problem:
 
 
 def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:
-    """d_loss [B] times the posterior: [B, K, M] in log_likelihood's dtype, 0 for rows without a part."""
+    """d_loss [B] times the posterior: float64 [B, K, M] as log_likelihood, 0 for rows without a part."""
     _, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
         d_loss,
         problem.scores,

@@ -37,7 +37,7 @@ def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Ne
     d loss / d logits = d_loss posterior (p - onehot(target)).
     """
     dtype = problem.sum_dtype
-    factor = posterior_factor(problem, log_likelihood.double(), d_loss)[..., None]
+    factor = posterior_factor(problem, log_likelihood, d_loss)[..., None]
     targets, _ = targets_by_row(problem)
     d_logits = log_probabilities(problem).exp()
     d_logits.scatter_add_(3, targets[..., None], torch.full_like(d_logits[..., :1], -1.0))
@@ -57,10 +57,10 @@ def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Ne
 
 
 def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
-    """log_likelihood [B, K, M] in the dtype of the sums, and the gradients for d_loss = 1."""
+    """log_likelihood float64 [B, K, M], and the gradients for d_loss = 1."""
     exact = log_likelihood(problem)
-    ones = problem.scores.new_ones(problem.scores.shape[0], dtype=torch.float64)
-    return exact.to(problem.sum_dtype), backward(problem, exact, ones, needs)
+    ones = exact.new_ones(exact.shape[0])
+    return exact, backward(problem, exact, ones, needs)
 
 
 BACKEND = Backend(name="reference", refuses=lambda *arguments: None, forward=forward, backward=backward)
