@@ -18,7 +18,6 @@ from .triton_plan import ALIGNMENT, MAX_K, WORKSPACE_BYTES, Plan, ceil_div, sort
 PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
 RESCORE_ROWS = 128  # of a program: one a thread
 DENSE_ROWS = 1 << 16  # at least so many rows are scored at once where k is beyond the fused search
-REPAIR_LOOK = 128  # bounds a repair program looks at at once
 PROGRAMS_PER_SM = 2
 
 Planner = Callable[..., Plan]
@@ -151,7 +150,14 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def _search_piece(piece: _Piece, k: int, planner: Planner) -> tuple[Tensor, Tensor]:
     batch, dim = piece.queries.shape
     plan = planner(
-        batch, piece.rows.shape[0], dim, k, piece.exclude.shape[1], piece.queries.dtype, piece.rows.dtype
+        batch,
+        piece.rows.shape[0],
+        dim,
+        k,
+        piece.exclude.shape[1],
+        piece.queries.dtype,
+        piece.rows.dtype,
+        _shared_bytes(piece.queries.device),
     )
     scores = piece.queries.new_empty((batch, k), dtype=torch.float32)
     indices = piece.queries.new_empty((batch, k), dtype=torch.int64)
@@ -165,6 +171,15 @@ def _search_piece(piece: _Piece, k: int, planner: Planner) -> tuple[Tensor, Tens
     return scores, indices
 
 
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory a program may have."""
+    if device.type == "cpu":
+        return triton_plan.SHARED_BYTES
+    import triton
+
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 class _Workspace:
     """One allocation, cut into the arrays of a query block; the allocator ties it to the current stream."""
 
@@ -173,14 +188,13 @@ class _Workspace:
         self._memory = queries.new_empty(triton_plan.workspace_bytes(plan, dim), dtype=torch.uint8)
         self._taken = 0
         batch, groups = plan.batch, plan.num_groups
-        padded = ceil_div(batch, plan.block_b) * plan.block_b
         even, odd = triton_plan.scratch_widths(plan)
         self.group_max = self._take(torch.float32, batch, groups)
         self.group_norm = self._take(torch.float32, groups)
-        self.scanned = self._take(plan.scan_dtype, padded, plan.dim_padded(dim))
-        self.slope = self._take(torch.float32, padded)
-        self.offset = self._take(torch.float32, padded)
-        self.left_out = self._take(torch.int64, padded)
+        self.scanned = self._take(plan.scan_dtype, batch, plan.dim_padded(dim))
+        self.slope = self._take(torch.float32, batch)
+        self.offset = self._take(torch.float32, batch)
+        self.left_out = self._take(torch.int64, batch)
         self.flags = self._take(torch.int32, batch)
         self.kth = self._take(torch.int64, batch)
         self._keys = [self._take(torch.int64, batch * even), self._take(torch.int64, batch * odd)]
@@ -219,13 +233,12 @@ class _Block:
         plan, space, gather = self._plan, self._space, self._gather
         query_blocks = ceil_div(self._batch, plan.block_b)
         dims = dict(DIM=gather["DIM"], D_PADDED=plan.dim_padded(gather["DIM"]), BLOCK_D=plan.block_d)
-        self._kernels.prepare_kernel[(query_blocks * plan.block_b,)](
+        self._kernels.prepare_kernel[(self._batch,)](
             queries=gather["queries"],
             scanned=space.scanned,
             slope=space.slope,
             offset=space.offset,
             left_out=space.left_out,
-            num_queries=self._batch,
             stride_b=gather["stride_query_b"],
             stride_d=gather["stride_query_d"],
             relative=plan.relative,
@@ -266,10 +279,10 @@ class _Block:
     def select(self) -> Tensor:
         """Keys of (U, group) of the groups to rescore [B, m]."""
         plan, space = self._plan, self._space
-        top = plan.selected
-        best = space.keys(self._batch, triton_plan.parts(plan.num_groups, top) * top)
-        sort = sort_keys(plan.num_groups, top)
-        self._kernels.select_kernel[(self._batch, best.shape[1] // top)](
+        part, keep = triton_plan.select_part(plan.num_groups, plan.selected)
+        parts = ceil_div(plan.num_groups, part)
+        best = space.keys(self._batch, parts * keep)
+        self._kernels.select_kernel[(self._batch, parts)](
             group_max=space.group_max,
             group_norm=space.group_norm,
             slope=space.slope,
@@ -277,11 +290,12 @@ class _Block:
             best=best,
             left_out=space.left_out,
             num_groups=plan.num_groups,
-            PART=sort,
-            TOP=top,
-            num_warps=triton_plan.sort_warps(sort),
+            PART=part,
+            TOP=plan.selected,
+            KEEP=keep,
+            num_warps=triton_plan.sort_warps(part),
         )
-        return self._shrink(best, top, to_one_list=True, note=True)
+        return self._shrink(best, plan.selected, to_one_list=True, note=True)
 
     def rescore(self, selected: Tensor) -> Tensor:
         """Keys of (canonical score, row) of the rows of the selected groups [B, m * G]."""
@@ -335,7 +349,7 @@ class _Block:
             best=best,
             num_groups=plan.num_groups,
             GROUP=plan.group,
-            PART=REPAIR_LOOK,
+            PART=triton_plan.REPAIR_LOOK,
             TOP=plan.top,
             num_warps=max(4, triton_plan.sort_warps(2 * plan.top)),
         )

@@ -9,7 +9,7 @@ query. Sizes that grow with a table are run-time arguments, so a growing table c
 import triton
 import triton.language as tl
 
-from .triton_keys import NOTHING, index_of, key_of, largest, value_of
+from .triton_keys import NOTHING, index_of, key_of, largest, merge_largest, value_of
 
 # An error bound from here on says nothing, as the sums may have overflowed. Below it |q| |x| < 2^121, since
 # the bound is at least 2^-21 of that: no partial sum reaches 2^128.
@@ -32,14 +32,13 @@ def _to_tf32(x):
     return tl.where(tl.abs(x) < float("inf"), rounded, bits).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit
 def prepare_kernel(
     queries,  # [B, D]
-    scanned,  # [grid, D_PADDED] queries in scan precision, zero beyond B and D
-    slope,  # [grid] float32, error bound for a row of norm 1
-    offset,  # [grid] float32, error bound for a row of norm 0
-    left_out,  # [grid] int64, key of the best group left out: none yet
-    num_queries,
+    scanned,  # [B, D_PADDED] queries in scan precision, zero beyond D
+    slope,  # [B] float32, error bound for a row of norm 1
+    offset,  # [B] float32, error bound for a row of norm 0
+    left_out,  # [B] int64, key of the best group left out: none yet
     stride_b,
     stride_d,
     relative,  # bound of |s~ - q^.x| / (|q^| |x|)
@@ -57,8 +56,7 @@ def prepare_kernel(
     residual_square = tl.zeros([BLOCK_D], tl.float64)
     for start in range(0, D_PADDED, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        inside = (query < num_queries) & (d < DIM)
-        q = tl.load(queries + query * stride_b + d * stride_d, mask=inside, other=0.0).to(tl.float32)
+        q = tl.load(queries + query * stride_b + d * stride_d, mask=d < DIM, other=0.0).to(tl.float32)
         if scanned.dtype.element_ty == tl.float32:
             rounded = _to_tf32(q)
         else:
@@ -114,30 +112,31 @@ def scan_kernel(
     max and no more.
     """
     query = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    d_of_block = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D)
     query_rows = scanned + query.to(tl.int64)[:, None] * D_PADDED  # [BLOCK_B, 1]
+    is_query = (query < num_queries)[:, None]
     if D_PADDED == BLOCK_D:
-        q = tl.load(query_rows + d_of_block[None, :])  # [BLOCK_B, BLOCK_D]
+        q = tl.load(query_rows + d[None, :], mask=is_query, other=0.0)  # [BLOCK_B, BLOCK_D]
     group_of_tile = tl.arange(0, BLOCK_N // GROUP)
+    is_first = tl.program_id(0) == 0  # one program of each tile tells the norms
     for tile in tl.range(tl.program_id(1), tl.cdiv(num_rows, BLOCK_N), tl.num_programs(1), num_stages=STAGES):
         # Rows past the end repeat the last one, which changes no maximum.
         row = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), num_rows - 1).to(tl.int64)
         row_start = rows + row[:, None] * stride_row  # [BLOCK_N, 1]
-        square = tl.zeros([BLOCK_N], tl.float32)
         scores = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-        for start in tl.static_range(0, D_PADDED, BLOCK_D):
-            d = start + d_of_block
-            if D_PADDED != BLOCK_D:
-                q = tl.load(query_rows + d[None, :])
-            if DIM == D_PADDED:
-                x = tl.load(row_start + d[None, :] * stride_d)  # [BLOCK_N, BLOCK_D]
-            else:
-                x = tl.load(row_start + d[None, :] * stride_d, mask=d[None, :] < DIM, other=0.0)
-            if UPCAST:
-                scores = tl.dot(q.to(tl.float32), tl.trans(x.to(tl.float32)), scores)
-            else:
-                scores = tl.dot(q, tl.trans(x.to(q.dtype)), scores)
-            square += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
+        square = tl.zeros([BLOCK_N], tl.float32)
+        if D_PADDED == BLOCK_D:
+            x = _load_columns(row_start, d, stride_d, DIM, BLOCK_D)
+            scores = _add_products(scores, q, x, UPCAST)
+            if is_first:
+                square = _squares(x)
+        else:
+            for start in tl.range(0, D_PADDED, BLOCK_D, num_stages=STAGES):
+                x = _load_columns(row_start, start + d, stride_d, DIM, BLOCK_D)
+                q = tl.load(query_rows + start + d[None, :], mask=is_query, other=0.0)
+                scores = _add_products(scores, q, x, UPCAST)
+                if is_first:
+                    square += _squares(x)
         if HAS_MASK:
             is_row = tl.load(row_mask + row * stride_mask) != 0
             scores = tl.where(is_row[None, :], scores, float("-inf"))
@@ -146,11 +145,35 @@ def scan_kernel(
         group = tile * (BLOCK_N // GROUP) + group_of_tile
         best = tl.max(tl.reshape(scores, [BLOCK_B, BLOCK_N // GROUP, GROUP]), axis=2)
         place = query.to(tl.int64)[:, None] * num_groups + group[None, :]
-        tl.store(group_max + place, best, mask=(query < num_queries)[:, None] & (group < num_groups)[None, :])
-        if tl.program_id(0) == 0:
+        tl.store(group_max + place, best, mask=is_query & (group < num_groups)[None, :])
+        if is_first:
             most = tl.max(tl.reshape(square, [BLOCK_N // GROUP, GROUP]), axis=1)
             norm = tl.sqrt_rn(most) * norm_scale + DIM * _HIDDEN_NORM
             tl.store(group_norm + group, norm, mask=group < num_groups)
+
+
+@triton.jit
+def _load_columns(row_start, d, stride_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns d [BLOCK_D] of rows [BLOCK_N, 1], zero beyond D."""
+    if DIM % BLOCK_D == 0:
+        return tl.load(row_start + d[None, :] * stride_d)
+    else:
+        return tl.load(row_start + d[None, :] * stride_d, mask=d[None, :] < DIM, other=0.0)
+
+
+@triton.jit
+def _add_products(scores, q, x, UPCAST: tl.constexpr):
+    """scores + q x^T in the precision of q; float32 operands in tf32."""
+    if UPCAST:
+        return tl.dot(q.to(tl.float32), tl.trans(x.to(tl.float32)), scores)
+    else:
+        return tl.dot(q, tl.trans(x.to(q.dtype)), scores)
+
+
+@triton.jit
+def _squares(x):
+    x = x.to(tl.float32)
+    return tl.sum(x * x, axis=1)
 
 
 @triton.jit
@@ -185,21 +208,37 @@ def select_kernel(
     num_groups,
     PART: tl.constexpr,
     TOP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """The TOP groups with the largest U of each part of PART groups; ties go to the smaller group id.
+    """KEEP groups of each part of PART, among them the TOP with the largest U; ties go to the smaller id.
 
-    A program owns one query and one part, sorted in registers. Reads 4 bytes a group and query once, writes
-    8 * TOP / PART; shrink_kernel leaves one part. Limit: the sorting network, about 2 log2(TOP)^2 steps a
-    key.
+    A program owns one query and one part, held in registers. With KEEP = TOP it sorts them. With more it
+    filters: the TOP-th largest of the maxima of 2 * KEEP bins is a floor under the TOP-th largest U, and few
+    more than TOP groups reach it (neighbours fall into different bins, so clusters spread). What does not fit
+    into KEEP, and what shrink_kernel drops later, is left out and told, and at worst repaired. Reads 4 bytes
+    a group and query, writes 8 * KEEP / PART. Limit: memory when filtering, about 15 instructions a group.
     """
     query, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = part * PART + tl.arange(0, PART)
     inside = group < num_groups
-    group_max = tl.load(group_max + query * num_groups + group, mask=inside, other=float("-inf"))
-    group_norm = tl.load(group_norm + group, mask=inside, other=0.0)
-    bound = _upper_bound(group_max, group_norm, tl.load(slope + query), tl.load(offset + query))
-    keys = tl.where(inside & (bound > float("-inf")), key_of(bound, group), NOTHING)
-    _keep_largest(keys, best + (query * tl.num_programs(1) + part) * TOP, left_out + query, TOP, True)
+    maxima = tl.load(group_max + query * num_groups + group, mask=inside, other=float("-inf"))
+    norms = tl.load(group_norm + group, mask=inside, other=0.0)
+    bound = _upper_bound(maxima, norms, tl.load(slope + query), tl.load(offset + query))
+    bound = tl.where(inside, bound, float("-inf"))
+    keys = tl.where(bound > float("-inf"), key_of(bound, group), NOTHING)
+    best += (query * tl.num_programs(1) + part) * KEEP
+    if KEEP == TOP:
+        _keep_largest(keys, best, left_out + query, TOP, True)
+    else:
+        bins = tl.max(tl.reshape(bound, [PART // (2 * KEEP), 2 * KEEP]), axis=0)
+        floor = value_of(tl.min(largest(key_of(bins, tl.arange(0, 2 * KEEP)), TOP), axis=0))
+        reaches = (bound >= floor) & (bound > float("-inf"))
+        place = tl.cumsum(reaches.to(tl.int32), axis=0) - 1
+        kept = reaches & (place < KEEP)
+        tl.store(best + place, keys, mask=kept)
+        rest = tl.arange(0, KEEP)
+        tl.store(best + rest, NOTHING, mask=rest > tl.max(place, axis=0))
+        tl.atomic_max(left_out + query, tl.max(tl.where(kept, NOTHING, keys), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -454,15 +493,5 @@ def repair_kernel(
                     )
                     keys = tl.where(keys >= last, keys, NOTHING)
                     if tl.max(keys, axis=0) > tl.min(found, axis=0):
-                        found = _merged(found, keys, GROUP, TOP)
+                        found = merge_largest(found, keys)
     tl.store(best + (query * parts + part) * TOP + tl.arange(0, TOP), found)
-
-
-@triton.jit
-def _merged(found, keys, GROUP: tl.constexpr, TOP: tl.constexpr):
-    """The TOP largest of found [TOP] and keys [GROUP], descending."""
-    if GROUP < TOP:
-        copy = tl.arange(0, TOP // GROUP)
-        keys = tl.reshape(tl.where((copy == 0)[:, None], keys[None, :], NOTHING), [TOP])
-    both = tl.reshape(tl.join(largest(keys, TOP), found), [2 * TOP])
-    return largest(both, TOP)

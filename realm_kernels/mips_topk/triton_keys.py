@@ -38,30 +38,26 @@ def index_of(key):
 
 
 @triton.jit
-def _order_pairs(x, ascending, bit: tl.constexpr):
-    """Order the pairs of elements whose places differ in one bit; x is a hypercube, [2] * log2(n)."""
-    axis: tl.constexpr = len(x.shape) - 1 - bit
-    partner = tl.sum(x, axis=axis, keep_dims=True) - x  # wraps around, and back
-    is_right = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * bit)
-    return tl.where((x > partner) == (ascending != is_right), partner, x)
+def _merge(x, size: tl.constexpr, ASCENDING: tl.constexpr):
+    """Sort bitonic runs of 2**size elements: every second one ascending, a single one as told.
 
-
-@triton.jit
-def _merge(x, size: tl.constexpr, whole: tl.constexpr):
-    """Sort bitonic runs of 2**size elements: a run that is all of x descending, else every second one
-    ascending."""
-    if whole:
-        ascending = 0
+    x is a hypercube, [2] * log2(n): elements whose places differ in one bit are neighbours along one axis.
+    """
+    rank: tl.constexpr = len(x.shape)
+    if size == rank:
+        ascending = ASCENDING
     else:
-        ascending = tl.reshape(tl.arange(0, 2), [1] * (len(x.shape) - size - 1) + [2] + [1] * size)
-    for step in tl.static_range(size):
-        x = _order_pairs(x, ascending, size - 1 - step)
+        ascending = tl.reshape(tl.arange(0, 2), [1] * (rank - size - 1) + [2] + [1] * size)
+    for axis in tl.static_range(rank - size, rank):
+        partner = tl.sum(x, axis=axis, keep_dims=True) - x  # wraps around, and back
+        is_right = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (rank - axis - 1))
+        x = tl.where((x > partner) == (ascending != is_right), partner, x)
     return x
 
 
 @triton.jit
-def largest(keys, COUNT: tl.constexpr):
-    """The COUNT largest of keys [n], descending; COUNT and n are powers of two, 1 < COUNT <= n.
+def largest(keys, COUNT: tl.constexpr, ASCENDING: tl.constexpr = 0):
+    """The COUNT largest of keys [n], descending unless told; COUNT and n are powers of two, 1 < COUNT <= n.
 
     A bitonic network (Shanbhag et al. 2018, "Efficient top-k query processing on GPUs"): runs of COUNT are
     sorted, then pairs of runs shrink to one by an element-wise maximum. tl.topk does the same with an
@@ -71,8 +67,23 @@ def largest(keys, COUNT: tl.constexpr):
     log_count: tl.constexpr = _log2(COUNT)
     x = tl.reshape(keys, [2] * log_n)
     for size in tl.static_range(1, log_count + 1):
-        x = _merge(x, size, size == log_n)
+        x = _merge(x, size, ASCENDING)
     for left in tl.static_range(log_count + 1, log_n + 1):
         x = tl.max(x, axis=log_n - left)
-        x = _merge(x, log_count, left == log_n)
+        x = _merge(x, log_count, ASCENDING)
     return tl.reshape(x, [COUNT])
+
+
+@triton.jit
+def merge_largest(best, keys):
+    """The T largest of best [T], descending, and keys [n] in any order; T, n > 1 are powers of two."""
+    T: tl.constexpr = best.shape[0]
+    n: tl.constexpr = keys.shape[0]
+    if n >= T:
+        keys = largest(keys, T, ASCENDING=1)
+    else:
+        # Ascending behind nothing: what is set against the end of best are the largest of keys.
+        is_last = tl.arange(0, T // n) == T // n - 1
+        keys = tl.reshape(tl.where(is_last[:, None], largest(keys, n, ASCENDING=1)[None, :], NOTHING), [T])
+    both = tl.reshape(tl.maximum(best, keys), [2] * _log2(T))  # bitonic, and no larger key is left behind
+    return tl.reshape(_merge(both, _log2(T), 0), [T])

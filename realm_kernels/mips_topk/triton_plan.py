@@ -13,8 +13,12 @@ MAX_K = 2048  # of the fused search: the repair keeps as many 64-bit keys of a q
 MAX_SELECTED = 4096  # groups: those of k = 2048 and its slack
 SORT_KEYS = 2048  # keys a program sorts: sixteen in each of 128 threads
 ROUNDOFF = 2.0**-22  # of an addition in a tensor core, which truncates; to be confirmed on a GPU
+FILTER_KEYS = 4096  # keys a program filters: sixteen in each of 256 threads
+REPAIR_LOOK = 128  # bounds a repair program looks at at once
 SORT_KEYS_PER_WARP = SORT_KEYS // 4
-SCAN_STAGES = 3  # tiles in flight
+SCAN_STAGES = 3  # of the software pipeline: two tiles are in flight while one is worked on
+SHARED_BYTES = 227 << 10  # of a program on sm_90 and sm_100
+SHARED_SPARE = 2 << 10  # what the reductions of a scan tile need besides
 ALIGNMENT = 256  # of each array of the workspace, as of a fresh allocation
 ARRAYS = 10
 TF32_ROUNDOFF = 2.0**-10  # of a float32 row in tf32: the tensor core ignores the low 13 bits
@@ -49,13 +53,18 @@ def plan_for(
     num_excluded: int,
     query_dtype: torch.dtype,
     row_dtype: torch.dtype,
+    shared_bytes: int = SHARED_BYTES,
     workspace: int = WORKSPACE_BYTES,
 ) -> Plan:
     """The plan for B > 0 queries over a piece of N > 0 rows, k <= MAX_K. Its constants are reasoned, not
     measured."""
     scan_dtype = _scan_dtype(query_dtype, row_dtype)
-    # Three buffers of D = 128 columns are 96 KiB either way.
+    # 256 bytes of a row at once: a tile of 128 columns is 32 KiB in bfloat16 and in float32.
     block_n = 64 if scan_dtype == torch.float32 else 128
+    block_d = power_of_two(dim, 16) if dim <= 128 else 128 // scan_dtype.itemsize
+    block_b = min(power_of_two(batch, 16), 128)
+    while block_b > 16 and _shared_bytes(block_b, block_n, block_d, dim, scan_dtype) > shared_bytes:
+        block_b //= 2
     group = _group_rows(num_rows, dim, k, block_n, workspace)
     num_groups = ceil_div(num_rows, group)
     plan = Plan(
@@ -66,44 +75,50 @@ def plan_for(
         selected=min(_selected_groups(k, num_excluded, query_dtype, row_dtype), power_of_two(num_groups, 2)),
         top=power_of_two(k, 2),
         batch=batch,
-        block_b=min(power_of_two(batch, 16), 128),
+        block_b=block_b,
         block_n=block_n,
-        block_d=min(power_of_two(dim, 16), 128),
-        # A few flagged queries should still spread over the device.
-        repair_parts=max(16, min(256, 4096 // batch)),
+        block_d=block_d,
+        # A few flagged queries should still spread over the device, each program with bounds to look at.
+        repair_parts=min(max(16, min(256, 4096 // batch)), ceil_div(num_groups, REPAIR_LOOK)),
     )
     return fit_batch(plan, dim, workspace)
 
 
+def _shared_bytes(block_b: int, block_n: int, block_d: int, dim: int, scan_dtype: torch.dtype) -> int:
+    """Shared memory of a scan program. Queries stay there where D fits one block, else stream."""
+    buffers = SCAN_STAGES - 1
+    query_buffers = 1 if dim <= block_d else buffers
+    return scan_dtype.itemsize * block_d * (query_buffers * block_b + buffers * block_n) + SHARED_SPARE
+
+
 def fit_batch(plan: Plan, dim: int, workspace: int) -> Plan:
-    """The plan with as many queries a pass as fit the workspace, in whole scan tiles where one or more
-    fit."""
-    fixed, a_query, a_scanned_query = _bytes(plan, dim)
-    room = workspace - fixed - plan.block_b * a_scanned_query  # the last tile may be padded
-    batch = max(1, min(plan.batch, room // (a_query + a_scanned_query)))
+    """The plan with as many queries a pass as fit the workspace: whole scan tiles, if one fits."""
+    fixed, a_query = _bytes(plan, dim)
+    batch = max(1, min(plan.batch, (workspace - fixed) // a_query))
     if batch > plan.block_b:
         batch -= batch % plan.block_b
     return replace(plan, batch=batch)
 
 
 def workspace_bytes(plan: Plan, dim: int) -> int:
-    fixed, a_query, a_scanned_query = _bytes(plan, dim)
-    return fixed + plan.batch * a_query + ceil_div(plan.batch, plan.block_b) * plan.block_b * a_scanned_query
+    fixed, a_query = _bytes(plan, dim)
+    return fixed + plan.batch * a_query
 
 
-def _bytes(plan: Plan, dim: int) -> tuple[int, int, int]:
-    """Bytes whatever the number of queries, bytes of a query, and bytes of a query of the padded scan
-    tiles."""
+def _bytes(plan: Plan, dim: int) -> tuple[int, int]:
+    """Bytes whatever the number of queries, and bytes of a query."""
     fixed = 4 * plan.num_groups + ARRAYS * ALIGNMENT
-    a_query = 4 * plan.num_groups + 8 * sum(scratch_widths(plan)) + 8 + 4  # maxima, keys, k-th key, flag
-    a_scanned_query = plan.scan_dtype.itemsize * plan.dim_padded(dim) + 4 + 4 + 8  # slope, offset, left out
-    return fixed, a_query, a_scanned_query
+    scanned = plan.scan_dtype.itemsize * plan.dim_padded(dim)
+    slope_and_offset, left_out_and_kth, flag = 4 + 4, 8 + 8, 4
+    maxima, keys = 4 * plan.num_groups, 8 * sum(scratch_widths(plan))
+    return fixed, scanned + slope_and_offset + left_out_and_kth + flag + maxima + keys
 
 
 def scratch_widths(plan: Plan) -> tuple[int, int]:
     """Keys of a query in the two buffers that select, rescore and repair write in turn, each reading the
     other."""
-    select = rounds(parts(plan.num_groups, plan.selected) * plan.selected, plan.selected, to_one_list=True)
+    part, keep = select_part(plan.num_groups, plan.selected)
+    select = rounds(ceil_div(plan.num_groups, part) * keep, plan.selected, to_one_list=True)
     rescore = rounds(plan.selected * plan.group, plan.top)
     repair = rounds(plan.repair_parts * plan.top, plan.top)
     widths = select + rescore + repair
@@ -120,6 +135,16 @@ def rounds(width: int, top: int, to_one_list: bool = False) -> list[int]:
     while widths[-1] > (top if to_one_list else sort_keys(widths[-1], top)):
         widths.append(parts(widths[-1], top) * top)
     return widths
+
+
+def select_part(num_groups: int, selected: int) -> tuple[int, int]:
+    """Groups a select program reads and keys it keeps: it filters where several would have to sort.
+
+    A filter has bins for twice the keys it keeps, and needs a few groups in each to be worth it.
+    """
+    if num_groups > SORT_KEYS and 8 * selected <= FILTER_KEYS:
+        return FILTER_KEYS, 2 * selected
+    return sort_keys(num_groups, selected), selected
 
 
 def parts(width: int, top: int) -> int:
