@@ -92,7 +92,8 @@ class Pass:
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
         )
-        self.d_weight = weight.new_zeros(weight.shape if needs.weight else (0,), dtype=dtype)
+        self.d_weight = weight.new_empty(weight.shape if needs.weight else (0,), dtype=dtype)
+        self.d_weight_begun = False
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
 
     def rows(self, first: int, last: int) -> Rows:
@@ -132,12 +133,15 @@ class Pass:
             d_hidden = self.products.d_hidden(d_logits) / scale
             self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
         if self.needs.weight:
-            self.products.add_d_weight(self.d_weight, d_logits, rows.hidden)
+            self.products.add_d_weight(self.d_weight, d_logits, rows.hidden, not self.d_weight_begun)
+            self.d_weight_begun = True
         if self.needs.bias:
             self.d_bias += exponentials.sum(1)
 
     def gradients(self) -> Gradients:
         scale = self.products.scale
+        if not self.d_weight_begun:
+            self.d_weight.zero_()
         if scale != 1.0:
             self.d_weight.div_(scale)
             self.d_bias.div_(scale)

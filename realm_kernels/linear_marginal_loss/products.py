@@ -54,14 +54,14 @@ class WideProducts:
 
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         """d_logits^T W: [R, H]."""
-        total = d_logits.new_zeros(d_logits.shape[1], self.weight.shape[1])
+        total = d_logits.new_empty(d_logits.shape[1], self.weight.shape[1])
         for part, weight in self.slices():
-            total.addmm_(d_logits[part].t(), weight)
+            total.addmm_(d_logits[part].t(), weight, beta=float(part.start > 0))
         return total
 
-    def add_d_weight(self, total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-        """total [V, H] += d_logits hidden."""
-        total.addmm_(d_logits, hidden)
+    def add_d_weight(self, total: Tensor, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
+        """total [V, H] += d_logits hidden, or = where this is the first: total then holds nothing yet."""
+        total.addmm_(d_logits, hidden, beta=float(not first))
 
 
 class TensorCoreProducts:
@@ -80,8 +80,10 @@ class TensorCoreProducts:
     def d_hidden(self, d_logits: Tensor) -> Tensor:
         return torch.mm(d_logits.t(), self.weight, out_dtype=self.sum_dtype)
 
-    def add_d_weight(self, total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-        if ADDS_IN_FLOAT32:
+    def add_d_weight(self, total: Tensor, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
+        if first:
+            torch.mm(d_logits, hidden, out_dtype=self.sum_dtype, out=total)
+        elif ADDS_IN_FLOAT32:
             torch.addmm(total, d_logits, hidden, out_dtype=self.sum_dtype, out=total)
         else:
             total += torch.mm(d_logits, hidden, out_dtype=self.sum_dtype)
