@@ -12,8 +12,8 @@ pass does everything:
 
 The gradients are those of an upstream gradient of 1, to be scaled by the real one. Where that is not one
 number for all examples (reduction "none" with a weight to train), and where one example outgrows the
-workspace, a first pass takes the statistics alone and a second recomputes the logits: four products. Beside
-the products a chunk's V * R numbers are passed over about nine times (README.md counts them).
+workspace, a first pass takes the statistics alone and a second recomputes the logits: four products.
+README.md counts the bytes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class Rows(NamedTuple):
     hidden: Tensor  # [R, H]
     targets: Tensor  # [R], 0 where out of range
     outside: Tensor  # [R], target out of range
+
+
+def may_count_rows(device: torch.device) -> bool:
+    """Whether rows without a part are counted and left out: elsewhere counting would synchronise."""
+    return device.type == "cpu"
 
 
 class Statistics(NamedTuple):
@@ -99,8 +104,7 @@ class Pass:
     def rows(self, first: int, last: int) -> Rows:
         live, targets, hidden = self.live[first:last], self.targets[first:last], self.hidden[first:last]
         place: Tensor | slice = slice(first, last)
-        if live.device.type == "cpu":
-            # Padding tokens and missing documents cost nothing. Elsewhere counting them would synchronise.
+        if may_count_rows(live.device):
             kept = live.nonzero()[:, 0]
             place, targets, hidden = kept + first, targets[kept], hidden[kept]
         else:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .problem import Problem
-from .products import narrow_operands
+from .products import takes_narrow_operands
 
 WORKSPACE_BYTES = 256 << 20
 ALIGNMENT = 8  # examples: chunks of a multiple keep the pitch of the logits a multiple of 16 bytes
@@ -39,7 +39,7 @@ def chunks_of(problem: Problem) -> Chunks:
     batch, documents, tokens, _ = problem.hidden.shape
     weight = problem.weight
     bytes_of_row = weight.shape[0] * problem.sum_dtype.itemsize
-    if narrow_operands(weight):
+    if takes_narrow_operands(weight):
         bytes_of_row += weight.shape[0] * weight.element_size()
     rows_of_example = documents * tokens
     rows_at_once = max(1, WORKSPACE_BYTES // bytes_of_row)

@@ -90,11 +90,16 @@ class TensorCoreProducts:
 
 
 def products_for(weight: Tensor, sum_dtype: torch.dtype) -> WideProducts | TensorCoreProducts:
-    if narrow_operands(weight):
+    if takes_narrow_operands(weight):
         return TensorCoreProducts(weight, sum_dtype)
     return WideProducts(weight, sum_dtype)
 
 
-def narrow_operands(weight: Tensor) -> bool:
+def takes_narrow_operands(weight: Tensor) -> bool:
     """Whether gradients of logits are copied to half precision for the products."""
-    return weight.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.dtype in (torch.bfloat16, torch.float16) and sums_in_float32(weight.device)
+
+
+def sums_in_float32(device: torch.device) -> bool:
+    """Whether the library multiplies half precision into a float32 result: torch.mm with out_dtype."""
+    return device.type == "cuda"
