@@ -1,6 +1,7 @@
 """Retrieval is learned without labels, from masked tokens alone, on subjects not asked about in training."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from realm_model.pretrain import pretrain
 
 
 def test_realm_learns_to_retrieve(tmp_path):
-    pretrain(preset("tiny"), tmp_path, lambda record: None)
+    pretrain(replace(preset("tiny"), threads=1), tmp_path, lambda record: None)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = {record["stage"]: record["evaluation"] for record in records if "evaluation" in record}
     start, end = last["reader"], last["realm"]

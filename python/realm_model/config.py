@@ -69,7 +69,7 @@ class RealmConfig:
     candidates: int = 8  # the null document and the top 7
     # Queries that are sentences of the corpus itself. Their document may not be retrieved, and as no other
     # states the fact, the null document has something to explain.
-    corpus_share: float = 0.0625
+    corpus_share: float = 0.03125
     refresh: Literal["async", "fixed_lag"] = "fixed_lag"
     refresh_every: int = 50
     refresh_lag: int = 10  # of a fixed-lag refresh, from snapshot to swap
@@ -84,7 +84,7 @@ class RunConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     ict: StageConfig = StageConfig(steps=400, batch=128, retriever_lr=2e-3)
-    reader: StageConfig = StageConfig(steps=500, batch=96, reader_lr=3e-3)
+    reader: StageConfig = StageConfig(steps=500, batch=96, reader_lr=2e-3)
     realm: StageConfig = StageConfig(steps=400, batch=32, retriever_lr=1e-3, reader_lr=1.5e-3)
     marginal: RealmConfig = field(default_factory=RealmConfig)
     evaluate_every: int = 100

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from .config import ModelConfig
 from .inputs import PAD, Documents, join, trim
 
+CHUNK_ROWS = 64  # sequences at a time; on the CPU their activations stay in the cache
 LAYER_NORM_EPS = 1e-12  # BERT's, and of the embedder's head in the released model
 
 
@@ -55,7 +56,8 @@ class Embedder(nn.Module):
         return self.document_head(self._cls(ids, segments))
 
     def _cls(self, ids: Tensor, segments: Tensor) -> Tensor:
-        return encode(self.bert, ids, segments)[:, 0]
+        first = ids.new_zeros(ids.shape[0], 1)
+        return encode(self.bert, ids, segments, first).squeeze(1)
 
 
 class KnowledgeAugmentedEncoder(nn.Module):
@@ -75,9 +77,7 @@ class KnowledgeAugmentedEncoder(nn.Module):
         Returns [B, M, H]; logits are this times `weight` plus `bias`, never made here.
         """
         ids, segments = join(queries, bodies)
-        hidden = encode(self.lm.bert, ids, segments)  # [B, L, H]
-        masked = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.lm.cls.predictions.transform(masked)
+        return self.lm.cls.predictions.transform(encode(self.lm.bert, ids, segments, positions))
 
     @property
     def weight(self) -> Tensor:
@@ -115,24 +115,28 @@ class Realm(nn.Module):
         return hidden.unflatten(0, (B, K))
 
 
-def encode(bert: BertModel, ids: Tensor, segments: Tensor) -> Tensor:
-    """The last hidden states [B, L, H] of padded inputs."""
-    attention = (ids != PAD).long()
-    return bert(input_ids=ids, attention_mask=attention, token_type_ids=segments).last_hidden_state
+def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
+    """The last hidden states at positions [B, M] of padded inputs [B, L]: [B, M, H].
+
+    In chunks of like lengths: little padding is computed, and a chunk's activations stay in the cache.
+    """
+    order = (ids != PAD).sum(1).argsort(stable=True)
+    parts = []
+    for rows in order.split(CHUNK_ROWS):
+        chunk = trim(ids[rows])
+        hidden = bert(
+            input_ids=chunk,
+            attention_mask=(chunk != PAD).long(),
+            token_type_ids=segments[rows, : chunk.shape[1]],
+        ).last_hidden_state  # [rows, L, H]
+        parts.append(hidden.gather(1, positions[rows, :, None].expand(-1, -1, hidden.shape[-1])))
+    return torch.cat(parts)[order.argsort()]
 
 
 @torch.no_grad()
-def embed_documents(embedder: Embedder, documents: Documents, rows: Tensor, batch: int = 256) -> Tensor:
-    """Embeddings of documents by row: [len(rows), D]. In batches of like lengths, so that little padding is
-    read.
-    """
-    lengths = (documents.bodies[rows] != PAD).sum(1) + (documents.titles[rows] != PAD).sum(1)
-    order = lengths.argsort(stable=True)
-    parts = [embedder.documents(*documents.inputs(part)) for part in rows[order].split(batch)]
-    table = torch.cat(parts)
-    out = torch.empty_like(table)
-    out[order] = table
-    return out
+def embed_documents(embedder: Embedder, documents: Documents, rows: Tensor) -> Tensor:
+    """Embeddings of documents by row: [len(rows), D]."""
+    return embedder.documents(*documents.inputs(rows))
 
 
 def _head(hidden: int, projection: int) -> nn.Sequential:

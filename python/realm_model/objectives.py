@@ -61,7 +61,8 @@ def fresh_scores(model: Realm, documents: Documents, queries: Tensor, rows: Tens
     """
     distinct, where = rows.unique(return_inverse=True)
     embeddings = model.retriever.documents(*documents.inputs(distinct))
-    return model.relevance(queries, embeddings[where])
+    # As an embedding lookup: its gradient is summed in a fixed order, that of embeddings[where] is not.
+    return model.relevance(queries, F.embedding(where, embeddings))
 
 
 def realm_loss(
