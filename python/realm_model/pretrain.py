@@ -61,22 +61,31 @@ class Optimizer:
 
     def __init__(self, model: Realm, config: StageConfig) -> None:
         self.config = config
-        rates = ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
-        groups = [{"params": list(net.parameters()), "lr": lr, "peak": lr} for net, lr in rates if lr > 0]
+        plans = (
+            (model.retriever, config.retriever_lr, config.retriever_warmup),
+            (model.reader, config.reader_lr, config.reader_warmup),
+        )
+        groups = [
+            {
+                "params": list(net.parameters()),
+                "lr": lr,
+                "peak": lr,
+                "warmup": max(1, round(warmup * config.steps)),
+            }
+            for net, lr, warmup in plans
+            if lr > 0
+        ]
         self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS)
 
     def step(self, loss: torch.Tensor, step: int) -> None:
         self.adamw.zero_grad()
         loss.backward()
         for group in self.adamw.param_groups:
-            group["lr"] = group["peak"] * self._factor(step)
+            up = (step + 1) / group["warmup"]
+            down = (self.config.steps - step) / max(1, self.config.steps - group["warmup"])
+            group["lr"] = group["peak"] * min(up, down)
             nn.utils.clip_grad_norm_(group["params"], CLIP)
         self.adamw.step()
-
-    def _factor(self, step: int) -> float:
-        steps = self.config.steps
-        warmup = max(1, round(self.config.warmup * steps))
-        return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
 
 
 class Trainer:
