@@ -80,7 +80,9 @@ def test_the_loss_is_the_marginal_over_the_candidates(model, corpus, mode):
     log_prior = fresh_scores(model, corpus.documents, queries, rows).log_softmax(1)
     hidden = model.read(ids, positions, corpus.documents.bodies[rows])
     log_p = (hidden @ model.reader.weight.T + model.reader.bias).log_softmax(-1)
-    log_likelihood = log_p.gather(3, targets[:, None, :, None].expand(-1, config.candidates, -1, 1)).squeeze(3)
+    log_likelihood = log_p.gather(3, targets[:, None, :, None].expand(-1, config.candidates, -1, 1)).squeeze(
+        3
+    )
     # One masked token each: both modes agree.
     expected = -torch.logsumexp(log_prior + log_likelihood.squeeze(2), dim=1).mean()
     torch.testing.assert_close(loss, expected)
