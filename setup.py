@@ -26,7 +26,9 @@ def want_cuda() -> bool:
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"REALM_KERNELS_CUDA must be auto, 0 or 1, got {choice!r}")
     if choice == "1" and find_nvcc() is None:
-        raise SystemExit("REALM_KERNELS_CUDA=1, but no nvcc was found: put it on PATH or set CUDA_HOME or CUDACXX")
+        raise SystemExit(
+            "REALM_KERNELS_CUDA=1, but no nvcc was found: put it on PATH or set CUDA_HOME or CUDACXX"
+        )
     return choice != "0" and find_nvcc() is not None
 
 

@@ -85,5 +85,5 @@ def build_info() -> BuildInfo:
         threads=cpu.threading() if cpu is not None else "none",
         triton=triton,
         cuda=cuda_unusable() or f"CUDA {cuda.runtime_version() // 1000} runtime, linked statically",  # type: ignore[union-attr]
-        cuda_architectures=tuple(cuda.architectures()) if cuda is not None else (),
+        cuda_architectures=tuple(cuda.architectures().split()) if cuda is not None else (),
     )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, cpu, reference, triton
+from . import checks, cpu, cuda, reference, triton
 from .reference import result_dtype
 
-BACKENDS = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
 _INPUTS = (
     "Tensor scores, Tensor log_likelihood, Tensor? token_mask, Tensor? doc_mask, Tensor? log_weight, str mode"
