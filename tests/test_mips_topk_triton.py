@@ -9,6 +9,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import realm_kernels as rk
 from realm_kernels.mips_topk import reference, triton_plan
@@ -223,12 +225,12 @@ def test_layout_does_not_matter():
     assert_same_topk(search(queries.t().contiguous().t(), table, 6), expected)
 
 
-def test_rows_and_ids_beyond_two_to_the_thirty_one():
+@pytest.mark.parametrize("first_row", [2**31 - 1, 2**33])
+def test_rows_and_ids_beyond_two_to_the_thirty_one(first_row):
     """Rows 2^31 elements apart, of a table whose other pages are never touched; ids that need 64 bits."""
     storage = torch.UntypedStorage(2 * (2**31 + 8), device=DEVICE)
     table = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(storage).as_strided((2, 8), (2**31, 1))
     table.copy_(torch.tensor([[1.0] * 8, [2.0] * 8]))
-    first_row = 2**33
     exclude = torch.tensor([[-1], [first_row + 1]], device=DEVICE)
     piece = backend._Piece(torch.ones(2, 8, device=DEVICE), table, first_row, exclude, None)
     for scores, indices in (backend._search_piece(piece, 2, planner()), backend._search_densely(piece, 2)):
@@ -258,6 +260,22 @@ def test_the_bound_holds_for_every_row_and_is_tight(rows, scale):
     rounding = {"f32": 2.0**-11 + 2.0**-10, "f16": 2.0**-11, "bf16": 2.0**-9}[rows]
     error = queries.double().norm(dim=1)[:, None] * norms * (rounding + 50 * 2.0**-22)
     assert (bound - best <= 2 * error.to(DEVICE)).all()
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_small_input_equals_the_reference(data):
+    B, N, D = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70)), data.draw(st.integers(1, 19))
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1.0, 1.0, -1.0, INF, -INF, NAN, 1e-45, 3e38])
+    usual = data.draw(st.sampled_from([9, len(special)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+
+    def draw(*shape):
+        return special[torch.randint(usual, shape, generator=generator)]
+
+    exclude = torch.randint(-1, N, (B, data.draw(st.integers(0, 3))), generator=generator)
+    row_mask = torch.rand(N, generator=generator) < 0.8
+    check(draw(B, D), draw(N, D), data.draw(st.integers(1, N)), exclude, row_mask)
 
 
 def test_equal_inputs_give_equal_bits():

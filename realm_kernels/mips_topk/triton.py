@@ -17,6 +17,7 @@ from .triton_plan import ALIGNMENT, MAX_K, WORKSPACE_BYTES, Plan, ceil_div, sort
 
 PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
 RESCORE_ROWS = 128  # of a program: one a thread
+RESCORE_REGISTERS = 96  # of a thread: left alone, the assembler aims for 64 and spills one
 DENSE_ROWS = 1 << 16  # at least so many rows are scored at once where k is beyond the fused search
 PROGRAMS_PER_SM = 2
 
@@ -310,6 +311,7 @@ class _Block:
             GROUP=self._plan.group,
             BLOCK_R=RESCORE_ROWS,
             SELECTED=True,
+            maxnreg=RESCORE_REGISTERS,
         )
         return keys
 
@@ -351,7 +353,7 @@ class _Block:
             GROUP=plan.group,
             PART=triton_plan.REPAIR_LOOK,
             TOP=plan.top,
-            num_warps=max(4, triton_plan.sort_warps(2 * plan.top)),
+            num_warps=triton_plan.repair_warps(plan.top),
         )
         self.finish(best, scores, indices, repaired=True)
 
@@ -408,6 +410,7 @@ def _search_densely(piece: _Piece, k: int) -> tuple[Tensor, Tensor]:
                 GROUP=1,
                 BLOCK_R=RESCORE_ROWS,
                 SELECTED=False,
+                maxnreg=RESCORE_REGISTERS,
             )
             best = torch.cat([best, keys], dim=1).topk(k, dim=1).values
         scores[start:stop], indices[start:stop] = _decoded(best, piece.first_row)

@@ -56,7 +56,9 @@ def prepare_kernel(
     residual_square = tl.zeros([BLOCK_D], tl.float64)
     for start in range(0, D_PADDED, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        q = tl.load(queries + query * stride_b + d * stride_d, mask=d < DIM, other=0.0).to(tl.float32)
+        q = tl.load(queries + query * stride_b + d.to(tl.int64) * stride_d, mask=d < DIM, other=0.0).to(
+            tl.float32
+        )
         if scanned.dtype.element_ty == tl.float32:
             rounded = _to_tf32(q)
         else:
@@ -155,10 +157,11 @@ def scan_kernel(
 @triton.jit
 def _load_columns(row_start, d, stride_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Columns d [BLOCK_D] of rows [BLOCK_N, 1], zero beyond D."""
+    place = row_start + d.to(tl.int64)[None, :] * stride_d
     if DIM % BLOCK_D == 0:
-        return tl.load(row_start + d[None, :] * stride_d)
+        return tl.load(place)
     else:
-        return tl.load(row_start + d[None, :] * stride_d, mask=d[None, :] < DIM, other=0.0)
+        return tl.load(place, mask=d[None, :] < DIM, other=0.0)
 
 
 @triton.jit
@@ -292,7 +295,7 @@ def _canonical_keys(
     p = tl.zeros([row.shape[0], LANES], tl.float64)
     # Sixteen steps in flight hide most of the latency of a gather.
     for first in tl.range(0, DIM, LANES, loop_unroll_factor=16):
-        d = first + lane
+        d = (first + lane).to(tl.int64)
         q = tl.load(query + d * stride_query_d, mask=d < DIM, other=0.0).to(tl.float32).to(tl.float64)
         x = tl.load(start + d[None, :] * stride_d, mask=is_row[:, None] & (d < DIM)[None, :], other=0.0)
         p += q[None, :] * x.to(tl.float32).to(tl.float64)
@@ -303,8 +306,9 @@ def _canonical_keys(
     is_row = is_row & (score == score)
     if HAS_MASK:
         is_row = is_row & (tl.load(row_mask + row.to(tl.int64) * stride_mask, mask=is_row, other=0) != 0)
+    row_id = row.to(tl.int64) + first_row
     for e in range(num_excluded):
-        is_row = is_row & (first_row + row != tl.load(exclude + e * stride_exclude))
+        is_row = is_row & (row_id != tl.load(exclude + e * stride_exclude))
     return tl.where(is_row, key_of(score, row), NOTHING)
 
 

@@ -61,7 +61,11 @@ def plan_for(
     scan_dtype = _scan_dtype(query_dtype, row_dtype)
     # 256 bytes of a row at once: a tile of 128 columns is 32 KiB in bfloat16 and in float32.
     block_n = 64 if scan_dtype == torch.float32 else 128
-    block_d = power_of_two(dim, 16) if dim <= 128 else 128 // scan_dtype.itemsize
+    if dim % 16 != 0:
+        # Unaligned rows pass through registers: no more than fit there.
+        block_d = min(power_of_two(dim, 16), 32)
+    else:
+        block_d = power_of_two(dim, 16) if dim <= 128 else 128 // scan_dtype.itemsize
     block_b = min(power_of_two(batch, 16), 128)
     while block_b > 16 and _shared_bytes(block_b, block_n, block_d, dim, scan_dtype) > shared_bytes:
         block_b //= 2
@@ -195,6 +199,11 @@ def _group_rows(num_rows: int, dim: int, k: int, block_n: int, workspace: int) -
 
 def sort_warps(keys: int) -> int:
     return max(1, min(16, keys // SORT_KEYS_PER_WARP))
+
+
+def repair_warps(top: int) -> int:
+    """Eight keys a thread of the list it keeps, beside the rows it scores."""
+    return max(4, sort_warps(2 * top) * 2)
 
 
 def scan_warps(block_b: int) -> int:

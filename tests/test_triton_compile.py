@@ -1,0 +1,181 @@
+"""Every Triton kernel of the project, compiled for GPUs that are not here: registers, shared memory, spills.
+
+To add a kernel, add its cases to CASES.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from realm_kernels.mips_topk.triton import RESCORE_REGISTERS
+from realm_kernels.mips_topk.triton_plan import repair_warps, scan_warps, sort_warps
+
+pytest.importorskip("triton")
+
+# Every case compiles for each, in three processes side by side; minutes on a busy machine.
+ARCHITECTURES = (80, 90, 100)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux"),
+]
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one program, at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of one kernel.
+
+    arguments: by name a type ("*bf16", "i32", "i32:16" for a multiple of 16), or const(value) for a constexpr
+    and for an integer that is 1. matrix: the matrix instruction meant, by architecture.
+    """
+
+    name: str
+    kernel: str  # "module:function"
+    arguments: dict
+    warps: int = 4
+    registers: int | None = None  # of a thread, where a launch limits them
+    matrix: dict | None = None
+
+
+def const(value):
+    return ["constant", value]
+
+
+def consts(**values):
+    return {name: const(value) for name, value in values.items()}
+
+
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+MIPS = "realm_kernels.mips_topk.triton_kernels:"
+
+
+def scan(name, queries, rows, block_b, block_n, block_d, dim, group, mask=False, matrix=None):
+    arguments = dict(
+        scanned="*" + queries,
+        rows="*" + rows,
+        row_mask="*i1" if mask else const(None),
+        group_max="*fp32",
+        group_norm="*fp32",
+        **dict.fromkeys(("num_queries", "num_rows", "num_groups"), "i32"),
+        stride_row="i32:16" if dim % 16 == 0 else "i32",
+        stride_mask=const(1),
+        norm_scale="fp32",
+    )
+    padded = -(-dim // block_d) * block_d
+    arguments |= consts(
+        stride_d=1, DIM=dim, D_PADDED=padded, BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_D=block_d
+    )
+    arguments |= consts(GROUP=group, HAS_MASK=mask, UPCAST=False, STAGES=3)
+    warps = scan_warps(block_b)
+    return Case("mips_topk scan " + name, MIPS + "scan_kernel", arguments, warps, matrix=matrix)
+
+
+PREPARE = dict(queries="*fp32", scanned="*bf16", slope="*fp32", offset="*fp32", left_out="*i64")
+PREPARE |= dict(stride_b="i32:16", relative="fp32")
+BOUNDS = dict(group_max="*fp32", group_norm="*fp32", slope="*fp32", offset="*fp32", num_groups="i32")
+SELECT = BOUNDS | dict(best="*i64", left_out="*i64")
+SHRINK = dict(keys="*i64", best="*i64", left_out="*i64", flags="*i32", num_keys="i32")
+FINISH = dict(keys="*i64", left_out="*i64", flags="*i32", kth="*i64", repairs="*i64", scores="*fp32")
+FINISH |= dict(indices="*i64", num_keys="i32", first_row="i64", k="i32")
+GATHER = dict(
+    queries="*bf16", rows="*bf16", row_mask=const(None), exclude="*i64", num_rows="i32", first_row="i64"
+)
+GATHER |= dict(num_excluded="i32", stride_query_b="i32:16", stride_row="i32:16", stride_exclude_b="i32")
+GATHER |= consts(stride_query_d=1, stride_d=1, stride_mask=1, stride_exclude=1, DIM=128, HAS_MASK=False)
+RESCORE = GATHER | dict(selected="*i64", keys="*i64", num_positions="i32", first_position="i32")
+REPAIR = GATHER | BOUNDS | dict(flags="*i32", kth="*i64", best="*i64")
+
+MASKED = {"row_mask": "*i1", "HAS_MASK": const(True)}
+
+
+def mips(name, arguments, variant="", warps=4, registers=None, **constants):
+    arguments = arguments | consts(**constants)
+    return Case(f"mips_topk {name} {variant}", f"{MIPS}{name}_kernel", arguments, warps, registers)
+
+
+# The constants are those of triton_plan.py for D = 128 and k = 8, 100 and 2048.
+MIPS_TOPK = [
+    scan("bf16 B=128 D=128", "bf16", "bf16", 128, 128, 128, 128, 128, matrix=TENSOR_CORES),
+    scan("bf16 B=64 masked", "bf16", "bf16", 64, 128, 128, 128, 16, mask=True, matrix=TENSOR_CORES),
+    scan("bf16 B=16 D=128", "bf16", "bf16", 16, 128, 128, 128, 128),
+    scan("bf16 B=128 D=100", "bf16", "bf16", 128, 128, 32, 100, 128),
+    scan("bf16 B=128 D=768", "bf16", "bf16", 128, 128, 64, 768, 128, matrix=TENSOR_CORES),
+    scan("tf32 B=128 D=128", "fp32", "fp32", 128, 64, 128, 128, 64, matrix=TENSOR_CORES),
+    scan("tf32 over f16 rows", "fp32", "fp16", 128, 64, 128, 128, 64),
+    mips("prepare", PREPARE, warps=1, stride_d=1, DIM=128, D_PADDED=128, BLOCK_D=128),
+    mips("select", SELECT, "sorts", warps=sort_warps(512), PART=512, TOP=16, KEEP=16),
+    mips("select", SELECT, "filters", warps=sort_warps(4096), PART=4096, TOP=128, KEEP=256),
+    mips("shrink", SHRINK, "k=100", warps=sort_warps(512), PART=512, TOP=128, NOTE=True, ONLY_FLAGGED=True),
+    mips("rescore", RESCORE, registers=RESCORE_REGISTERS, GROUP=128, BLOCK_R=128, SELECTED=True),
+    mips(
+        "rescore",
+        RESCORE | MASKED,
+        "all",
+        registers=RESCORE_REGISTERS,
+        selected=None,
+        GROUP=1,
+        BLOCK_R=128,
+        SELECTED=False,
+    ),
+    mips("finish", FINISH, "k=8", warps=sort_warps(2048), PART=2048, TOP=16, GROUP=128, REPAIRED=False),
+    mips("finish", FINISH, "repaired", warps=sort_warps(512), PART=512, TOP=16, GROUP=128, REPAIRED=True),
+    mips("repair", REPAIR, "k=8", warps=repair_warps(16), GROUP=128, PART=128, TOP=16),
+    mips("repair", REPAIR, "k=2048", warps=repair_warps(2048), GROUP=16, PART=128, TOP=2048),
+]
+
+CASES = [*MIPS_TOPK]
+
+
+@pytest.fixture(scope="module")
+def results():
+    """What the compiler says, by (case name, architecture)."""
+    with ThreadPoolExecutor() as pool:
+        by_architecture = list(pool.map(compile_all, ARCHITECTURES))
+    return {
+        (case.name, architecture): found
+        for architecture, every in zip(ARCHITECTURES, by_architecture, strict=True)
+        for case, found in zip(CASES, every, strict=True)
+    }
+
+
+def compile_all(architecture):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_compile.py"), str(architecture)],
+        input=json.dumps([(case.kernel, case.arguments, case.warps, case.registers) for case in CASES]),
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    if done.returncode != 0:
+        raise AssertionError(f"sm_{architecture}, {CASES[len(found)].name}: {done.stderr[-3000:]}")
+    return found
+
+
+def test_the_table(results, capsys):
+    """Print the table that says what each kernel needs."""
+    with capsys.disabled():
+        print(f"\n{'kernel':<32}{'sm':>5}{'registers':>11}{'spills':>8}{'shared':>9}  matrix")
+        for (name, architecture), found in sorted(results.items()):
+            numbers = f"{found['registers']:>11}{found['spills']:>8}{found['shared']:>9}"
+            print(f"{name:<32}{architecture:>5}{numbers}  {', '.join(found['matrix'])}")
+    assert len(results) == len(CASES) * len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_nothing_spills_and_the_matrix_instruction_is_the_one_meant(results, case, architecture):
+    found = results[case.name, architecture]
+    assert found["spills"] == 0
+    assert found["shared"] <= SHARED_BYTES[architecture]
+    assert not found["flushes"], "subnormal numbers would be flushed"
+    if case.matrix:
+        assert case.matrix[architecture] in found["matrix"]
+        assert found["pipelined"]
