@@ -1,7 +1,7 @@
 """Builds csrc/ with CMake and ninja; the metadata is in pyproject.toml.
 
-REALM_KERNELS_CUDA=auto|0|1 chooses whether the CUDA module is built: auto (the default) builds it where nvcc is
-found, whether or not a GPU is visible; 1 makes a missing nvcc an error.
+REALM_KERNELS_CUDA=auto|0|1 chooses whether the CUDA module is built: auto (the default) builds it where nvcc
+is found, whether or not a GPU is visible; 1 makes a missing nvcc an error.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Where no GPU is, Triton kernels run in Triton's interpreter; that must be decided before any is imported."""
+"""Without a GPU Triton kernels run in Triton's interpreter; that must be decided before any is imported."""
 
 import os
 
