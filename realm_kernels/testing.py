@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.utils.deterministic as deterministic_memory
 from torch import Tensor
 
 
@@ -17,6 +17,8 @@ def poisoned_memory() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills fresh memory only in this mode
+    # Its attributes are properties that no stub tells of.
+    deterministic_memory: Any = torch.utils.deterministic
     fill = deterministic_memory.fill_uninitialized_memory
     deterministic_memory.fill_uninitialized_memory = True
     try:
