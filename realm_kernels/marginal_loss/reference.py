@@ -115,7 +115,7 @@ def scored_columns(log_p: Tensor, log_likelihood: Tensor, token_mask: Tensor | N
     scored = token_mask if token_mask is not None else log_p.new_ones(batch, tokens, dtype=torch.bool)
     if mode == "sequence":
         scored = scored.any(1, keepdim=True)
-    return scored & (log_p > -torch.inf).any(1, keepdim=True)
+    return scored & (log_p != -torch.inf).any(1, keepdim=True)
 
 
 def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
@@ -210,7 +210,7 @@ def double_backward(
     log_p = log_prior(scores, doc_mask, log_weight)
     scored = scored_columns(log_p, log_likelihood, token_mask, mode)[:, None, :]
     log_marginal, posterior, residual = marginal(log_p, columns(log_likelihood, token_mask, mode))
-    live = scored & (log_marginal > -torch.inf)[:, None, :]  # [B, 1, M] or [B, 1, 1]
+    live = scored & (log_marginal != -torch.inf)[:, None, :]  # [B, 1, M] or [B, 1, 1]
     prior = torch.where(live, log_p.exp()[:, :, None], 0.0)
     posterior, residual = torch.where(live, posterior, 0.0), torch.where(live, residual, 0.0)
 

@@ -13,6 +13,8 @@ from .reference import result_dtype
 
 TILE = 1024  # float64 numbers of a tile at most
 PER_THREAD = 4  # of these for each thread: more spills
+# Left to itself ptxas spills a few registers for an occupancy that one program an example has no use for.
+MAX_REGISTERS = 255
 REDUCE_BLOCK = 1024
 
 
@@ -42,7 +44,7 @@ def _power_of_two(x: int) -> int:
 
 
 def tile(documents: int, tokens: int) -> dict[str, int]:
-    """K_END, BLOCK_K, BLOCK_M and num_warps for K documents of M tokens."""
+    """Tiles and launch options for K documents of M tokens."""
     block_k = min(_power_of_two(documents), TILE)
     block_m = min(_power_of_two(tokens), TILE // block_k)
     return {
@@ -50,6 +52,7 @@ def tile(documents: int, tokens: int) -> dict[str, int]:
         "BLOCK_K": block_k,
         "BLOCK_M": block_m,
         "num_warps": _power_of_two(-(-block_k * block_m // (32 * PER_THREAD))),
+        "maxnreg": MAX_REGISTERS,
     }
 
 

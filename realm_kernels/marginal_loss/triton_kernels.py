@@ -1,10 +1,10 @@
 """The Triton kernels of marginal_loss: one program an example, forward and backward. triton.py launches them.
 
-Legend: B examples, K documents, M tokens. A column is what one document is drawn for: a token in mode "token",
-the whole sequence otherwise. A program walks its example in tiles [BLOCK_K, BLOCK_M] of float64: over the
-documents for their best, for the sum about it, and in the backward for the result. Where all documents fit one
-tile, as with any K that is trained with, K_END = BLOCK_K folds these loops and a tile is read once. The
-formulas are those of `marginal` in reference.py, where they are explained.
+Legend: B examples, K documents, M tokens. A column is what one document is drawn for: a token in mode
+"token", the whole sequence otherwise. A program walks its example in tiles [BLOCK_K, BLOCK_M] of float64:
+over the documents for their best, for the sum about it, and in the backward for the result. Where all
+documents fit one tile, as with any K that is trained with, K_END = BLOCK_K folds these loops and a tile is
+read once. The formulas are those of `marginal` in reference.py, where they are explained.
 
 The inputs of the prior travel as (scores, log_weight, doc_mask), those of the likelihood as (log_likelihood,
 token_mask, stride_k, stride_m), all moved to the program's example; the normaliser of the prior is (largest
@@ -136,7 +136,7 @@ def _scored(token_mask, m, M):
 
 @triton.jit
 def _columns(token_inputs, k, m, K, M, PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What is marginalised: tokens m [BLOCK_K, BLOCK_M], or in mode "sequence" the sum of all [BLOCK_K, 1]."""
+    """What is marginalised: tokens m [BLOCK_K, BLOCK_M], or the sum of all [BLOCK_K, 1] for a sequence."""
     log_likelihood, token_mask, stride_k, stride_m = token_inputs
     rows = log_likelihood + k.to(tl.int64)[:, None] * stride_k
     there = (k < K)[:, None]
