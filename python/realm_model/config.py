@@ -108,7 +108,7 @@ def preset(name: str) -> RunConfig:
         return RunConfig(
             world=world,
             reader=replace(base.reader, steps=900),
-            realm=replace(base.realm, steps=800),
+            realm=replace(base.realm, steps=500, batch=32, retriever_lr=4e-4, retriever_warmup=0.1),
         )
     if name == "tiny":
         world = WorldConfig(subjects=120, facts_per_subject=5, relations=5, objects_per_relation=30)
