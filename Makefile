@@ -13,7 +13,7 @@ CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'cs
 
 run: $(READY)
 	$(BIN)/realm-model pretrain --out $(OUT)
-	$(BIN)/realm-model evaluate $(OUT)
+	$(BIN)/realm-model evaluate --run $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
