@@ -23,8 +23,8 @@ COLUMNS = {
     "recall@1": "recall@1",
     "recall@5": "recall@5",
     "recall@20": "recall@20",
-    "utility": "retrieval utility",
-    "gain": "log p(y|top) - prior",
+    "utility": "utility",
+    "gain": "gain",
     "accuracy": "accuracy",
     "log_marginal": "log p(y|x)",
 }
@@ -68,7 +68,7 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
 
 
 def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
-    """After the warm starts, and now: held-out subjects, retrieval over all documents."""
+    """After the warm starts, and now. The columns are those of evaluate.Evaluation, where they are explained."""
     table = Table(title="held-out subjects, over all documents", title_justify="left")
     table.add_column("model")
     for title in COLUMNS.values():
