@@ -26,7 +26,7 @@ COLUMNS = {
     "utility": "utility",
     "gain": "gain",
     "accuracy": "accuracy",
-    "log_marginal": "log p(y|x)",
+    "log_marginal": "log p",
 }
 
 Record = dict[str, Any]
@@ -68,15 +68,15 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
 
 
 def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
-    """After the warm starts, and now. The columns are those of evaluate.Evaluation, where they are explained."""
-    table = Table(title="held-out subjects, over all documents", title_justify="left")
-    table.add_column("model")
+    """After the warm starts, and now; evaluate.Evaluation explains the columns."""
+    table = Table(title="held-out subjects, over all documents", title_justify="left", padding=(0, 0))
+    table.add_column("model", no_wrap=True)
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
     last = {record["stage"]: record["evaluation"] for record in records if "evaluation" in record}
     for stage in ("ict", "reader"):
         if stage in last:
-            table.add_row(f"after {STAGE_TITLES[stage]}", *_cells(last[stage]))
+            table.add_row(STAGE_TITLES[stage], *_cells(last[stage]))
     table.add_row("now", *_cells(final), style="bold")
     return table
 
