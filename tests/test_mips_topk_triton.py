@@ -19,6 +19,8 @@ from realm_kernels.testing import assert_same_topk
 
 pytest.importorskip("triton")
 
+from realm_kernels.mips_topk import triton_launch, triton_scan, triton_search  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = float("inf"), float("nan")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -47,7 +49,7 @@ def planner(group=8, slack=2, **changes):
 def search(queries, table, k, exclude=None, row_mask=None, plan_for=None):
     shards = [shard.to(DEVICE) for shard in (table if isinstance(table, list) else [table])]
     rest = [None if x is None else x.to(DEVICE) for x in (exclude, row_mask)]
-    return backend.search(queries.to(DEVICE), shards, k, *rest, planner=plan_for or planner())
+    return triton_search.search(queries.to(DEVICE), shards, k, *rest, planner=plan_for or planner())
 
 
 def check(queries, table, k, exclude=None, row_mask=None, plan_for=None):
@@ -205,8 +207,8 @@ def test_wide_rows_go_through_the_scan_in_blocks():
 
 
 def test_a_k_beyond_the_fused_search(monkeypatch):
-    monkeypatch.setattr(backend, "MAX_K", 4)
-    monkeypatch.setattr(backend, "DENSE_ROWS", 16)
+    monkeypatch.setattr(triton_search, "MAX_K", 4)
+    monkeypatch.setattr(triton_search, "DENSE_ROWS", 16)
     queries, table = integers(3, 5), integers(100, 5)
     table[5] = NAN
     exclude = torch.randint(-1, 100, (3, 2))
@@ -221,7 +223,7 @@ def test_layout_does_not_matter():
     wide[:, 3:16] = table
     misaligned = torch.full((40 * 13 + 1,), NAN)[1:].view(40, 13).copy_(table)
     for layout in (wide[:, 3:16], table.t().contiguous().t(), misaligned, table.repeat_interleave(2, 0)[::2]):
-        assert_same_topk(backend.search(queries.to(DEVICE), [layout.to(DEVICE)], 6), expected)
+        assert_same_topk(triton_search.search(queries.to(DEVICE), [layout.to(DEVICE)], 6), expected)
     assert_same_topk(search(queries.t().contiguous().t(), table, 6), expected)
 
 
@@ -232,8 +234,11 @@ def test_rows_and_ids_beyond_two_to_the_thirty_one(first_row):
     table = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(storage).as_strided((2, 8), (2**31, 1))
     table.copy_(torch.tensor([[1.0] * 8, [2.0] * 8]))
     exclude = torch.tensor([[-1], [first_row + 1]], device=DEVICE)
-    piece = backend._Piece(torch.ones(2, 8, device=DEVICE), table, first_row, exclude, None)
-    for scores, indices in (backend._search_piece(piece, 2, planner()), backend._search_densely(piece, 2)):
+    piece = triton_launch.Piece(torch.ones(2, 8, device=DEVICE), table, first_row, exclude, None)
+    for scores, indices in (
+        triton_search._search_piece(piece, 2, planner()),
+        triton_search._search_densely(piece, 2),
+    ):
         assert indices.tolist() == [[first_row + 1, first_row], [first_row, -1]]
         assert scores.tolist() == [[16.0, 8.0], [8.0, -INF]]
 
@@ -244,12 +249,12 @@ def test_the_bound_holds_for_every_row_and_is_tight(rows, scale):
     """U >= the canonical score of each row of its group, by no more than twice the derived error."""
     queries = torch.randn(4, 40)
     table = (torch.randn(64, 40) * scale).to(DTYPES[rows])
-    piece = backend._Piece(
+    piece = triton_launch.Piece(
         queries.to(DEVICE), table.to(DEVICE), 0, torch.empty(4, 0, dtype=torch.int64), None
     )
     plan = planner()(4, 64, 40, 3, 0, queries.dtype, table.dtype, triton_plan.SHARED_BYTES)
-    space = backend._Workspace(plan, piece.queries)
-    backend._Block(piece, plan, space, 0, 4).scan()
+    space = triton_launch.Workspace(plan, piece.queries)
+    triton_launch.Block(piece, plan, space, 0, 4).scan()
     slope, offset = space.slope[:4, None].double(), space.offset[:4, None].double()
     bound = space.group_max.double() + space.group_norm.double() * slope + offset  # [4, 8]
     scores = reference.canonical_scores(queries[:, None], table[None]).view(4, 8, 8).double()
@@ -306,9 +311,7 @@ def test_cpu_tensors_are_served_only_when_forced(monkeypatch):
     assert "serves CUDA tensors" in backend.refuses(*arguments)
     with rk.use_backend("triton"):
         assert backend.refuses(*arguments) is None
-        from realm_kernels.mips_topk import triton_kernels
-
-        monkeypatch.setattr(triton_kernels, "INTERPRETED", False)
+        monkeypatch.setattr(triton_scan, "INTERPRETED", False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET"):
             rk.mips_topk(arguments[0], arguments[1][0], 3)
 
