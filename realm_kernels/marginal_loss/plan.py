@@ -46,7 +46,7 @@ def explain(
     return Explanation(
         op=OP,
         backend=backend.name,
-        plan=f"B={batch} K={documents} M={tokens} {mode} mode, one launch each way, float64 inside",
+        plan=f"B={batch} K={documents} M={tokens} {mode} mode, float64 inside",
         bytes=bytes_moved,
         flops=flops,
         limit="one kernel launch; for large B the larger of bytes / bandwidth and flops / float64 rate",
