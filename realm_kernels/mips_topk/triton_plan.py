@@ -71,14 +71,15 @@ def plan_for(
     block_b = min(power_of_two(batch, 16), 128)
     while block_b > 16 and _shared_bytes(block_b, block_n, block_d, dim, scan_dtype) > shared_bytes:
         block_b //= 2
-    group = _group_rows(num_rows, dim, k, block_n, workspace)
+    selected = _selected_groups(k, num_excluded, query_dtype, row_dtype)
+    group = _group_rows(batch, num_rows, dim * row_dtype.itemsize, selected, block_n, workspace)
     num_groups = ceil_div(num_rows, group)
     plan = Plan(
         scan_dtype=scan_dtype,
         relative=_relative_error(dim, row_dtype),
         group=group,
         num_groups=num_groups,
-        selected=min(_selected_groups(k, num_excluded, query_dtype, row_dtype), power_of_two(num_groups, 2)),
+        selected=min(selected, power_of_two(num_groups, 2)),
         top=power_of_two(k, 2),
         batch=batch,
         block_b=block_b,
@@ -191,10 +192,16 @@ def _selected_groups(k: int, num_excluded: int, query_dtype: torch.dtype, row_dt
     return min(power_of_two(k + num_excluded + slack, 2), MAX_SELECTED)
 
 
-def _group_rows(num_rows: int, dim: int, k: int, block_n: int, workspace: int) -> int:
-    """Balance the write of maxima against the reads of rescoring, sqrt(8 N / 2 k D) (design, section 5)."""
-    group = power_of_two(round(math.sqrt(8 * num_rows / (2 * k * dim))), 16)
-    while 8 * ceil_div(num_rows, group) > workspace // 4:  # norms and the maxima of a query: room for several
+def _group_rows(
+    batch: int, num_rows: int, row_bytes: int, selected: int, block_n: int, workspace: int
+) -> int:
+    """Balance writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore.
+
+    The design's sqrt(8 N / 2 k D) with the m groups that are really rescored, to the nearest power of two;
+    larger where the maxima of a scan tile of 128 queries would not fit half of the workspace.
+    """
+    group = 1 << max(4, round(math.log2(8 * num_rows / (selected * row_bytes)) / 2))
+    while 4 * ceil_div(num_rows, group) * min(batch, 128) > workspace // 2:
         group *= 2
     return min(group, block_n)
 
