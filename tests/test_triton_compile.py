@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from realm_kernels.marginal_loss.triton import REDUCE_BLOCK
+from realm_kernels.marginal_loss.triton import tile as tile_of
 from realm_kernels.mips_topk.triton_plan import RESCORE_REGISTERS, repair_warps, scan_warps, sort_warps
 
 pytest.importorskip("triton")
@@ -145,7 +147,39 @@ MIPS_TOPK = [
     mips("repair", REPAIR, "k=2048", on=HOPPER, warps=repair_warps(2048), GROUP=16, PART=128, TOP=2048),
 ]
 
-CASES = [*MIPS_TOPK]
+MARGINAL = dict(scores="*fp32", log_weight="*fp32", token_mask="*u8", doc_mask="*u8")
+MARGINAL |= dict(K="i32", M="i32", stride_b="i32", stride_k="i32", stride_m=const(1))
+MARGINAL_FORWARD = MARGINAL | dict(loss="*fp64", count="*i64")
+MARGINAL_BACKWARD = MARGINAL | dict(d_loss="*fp32", divisor="*i64", d_scores="*fp32", REDUCED=const(True))
+MARGINAL_REDUCE = dict(losses="*fp64", counts="*i64", loss="*fp32", count="*i64", B="i32")
+
+
+def marginal(name, documents, tokens, per_token, dtype="*fp32", on=ARCHITECTURES):
+    """marginal_loss with the tiles that its launches choose for K documents and M tokens."""
+    tile = tile_of(documents, tokens)
+    warps, registers = tile.pop("num_warps"), tile.pop("maxnreg")
+    arguments = MARGINAL_FORWARD if name == "fwd" else MARGINAL_BACKWARD | dict(d_log_likelihood=dtype)
+    arguments = arguments | dict(log_likelihood=dtype) | consts(PER_TOKEN=per_token, **tile)
+    title = f"marginal_loss {name} {'token' if per_token else 'sequence'} K={documents}"
+    return Case(title, f"{LOSS}{name}_kernel", arguments, warps, registers, architectures=on)
+
+
+LOSS = "realm_kernels.marginal_loss.triton_kernels:marginal_loss_"
+MARGINAL_LOSS = [
+    marginal("fwd", 8, 20, per_token=True),
+    marginal("fwd", 8, 20, per_token=False, on=HOPPER),
+    marginal("fwd", 5000, 4, per_token=True, dtype="*fp64", on=HOPPER),
+    marginal("bwd", 64, 64, per_token=True, dtype="*bf16"),
+    marginal("bwd", 1000, 4, per_token=False),
+    marginal("bwd", 5000, 4, per_token=False, dtype="*fp16", on=HOPPER),
+    Case(
+        "marginal_loss reduce",
+        LOSS + "reduce_kernel",
+        MARGINAL_REDUCE | consts(MEAN=True, BLOCK_B=REDUCE_BLOCK),
+    ),
+]
+
+CASES = [*MIPS_TOPK, *MARGINAL_LOSS]
 
 
 def cases_for(architecture):

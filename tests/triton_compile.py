@@ -20,6 +20,8 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
 WARP = 32
+# Apart from what float64 exp and log begin with: a look at the high word, and a first guess of a quotient.
+FLUSHES = re.compile(r"(?<!abs)(?<!rcp\.approx)\.ftz")
 
 
 def compiled(kernel, arguments, architecture, warps, registers):
@@ -56,7 +58,7 @@ def resources(binary):
         "spills": stack + local,
         "shared": binary.metadata.shared,
         "matrix": [name for name in MATRIX_INSTRUCTIONS if name in ptx],
-        "flushes": ".ftz" in ptx,
+        "flushes": bool(FLUSHES.search(ptx)),
         "pipelined": "cp.async" in ptx,
     }
 
