@@ -7,9 +7,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from typer.testing import CliRunner
+
 from realm_model import cli
 from realm_model.config import ModelConfig, RealmConfig, RunConfig, StageConfig, WorldConfig
-from typer.testing import CliRunner
 
 SMALL = RunConfig(
     world=WorldConfig(subjects=10, facts_per_subject=3, relations=3),

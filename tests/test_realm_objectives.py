@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import realm_kernels as rk
 from realm_model.config import ModelConfig, RealmConfig, preset
 from realm_model.evaluate import build_table
 from realm_model.inputs import prepare, world_tokenizer
@@ -14,8 +15,6 @@ from realm_model.masking import mask_statements
 from realm_model.model import Realm, embed_documents
 from realm_model.objectives import fresh_scores, realm_loss, retrieve
 from realm_model.world import draw_world, generate_source
-
-import realm_kernels as rk
 
 MODEL = ModelConfig(vocab_size=400, hidden=16, layers=1, heads=2, projection=8)
 WORLD = replace(preset("tiny").world, subjects=10, facts_per_subject=3, relations=3)

@@ -114,7 +114,7 @@ def preset(name: str) -> RunConfig:
         world = WorldConfig(subjects=120, facts_per_subject=5, relations=5, objects_per_relation=30)
         return RunConfig(
             world=world,
-            ict=StageConfig(steps=200, batch=64, retriever_lr=3e-3),
+            ict=StageConfig(steps=200, batch=128, retriever_lr=3e-3),
             reader=StageConfig(steps=220, batch=64, reader_lr=3e-3),
             realm=replace(base.realm, steps=160, batch=8),
         )
