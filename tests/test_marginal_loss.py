@@ -34,6 +34,8 @@ def backend_names() -> list[str]:
         names += [f"cpu:{name}" for name in native.cpu.instruction_sets()]
     if not native.triton_missing():
         names.append("triton")
+    if not native.cuda_unusable():
+        names.append("cuda")
     return names
 
 

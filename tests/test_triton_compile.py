@@ -154,20 +154,27 @@ MARGINAL_BACKWARD = MARGINAL | dict(d_loss="*fp32", divisor="*i64", d_scores="*f
 MARGINAL_REDUCE = dict(losses="*fp64", counts="*i64", loss="*fp32", count="*i64", B="i32")
 
 
-def marginal(name, documents, tokens, per_token, dtype="*fp32", on=ARCHITECTURES):
+def marginal(name, documents, tokens, per_token, dtype="*fp32", on=ARCHITECTURES, **absent):
     """marginal_loss with the tiles that its launches choose for K documents and M tokens."""
     tile = tile_of(documents, tokens)
     warps, registers = tile.pop("num_warps"), tile.pop("maxnreg")
     arguments = MARGINAL_FORWARD if name == "fwd" else MARGINAL_BACKWARD | dict(d_log_likelihood=dtype)
-    arguments = arguments | dict(log_likelihood=dtype) | consts(PER_TOKEN=per_token, **tile)
+    arguments = arguments | dict(log_likelihood=dtype) | consts(PER_TOKEN=per_token, **tile, **absent)
     title = f"marginal_loss {name} {'token' if per_token else 'sequence'} K={documents}"
+    if absent:
+        title += " bare"
     return Case(title, f"{LOSS}{name}_kernel", arguments, warps, registers, architectures=on)
 
 
+BARE = dict(log_weight=None, token_mask=None, doc_mask=None)
 LOSS = "realm_kernels.marginal_loss.triton_kernels:marginal_loss_"
 MARGINAL_LOSS = [
     marginal("fwd", 8, 20, per_token=True),
     marginal("fwd", 8, 20, per_token=False, on=HOPPER),
+    marginal("fwd", 8, 20, per_token=False, on=HOPPER, **BARE),
+    marginal("fwd", 1, 1, per_token=True, on=HOPPER, **BARE, K=1, M=1, stride_k=1),
+    marginal("bwd", 8, 20, per_token=True, on=HOPPER, **BARE, divisor=None, d_log_likelihood=None),
+    marginal("bwd", 8, 20, per_token=False, on=HOPPER, **BARE, divisor=None, d_scores=None),
     marginal("fwd", 5000, 4, per_token=True, dtype="*fp64", on=HOPPER),
     marginal("bwd", 64, 64, per_token=True, dtype="*bf16"),
     marginal("bwd", 1000, 4, per_token=False),

@@ -6,9 +6,9 @@ over the documents for their best, for the sum about it, and in the backward for
 documents fit one tile, as with any K that is trained with, K_END = BLOCK_K folds these loops and a tile is
 read once. The formulas are those of `marginal` in reference.py, where they are explained.
 
-The inputs of the prior travel as (scores, log_weight, doc_mask), those of the likelihood as (log_likelihood,
-token_mask, stride_k, stride_m), all moved to the program's example; the normaliser of the prior is (largest
-relevance, log of the sum above it).
+The inputs of the prior travel as (scores, log_weight, doc_mask, where the example's row begins), those of
+the likelihood as (log_likelihood at the example, token_mask, where the example's row of it begins,
+stride_k, stride_m); the normaliser of the prior is (largest relevance, log of the sum above it).
 """
 
 import triton
@@ -79,24 +79,15 @@ def _change(log_prior, prior, d):
 
 
 @triton.jit
-def _row_of(pointer, offset):
-    """The pointer moved on, or None where there is none."""
-    if pointer is None:
-        return None
-    else:
-        return pointer + offset
-
-
-@triton.jit
 def _relevance(prior_inputs, k, K):
     """s_k + log w_k [BLOCK_K], -inf beyond K and where masked."""
-    scores, log_weight, doc_mask = prior_inputs
+    scores, log_weight, doc_mask, row = prior_inputs
     there = k < K
-    u = _wide(tl.load(scores + k, mask=there, other=0.0))
+    u = _wide(tl.load(scores + row + k, mask=there, other=0.0))
     if log_weight is not None:
-        u += _wide(tl.load(log_weight + k, mask=there, other=0.0))
+        u += _wide(tl.load(log_weight + row + k, mask=there, other=0.0))
     if doc_mask is not None:
-        there = there & (tl.load(doc_mask + k, mask=there, other=0) != 0)
+        there = there & (tl.load(doc_mask + row + k, mask=there, other=0) != 0)
     return tl.where(there, u, -_INF)
 
 
@@ -126,18 +117,18 @@ def _log_prior(prior_inputs, normaliser, k, K):
 
 
 @triton.jit
-def _scored(token_mask, m, M):
+def _scored(token_mask, row, m, M):
     """Which of the tokens m are scored [BLOCK_M]."""
     inside = m < M
     if token_mask is not None:
-        inside = inside & (tl.load(token_mask + m, mask=inside, other=0) != 0)
+        inside = inside & (tl.load(token_mask + row + m, mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
 def _columns(token_inputs, k, m, K, M, PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr):
     """What is marginalised: tokens m [BLOCK_K, BLOCK_M], or the sum of all [BLOCK_K, 1] for a sequence."""
-    log_likelihood, token_mask, stride_k, stride_m = token_inputs
+    log_likelihood, token_mask, row, stride_k, stride_m = token_inputs
     rows = log_likelihood + k.to(tl.int64)[:, None] * stride_k
     there = (k < K)[:, None]
     if PER_TOKEN:
@@ -147,7 +138,7 @@ def _columns(token_inputs, k, m, K, M, PER_TOKEN: tl.constexpr, BLOCK_M: tl.cons
         total = tl.zeros(k.shape, tl.float64)
         for start in range(0, M, BLOCK_M):
             n = start + tl.arange(0, BLOCK_M)
-            inside = there & _scored(token_mask, n, M)[None, :]
+            inside = there & _scored(token_mask, row, n, M)[None, :]
             tile = _wide(tl.load(rows + n.to(tl.int64)[None, :] * stride_m, mask=inside, other=0.0))
             total += tl.sum(tile, axis=1)
         return total[:, None]
@@ -222,14 +213,14 @@ def marginal_loss_fwd_kernel(
 ):
     """The loss of one example and how many columns it sums."""
     b = tl.program_id(0).to(tl.int64)
-    prior_inputs = (scores + b * K, _row_of(log_weight, b * K), _row_of(doc_mask, b * K))
-    token_inputs = (log_likelihood + b * stride_b, _row_of(token_mask, b * M), stride_k, stride_m)
+    prior_inputs = (scores, log_weight, doc_mask, b * K)
+    token_inputs = (log_likelihood + b * stride_b, token_mask, b * M, stride_k, stride_m)
     top, log_total, any_document = _normaliser(prior_inputs, K, K_END, BLOCK_K)
     normaliser = (top, log_total)
     result = tl.zeros([BLOCK_M], tl.float64)
     counted = tl.zeros([BLOCK_M], tl.int64)
     for start in range(0, M, BLOCK_M):
-        scored = _scored(token_inputs[1], start + tl.arange(0, BLOCK_M), M) & any_document
+        scored = _scored(token_mask, b * M, start + tl.arange(0, BLOCK_M), M) & any_document
         counted += scored.to(tl.int64)
         if PER_TOKEN:
             m = start + tl.arange(0, BLOCK_M)
@@ -307,8 +298,8 @@ def marginal_loss_bwd_kernel(
 
     Every program finds the columns' centres over all documents again: no second launch, nothing saved."""
     b = tl.program_id(0).to(tl.int64)
-    prior_inputs = (scores + b * K, _row_of(log_weight, b * K), _row_of(doc_mask, b * K))
-    token_inputs = (log_likelihood + b * stride_b, _row_of(token_mask, b * M), stride_k, stride_m)
+    prior_inputs = (scores, log_weight, doc_mask, b * K)
+    token_inputs = (log_likelihood + b * stride_b, token_mask, b * M, stride_k, stride_m)
     top, log_total, any_document = _normaliser(prior_inputs, K, K_END, BLOCK_K)
     normaliser = (top, log_total)
     g = _wide(tl.load(d_loss if REDUCED else d_loss + b))
@@ -321,7 +312,7 @@ def marginal_loss_bwd_kernel(
     if not PER_TOKEN:
         any_scored = tl.zeros([BLOCK_M], tl.int32)
         for start in range(0, M, BLOCK_M):
-            scored = _scored(token_inputs[1], start + tl.arange(0, BLOCK_M), M)
+            scored = _scored(token_mask, b * M, start + tl.arange(0, BLOCK_M), M)
             any_scored = tl.maximum(any_scored, scored.to(tl.int32))
         counts = any_document & (tl.max(any_scored, axis=0) > 0)
         d_prior, d_column = _gradient(
@@ -343,7 +334,7 @@ def marginal_loss_bwd_kernel(
     if PER_TOKEN or d_log_likelihood is not None:
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            scored = _scored(token_inputs[1], m, M)
+            scored = _scored(token_mask, b * M, m, M)
             if PER_TOKEN:
                 counts = any_document & scored
                 d_prior, d_tile = _gradient(
