@@ -18,6 +18,9 @@ from realm_model.masking import mask_statements
 from realm_model.objectives import fresh_scores, retrieve
 from realm_model.pretrain import Trainer, make_setting
 
+# A minute or two of one processor; a busy machine needs more of the clock.
+pytestmark = pytest.mark.timeout(1200)
+
 CANDIDATES, BATCH, STEPS, REFRESH = 16, 32, 100, 25
 LIKELY, UNLIKELY = -0.1, -4.0  # log p(y|z,x) where z states the fact, and where it does not
 
@@ -36,7 +39,7 @@ def warm_start():
     """A retriever after the Inverse Cloze Task: it knows subjects, not which of their facts is asked for."""
     config = preset("tiny")
     world = dataclasses.replace(config.world, subjects=80, facts_per_subject=8, relations=8)
-    trainer = Trainer(make_setting(dataclasses.replace(config, world=world)))
+    trainer = Trainer(make_setting(dataclasses.replace(config, world=world, threads=1)))
     while trainer.step < config.ict.steps:
         trainer.advance()
     return trainer, copy.deepcopy(trainer.model.state_dict())
