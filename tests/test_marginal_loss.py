@@ -89,6 +89,10 @@ def cases() -> dict[str, Inputs]:
         "best document has a tiny prior": Inputs(tiny_prior, column(-1.0, -60.0, -61.0, -59.0)),
         "tiny prior, best by a little": Inputs(tiny_prior, column(-59.999, -60.0, -60.0, -60.0)),
         "tiny prior, second by far": Inputs(tiny_prior, column(-35.0, -60.0, -60.0, -60.0)),
+        "tiny prior in tokens": Inputs(
+            tiny_prior,
+            torch.cat([column(-1.0, -60.0, -61.0, -59.0), column(-59.999, -60.0, -60.0, -60.0)], 2),
+        ),
         "one document holds the prior": Inputs(torch.tensor([[40.0, 0.0, -3.0]]), column(-2.0, -2.5, -1.0)),
         "it holds it beyond float64": Inputs(torch.tensor([[800.0, 0.0]]), column(-900.0, -1.0)),
         "prior below the smallest double": Inputs(
@@ -135,8 +139,12 @@ def rounded(bound: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> 
     return bound + relative * expected.abs().nan_to_num(posinf=0.0) + absolute
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "name, mode",
+    # With one token the modes agree, which a law of its own says.
+    [(name, mode) for name, x in CASES.items() for mode in MODES if mode == "sequence" or x[1].shape[2] > 1],
+    ids=lambda name: name.replace(" ", "-"),
+)
 def test_the_loss_and_its_gradients_are_the_oracles_rounded_once(backend, name, mode):
     inputs, expected = CASES[name], answer(name, mode)
     loss, d_scores, d_log_likelihood, d_log_weight = run(inputs, mode)
@@ -370,7 +378,7 @@ def test_no_less_accurate_than_plain_torch(backend, mode):
 
 
 @given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 6)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6)),
     mode=st.sampled_from(MODES),
     spread=st.sampled_from([0.0, 1e-6, 1.0, 50.0]),
     keep=st.sampled_from([0.3, 0.8, 1.0]),
