@@ -7,6 +7,7 @@ all the same.
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,11 @@ pytest.importorskip("triton")
 
 from realm_kernels.mips_topk import triton_launch, triton_scan, triton_search  # noqa: E402
 
+# The interpreter computes in numpy, which remarks on every infinity and on loop bounds that are arrays.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = float("inf"), float("nan")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -65,7 +71,7 @@ def integers(*shape, low=-2, high=3):
 @pytest.mark.parametrize("rows", DTYPES)
 @pytest.mark.parametrize("queries", DTYPES)
 def test_any_pair_of_dtypes(queries, rows):
-    check(torch.randn(2, 20).to(DTYPES[queries]), torch.randn(150, 20).to(DTYPES[rows]), 5)
+    check(torch.randn(2, 12).to(DTYPES[queries]), torch.randn(100, 12).to(DTYPES[rows]), 5)
 
 
 def test_the_default_plan():
@@ -87,8 +93,8 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_adversarial_orders(order):
-    table = torch.ones(149, 8)
-    table[:, 0] = ORDERS[order](149).float()
+    table = torch.ones(117, 8)
+    table[:, 0] = ORDERS[order](117).float()
     queries = torch.zeros(2, 8)
     queries[:, 0] = torch.tensor([1.0, -3.0])
     check(queries, table.bfloat16(), 7)
@@ -99,11 +105,11 @@ def test_sizes_around_groups_and_tiles(N, k):
     check(torch.randn(2, 9), torch.randn(N, 9), k)
 
 
-@pytest.mark.parametrize("k", [1, 9, 60])
+@pytest.mark.parametrize("k", [1, 9, 50])
 def test_ties_go_to_the_smaller_id_whatever_the_split(k):
-    queries, table = integers(2, 5), integers(150, 5)
-    check(queries, list(table.tensor_split(5)), k)
-    check(queries, [table[:70], table[:0], table[:70], table[70:90]], k)  # rows repeated across shards
+    queries, table = integers(2, 5), integers(90, 5)
+    check(queries, list(table.tensor_split(3)), k)
+    check(queries, [table[:40], table[:0], table[:40]], k)  # rows repeated across shards
 
 
 def test_batch_and_k_do_not_matter():
@@ -114,12 +120,12 @@ def test_batch_and_k_do_not_matter():
 
 
 def test_nan_and_infinities():
-    queries, table = torch.randn(4, 6), torch.randn(120, 6)
+    queries, table = torch.randn(4, 6), torch.randn(70, 6)
     table[3], table[40, 2], table[41, 1] = NAN, INF, -INF
     table[42], table[60] = INF, -INF
     queries[1, 4], queries[2, 0], queries[3] = NAN, INF, 0.0
     check(queries, table, 6)
-    check(queries, table.to(torch.float16), 120)
+    check(queries[1:3], table.to(torch.float16), 70)
 
 
 def test_minus_infinity_is_a_score_and_comes_before_the_padding():
@@ -128,7 +134,7 @@ def test_minus_infinity_is_a_score_and_comes_before_the_padding():
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e15, 1e19, 3e38], ids=lambda s: f"scale{s:g}")
 def test_tiny_and_huge_values(scale):
-    queries, table = torch.randn(3, 11), torch.randn(80, 11).clamp(-1, 1) * scale
+    queries, table = torch.randn(3, 11), torch.randn(50, 11).clamp(-1, 1) * scale
     queries[1] *= scale
     check(queries, table, 5)
 
@@ -147,11 +153,11 @@ def test_gaps_that_the_scan_cannot_see():
 
 
 def test_excluded_and_masked_rows_never_return():
-    queries, table = integers(3, 4), integers(150, 4)
-    exclude, row_mask = torch.randint(-1, 150, (3, 9)), torch.rand(150) < 0.5
-    row_mask[40:90] = False
-    check(queries, list(table.tensor_split(2)), 150, exclude.t().contiguous().t(), row_mask)
-    table[41], exclude[0] = NAN, torch.tensor([150, 2**40, -7, -(2**40), 3, 3, 3, -1, -1])
+    queries, table = integers(3, 4), integers(90, 4)
+    exclude, row_mask = torch.randint(-1, 90, (3, 9)), torch.rand(90) < 0.5
+    row_mask[40:60] = False
+    check(queries, list(table.tensor_split(2)), 90, exclude.t().contiguous().t(), row_mask)
+    table[41], exclude[0] = NAN, torch.tensor([90, 2**40, -7, -(2**40), 3, 3, 3, -1, -1])
     check(queries, table, 5, exclude, row_mask)
 
 
@@ -265,6 +271,23 @@ def test_the_bound_holds_for_every_row_and_is_tight(rows, scale):
     rounding = {"f32": 2.0**-11 + 2.0**-10, "f16": 2.0**-11, "bf16": 2.0**-9}[rows]
     error = queries.double().norm(dim=1)[:, None] * norms * (rounding + 50 * 2.0**-22)
     assert (bound - best <= 2 * error.to(DEVICE)).all()
+
+
+@pytest.mark.parametrize("D", [1, 8, 128, 1024])
+def test_the_bound_covers_a_sum_that_truncates(D):
+    """A tensor core emulated at its worst: operands cut to tf32, every addition cut to 2^-22 towards zero."""
+    generator = numpy.random.default_rng(D)
+    for sign in (0.0, -1.0):  # all positive, where every cut goes the same way; and mixed, where sums cancel
+        q, x = (generator.uniform(sign, 1.0, (200, D)).astype(numpy.float32) for _ in "qx")
+        q_cut, x_cut = ((a.view(numpy.int32) & -0x2000).view(numpy.float32).astype(float) for a in (q, x))
+        total = numpy.zeros(200)
+        for d in range(D):
+            mantissa, exponent = numpy.frexp(total + q_cut[:, d] * x_cut[:, d])
+            total = numpy.ldexp(numpy.trunc(mantissa * 2.0**23) / 2.0**23, exponent)
+        norms = numpy.linalg.norm(q_cut, axis=1) * numpy.linalg.norm(x.astype(float), axis=1)
+        exact = (q_cut * x.astype(float)).sum(1)
+        relative = triton_plan.plan_for(1, 100, D, 1, 0, torch.float32, torch.float32).relative
+        assert (abs(total - exact) <= relative * norms).all()
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)

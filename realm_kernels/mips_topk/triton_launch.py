@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,7 @@ class Workspace:
 
     def __init__(self, plan: Plan, queries: Tensor) -> None:
         dim = queries.shape[1]
+        self.device = queries.device
         self._memory = queries.new_empty(triton_plan.workspace_bytes(plan, dim), dtype=torch.uint8)
         self._taken = 0
         batch, groups = plan.batch, plan.num_groups
@@ -114,7 +116,7 @@ class Block:
             num_warps=1,
         )
         tiles = ceil_div(gather["num_rows"], plan.block_n)
-        scan_kernel[(query_blocks, min(tiles, self._row_splits(query_blocks)))](
+        scan_kernel[(query_blocks, min(tiles, ceil_div(_programs(space.device), query_blocks)))](
             scanned=space.scanned,
             rows=gather["rows"],
             row_mask=gather["row_mask"],
@@ -136,13 +138,6 @@ class Block:
             STAGES=triton_plan.SCAN_STAGES,
             num_warps=triton_plan.scan_warps(plan.block_b),
         )
-
-    def _row_splits(self, query_blocks: int) -> int:
-        device = self._space.group_max.device
-        if device.type == "cpu":
-            return 2
-        programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-        return ceil_div(programs, query_blocks)
 
     def select(self) -> Tensor:
         """Keys of (U, group) of the groups to rescore [B, m]."""
@@ -249,11 +244,20 @@ def repair_counter(device: torch.device) -> Tensor:
     return _repairs[device]
 
 
+@functools.cache
 def shared_bytes(device: torch.device) -> int:
     """Shared memory a program may have."""
     if device.type == "cpu":
         return triton_plan.SHARED_BYTES
     return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Scan programs that run at once; the interpreter has two, so that they share tiles as on a GPU."""
+    if device.type == "cpu":
+        return 2
+    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_rescore(gather: dict[str, Any], selected: Tensor | None, keys: Tensor, first_row: int = 0) -> None:

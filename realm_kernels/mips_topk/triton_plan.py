@@ -1,5 +1,4 @@
-"""How the Triton backend searches one piece of a table: group, tiles, slack, query blocks. Imports no
-triton."""
+"""How the Triton backend searches one piece of a table: groups, tiles, slack, query blocks."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ TF32_ROUNDOFF = 2.0**-10  # of a float32 row in tf32: the tensor core ignores th
 
 @dataclass(frozen=True)
 class Plan:
-    """It depends on shapes, dtypes and the workspace budget alone. B queries, N rows, D columns, G rows a
-    group."""
+    """How one piece is searched. It depends on shapes, dtypes, the workspace and the shared memory."""
 
     scan_dtype: torch.dtype
     relative: float  # bound of |s~ - q^.x| / (|q^| |x|)
@@ -58,8 +56,7 @@ def plan_for(
     shared_bytes: int = SHARED_BYTES,
     workspace: int = WORKSPACE_BYTES,
 ) -> Plan:
-    """The plan for B > 0 queries over a piece of N > 0 rows, k <= MAX_K. Its constants are reasoned, not
-    measured."""
+    """The plan for a piece of num_rows > 0 rows, k <= MAX_K. Its constants are reasoned, not measured."""
     scan_dtype = _scan_dtype(query_dtype, row_dtype)
     # 256 bytes of a row at once: a tile of 128 columns is 32 KiB in bfloat16 and in float32.
     block_n = 64 if scan_dtype == torch.float32 else 128
@@ -122,8 +119,7 @@ def _bytes(plan: Plan, dim: int) -> tuple[int, int]:
 
 
 def scratch_widths(plan: Plan) -> tuple[int, int]:
-    """Keys of a query in the two buffers that select, rescore and repair write in turn, each reading the
-    other."""
+    """Keys of a query in the two buffers that the launches from select to repair write in turn."""
     part, keep = select_part(plan.num_groups, plan.selected)
     select = rounds(ceil_div(plan.num_groups, part) * keep, plan.selected, to_one_list=True)
     rescore = rounds(plan.selected * plan.group, plan.top)
@@ -133,10 +129,9 @@ def scratch_widths(plan: Plan) -> tuple[int, int]:
 
 
 def rounds(width: int, top: int, to_one_list: bool = False) -> list[int]:
-    """Widths of a tournament's arrays: each round keeps `top` keys of a part, until one program can sort what
-    is left.
+    """Widths of a tournament's arrays: rounds keep `top` keys of each part until one part is left.
 
-    With to_one_list the last array is one part's list.
+    That part is yet to be sorted; with to_one_list it has been.
     """
     widths = [width]
     while widths[-1] > (top if to_one_list else sort_keys(widths[-1], top)):
@@ -177,7 +172,7 @@ def _relative_error(dim: int, row_dtype: torch.dtype) -> float:
     """Bound of |s~ - q^.x| / (|q^| |x|): D products and D/8 partial sums, each truncated once (README.md)."""
     terms = ROUNDOFF * (dim + ceil_div(dim, 8) + 4)
     if terms >= 0.5:
-        return math.inf
+        return 2.0**100  # no useful bound: every group is rescored
     rounding = TF32_ROUNDOFF if row_dtype == torch.float32 else 0.0
     return (rounding + (1 + rounding) * terms / (1 - terms)) * (1 + 2.0**-20)  # passed as float32
 
@@ -186,8 +181,7 @@ def _selected_groups(k: int, num_excluded: int, query_dtype: torch.dtype, row_dt
     """k + E groups hold every row that may be returned, were U exact; the slack is for its error."""
     is_exact = query_dtype == row_dtype and row_dtype != torch.float32
     # Unrounded operands leave an error of a few ulp: one or two groups. Rounded ones leave up to 2 % of a
-    # standard deviation, which in the tail of a normal distribution is up to 20 % more groups; half is for
-    # other tails.
+    # standard deviation: in the tail of a normal distribution up to 20 % more groups; half, for other tails.
     slack = 4 + k // 8 if is_exact else 8 + k // 2
     return min(power_of_two(k + num_excluded + slack, 2), MAX_SELECTED)
 
@@ -221,8 +215,7 @@ def scan_warps(block_b: int) -> int:
 
 
 def norm_scale(dim: int) -> float:
-    """1 + the relative error of a norm from D squares summed in float32, in any order, and of its square
-    root."""
+    """1 + the relative error of the root of D squares, summed in float32 in any order."""
     return 1 + (dim + 8) * 2.0**-23
 
 

@@ -40,8 +40,7 @@ def prepare_kernel(
     D_PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Round each query to scan precision and bound what that and the scan may cost it: |s~ - s| <= slope |x|
-    + offset.
+    """Round each query to scan precision, and bound what that costs: |s~ - s| <= slope |x| + offset.
 
     One program a query, norms in float64. Moves B * D * (query + scan bytes).
     """
@@ -50,9 +49,8 @@ def prepare_kernel(
     residual_square = tl.zeros([BLOCK_D], tl.float64)
     for start in range(0, D_PADDED, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        q = tl.load(queries + query * stride_b + d.to(tl.int64) * stride_d, mask=d < DIM, other=0.0).to(
-            tl.float32
-        )
+        place = queries + query * stride_b + d.to(tl.int64) * stride_d
+        q = tl.load(place, mask=d < DIM, other=0.0).to(tl.float32)
         if scanned.dtype.element_ty == tl.float32:
             rounded = _to_tf32(q)
         else:

@@ -29,23 +29,19 @@ def search(
     planner: Planner = triton_plan.plan_for,
 ) -> tuple[Tensor, Tensor]:
     """(scores [B, k], indices [B, k]) as the contract defines them; `planner` plans the search of a piece."""
-    scores = queries.new_full((queries.shape[0], k), -torch.inf, dtype=torch.float32)
-    indices = torch.full_like(scores, -1, dtype=torch.int64)
     if queries.shape[0] == 0:
-        return scores, indices
+        return queries.new_empty((0, k), dtype=torch.float32), queries.new_empty((0, k), dtype=torch.int64)
+    result: tuple[Tensor, Tensor] | None = None
     with _on_device(queries.device):
-        for number, piece in enumerate(_pieces(queries, shards, exclude, row_mask)):
-            if k <= MAX_K:
-                found = _search_piece(piece, k, planner)
-            else:
-                found = _search_densely(piece, k)
-            scores, indices = found if number == 0 else merge((scores, indices), found)
-    return scores, indices
+        for piece in _pieces(queries, shards, exclude, row_mask):
+            found = _search_piece(piece, k, planner) if k <= MAX_K else _search_densely(piece, k)
+            result = found if result is None else merge(result, found)
+    assert result is not None  # 1 <= k <= N: some shard has rows
+    return result
 
 
 def merge(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The k first of two results [B, k], where all ids of `later` are larger: by score, then id, then
-    nothing."""
+    """The k first of two results [B, k] by score, then id, then nothing; all ids of `later` are larger."""
     scores = torch.cat([earlier[0], later[0]], dim=1)  # [B, 2k]
     indices = torch.cat([earlier[1], later[1]], dim=1)
     bits = scores.view(torch.int32)

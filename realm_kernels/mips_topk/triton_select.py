@@ -17,13 +17,11 @@ _ROUND_UP = tl.constexpr(1 + 2.0**-21)
 
 @triton.jit
 def upper_bound(group_max, group_norm, slope, offset):
-    """U, float32: no canonical score of a row in the group is larger. +inf where nothing is known, -inf: no
-    row."""
+    """U, float32: no canonical score in the group is larger. +inf: nothing is known, -inf: no row."""
     error = (group_norm * slope + offset) * _ROUND_UP
     bound = tl.where(error < _OVERFLOW, group_max + error, float("inf"))  # NaN compares false
-    return tl.where(
-        slope == slope, bound, float("-inf")
-    )  # the slope of a NaN query is NaN, and nothing is returned
+    # The slope of a NaN query is NaN, and nothing is returned for it.
+    return tl.where(slope == slope, bound, float("-inf"))
 
 
 @triton.jit
@@ -92,8 +90,10 @@ def shrink_kernel(
     NOTE: tl.constexpr,
     ONLY_FLAGGED: tl.constexpr,
 ):
-    """The TOP largest of each part of PART keys: one round of a tournament. A program owns one query and one
-    part."""
+    """The TOP largest of each part of PART keys: one round of a tournament.
+
+    A program owns one query and one part. Reads 8 bytes a key, writes 8 * TOP / PART. Limit: sorting.
+    """
     query, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if ONLY_FLAGGED:  # noqa: SIM102, decided when the kernel is compiled
         if tl.load(flags + query) == 0:
@@ -123,7 +123,7 @@ def finish_kernel(
     """The k first rows of each query, and the certificate that no group left out can change them.
 
     A program owns one query, whose PART or fewer keys it sorts in registers. With REPAIRED it writes the rows
-    of the flagged queries anew, and certifies nothing.
+    of the flagged queries anew, and certifies nothing. Reads 8 bytes a key, writes 12 bytes a row returned.
     """
     query = tl.program_id(0).to(tl.int64)
     if REPAIRED:  # noqa: SIM102, decided when the kernel is compiled
