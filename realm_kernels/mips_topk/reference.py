@@ -58,8 +58,11 @@ def gather_rows(shards: list[Tensor], indices: Tensor) -> Tensor:
     rows = shards[0].new_zeros(*indices.shape, shards[0].shape[1])
     first = 0
     for shard in shards:
-        inside = (indices >= first) & (indices < first + shard.shape[0])
-        rows[inside] = shard[indices[inside] - first]
+        if shard.shape[0] > 0:
+            inside = (indices >= first) & (indices < first + shard.shape[0])
+            # Every place reads some row of the shard: picking those inside would cost a synchronisation.
+            candidates = shard[(indices - first).clamp(0, shard.shape[0] - 1)]
+            rows = torch.where(inside[..., None], candidates, rows)
         first += shard.shape[0]
     return rows
 
