@@ -15,8 +15,6 @@ ROUNDOFF = 2.0**-22  # of an addition in a tensor core, which truncates; to be c
 FILTER_KEYS = 4096  # keys a program filters: sixteen in each of 256 threads
 RESCORE_ROWS = 128  # of a program: one a thread
 RESCORE_REGISTERS = 128  # of a thread: unset, Triton 3.6 aims for 64 and spills, as 3.9 does at 96
-    128  # of a thread: 96 do for Triton 3.6, 3.9 spills below; unset, 3.6 aims for 64 and spills
-)
 REPAIR_LOOK = 128  # bounds a repair program looks at at once
 SORT_KEYS_PER_WARP = SORT_KEYS // 4
 SCAN_STAGES = 3  # of the software pipeline: two tiles are in flight while one is worked on
