@@ -19,6 +19,9 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown table")] = Path(
         "bench-results"
     ),
+    select: Annotated[
+        str, typer.Option(help="only the shapes whose name fits, as pytest -k: 'float32 and 8'")
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="small shapes, to see that all runs")] = False,
 ) -> None:
     """Time every op beside its peers in one run, and print ratios and fractions of the measured limits.
@@ -37,8 +40,11 @@ def main(
         "-rN",
         f"--benchmark-json={json_path}",
         "--benchmark-disable-gc",
+        "--benchmark-quiet",
         "-p",
         "no:timeout",
+        "-k",
+        select,
     ]
     status = pytest.main(arguments + ["--quick"] * quick)
     if status != pytest.ExitCode.OK:

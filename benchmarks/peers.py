@@ -12,10 +12,14 @@ ROWS_PER_CHUNK = 65536  # of chunked torch: its scores stay a few hundred megaby
 
 
 def chunked_torch_topk(queries: Tensor, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What most trainers do: a matrix product and topk for each chunk of rows, then topk over the winners."""
+    """What most trainers do: a matrix product and topk for each chunk of rows, then topk over the winners.
+
+    The product is in the dtype of the queries; a table of another one is converted chunk by chunk.
+    """
     scores, indices = [], []
     for first in range(0, table.shape[0], ROWS_PER_CHUNK):
-        chunk = queries @ table[first : first + ROWS_PER_CHUNK].T  # [B, rows]
+        rows = table[first : first + ROWS_PER_CHUNK].to(queries.dtype)
+        chunk = queries @ rows.T  # [B, rows]
         best = chunk.topk(min(k, chunk.shape[1]), dim=1)
         scores.append(best.values)
         indices.append(best.indices + first)

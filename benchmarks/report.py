@@ -63,10 +63,10 @@ def write_report(json_path: Path) -> Path:
     header, body = lines_of(results)
     table = Table(title="medians; x peer: the peer's time over ours; above 1 ours is faster")
     for name in header:
-        table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=name == "shape")
+        table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
     for line in body:
         table.add_row(*line)
-    console = Console()
+    console = Console(width=max(Console().width, Console(width=1000).measure(table).maximum))
     console.print(table)
     console.print(machine_line(results))
     markdown = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *body]]

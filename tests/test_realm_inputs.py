@@ -24,7 +24,7 @@ from realm_model.inputs import (
     wordpiece,
     world_tokenizer,
 )
-from realm_model.masking import crop_spans, mask_statements
+from realm_model.masking import crop_spans, exchange_objects, mask_statements
 from realm_model.world import Statement, draw_world, generate_source
 
 A, B, C, D, E, F = range(10, 16)  # wordpieces
@@ -135,3 +135,30 @@ def test_the_inverse_cloze_task_takes_a_span_out_of_its_context():
     assert set(sizes[::2].tolist()) <= {2, 3, 4} and set(sizes[1::2].tolist()) <= {1, 2}
     spans, rest = crop_spans(bodies, 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(rest, bodies) and (spans != PAD).any(1).all()
+
+
+def test_objects_are_exchanged_in_the_statement_and_its_document_together():
+    own = rows([A, B, C, D, F], [A, B, C, D, E])
+    other = STATEMENTS[torch.tensor([1, 0])]
+    # Objects of different lengths, [B, C] and [E]: nothing is exchanged.
+    statements, bodies = exchange_objects(STATEMENTS, own, other)
+    assert torch.equal(statements.ids, STATEMENTS.ids) and torch.equal(bodies, own)
+
+    longer = Statements(
+        rows([CLS, A, E, F, SEP, PAD, PAD], [CLS, A, F, SEP, PAD, PAD, PAD]),
+        rows(2, 2),
+        rows(4, 3),
+        rows(2, 3),
+    )
+    statements, bodies = exchange_objects(STATEMENTS, own, longer)
+    assert statements.ids.tolist() == [[CLS, A, E, F, D, SEP, PAD], [CLS, A, B, C, D, F, SEP]]
+    assert bodies.tolist() == [[A, E, F, D, F], [A, B, C, D, F]]
+    assert torch.equal(statements.fact, STATEMENTS.fact)
+
+
+@pytest.mark.parametrize("body", [(A, B, D, D, F), (PAD,) * 5, (A, B)], ids=["other", "null", "cut"])
+def test_a_document_that_does_not_state_the_object_keeps_the_fact(body):
+    bodies = rows(body, body)
+    other = Statements(rows([CLS, A, E, F, SEP, PAD, PAD]).repeat(2, 1), rows(2, 2), rows(4, 3), rows(2, 3))
+    statements, exchanged = exchange_objects(STATEMENTS, bodies, other)
+    assert torch.equal(statements.ids, STATEMENTS.ids) and torch.equal(exchanged, bodies)

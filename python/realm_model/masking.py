@@ -1,10 +1,12 @@
-"""Which tokens of a statement are masked: the salient span (its object), or at random for the ablations.
+"""What is hidden from the model: masked tokens (the object, or at random for the ablations), cropped spans
+of the Inverse Cloze Task, and, for the copy start, which object a document states.
 
 Shapes: B statements, L wordpieces, M target tokens, the most that any statement of the batch has.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -59,6 +61,27 @@ def crop_spans(bodies: Tensor, remove: float, generator: torch.Generator) -> tup
     spans = bodies.masked_fill(~inside, PAD)
     rest = bodies.masked_fill(inside & (draws[2] < remove)[:, None], PAD)
     return spans, rest
+
+
+def exchange_objects(statements: Statements, bodies: Tensor, others: Statements) -> tuple[Statements, Tensor]:
+    """The objects of `others` in place of a statement's own, in the statement and in its document alike.
+
+    What a document says is then no fact of the corpus, and only reading it tells. A pair is left as it is
+    where the objects differ in length or where the body does not hold the statement's object at its place: a
+    body [B, Lb] that begins with the statement has it one column before ids [B, L], which begin with [CLS].
+    Returns new statements and bodies.
+    """
+    ids, first, last = statements.ids, statements.first, statements.last
+    inside = _between(ids, first, last)  # [B, L]
+    width = min(bodies.shape[1], ids.shape[1] - 1)
+    stated = (bodies[:, :width] == ids[:, 1 : width + 1]) | ~inside[:, 1 : width + 1]
+    chosen = stated.all(dim=1) & (last - 1 <= width) & (others.last - others.first == last - first)  # [B]
+    inside &= chosen[:, None]
+    columns = torch.arange(ids.shape[1]) + (others.first - first)[:, None]
+    objects = others.ids.gather(1, columns.clamp(0, others.ids.shape[1] - 1))
+    exchanged = bodies.clone()
+    exchanged[:, :width] = torch.where(inside[:, 1 : width + 1], objects[:, 1 : width + 1], bodies[:, :width])
+    return replace(statements, ids=torch.where(inside, objects, ids)), exchanged
 
 
 def _between(ids: Tensor, first: Tensor, last: Tensor) -> Tensor:

@@ -99,6 +99,10 @@ class Realm(nn.Module):
         self.score_scale = config.score_scale
         self.retriever = Embedder(bert, config.projection)
         self.reader = KnowledgeAugmentedEncoder(bert)
+        for network in (self.retriever.bert, self.reader.lm.bert):
+            embeddings = network.embeddings
+            for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
+                nn.init.normal_(table.weight, std=config.position_initializer_range)
 
     def relevance(self, queries: Tensor, documents: Tensor) -> Tensor:
         """f(x, z) of each query [B, D] and its own candidates [B, K, D]: [B, K]."""

@@ -19,7 +19,7 @@ import realm_kernels as rk
 from .config import RunConfig, StageConfig
 from .evaluate import build_table
 from .inputs import Corpus
-from .masking import crop_spans, mask_statements
+from .masking import crop_spans, exchange_objects, mask_statements
 from .model import Realm, embed_documents
 from .objectives import ict_loss, reading_loss, realm_loss
 
@@ -81,6 +81,9 @@ class ReaderStage(_Stateless):
     Statements of the corpus, masked, beside their own document, one that the warm retriever finds for them,
     or the null document. No query is seen and the retriever stays as it is. Without this start the first
     steps of REALM reward documents for nothing and damage the retriever.
+
+    Beside its own document a statement and the document exchange the object for another one: the reader
+    could learn the facts by heart otherwise, and then it does not learn to copy.
     """
 
     def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
@@ -100,8 +103,10 @@ class ReaderStage(_Stateless):
         column = torch.randint(self.retrieved.shape[1], (len(picked),), generator=generator)
         rows = torch.where(draw < OWN_CONTEXT, statements.fact, self.retrieved[picked, column])
         rows = rows.masked_fill(draw >= OWN_CONTEXT + RETRIEVED_CONTEXT, documents.null)
+        others = own[torch.randint(len(own), (len(picked),), generator=generator)]
+        statements, bodies = exchange_objects(statements, documents.bodies[rows], others)
         masked = mask_statements(statements, self.masks[self.step % 2], generator)
-        return reading_loss(self.model, *masked, documents.bodies[rows]), {}
+        return reading_loss(self.model, *masked, bodies), {}
 
     @torch.no_grad()
     def _retrieve(self) -> Tensor:
