@@ -47,8 +47,8 @@ class ModelConfig:
     dropout: float = 0.0
     # BERT's 0.02 suits a width of 768; at 64 it leaves the Inverse Cloze Task at a fifth of its recall.
     initializer_range: float = 0.1
-    # Of the position and segment embeddings. As large as the word embeddings, they take two thirds of what the
-    # first LayerNorm passes on, and the retriever is three times slower to tell one relation from another.
+    # Of the position and segment embeddings. As large as the word embeddings, they take two thirds of what
+    # the first LayerNorm passes on, and the retriever needs three times the steps to tell relations apart.
     position_initializer_range: float = 0.01
 
 
