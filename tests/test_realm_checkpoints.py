@@ -1,6 +1,7 @@
 """A run killed at any step goes on from its last checkpoint, and with the fixed-lag refresher bit for bit."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -150,3 +151,27 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_a_configuration_survives_its_file():
     assert from_json(to_json(CONFIG)) == CONFIG
+
+
+def test_an_asynchronous_run_is_resumed_and_refreshed(tmp_path):
+    """Its losses are nobody's promise; that it goes on, step by step and with new tables, is."""
+    config = replace(
+        CONFIG,
+        realm=replace(CONFIG.realm, steps=60),
+        marginal=replace(CONFIG.marginal, refresh="async", refresh_every=2),
+    )
+    with pytest.raises(Killed):
+        pretrain(config, tmp_path, kill_at("realm", 7))
+    last = []
+    pretrain(config, tmp_path, last.append)
+    assert [step for stage, step, _ in losses(tmp_path) if stage == "realm"] == list(range(60))
+    steps = [record for record in last if record["stage"] == "realm" and "loss" in record]
+    assert steps[0]["step"] == 6 and steps[-1]["failed_refreshes"] == 0
+    assert steps[-1]["refreshes"] > steps[0]["refreshes"]
+
+
+@pytest.mark.parametrize(("mode", "masks"), [("token", "salient"), ("sequence", "token"), ("token", "span")])
+def test_every_mode_and_every_mask_trains(tmp_path, mode, masks):
+    config = replace(CONFIG, marginal=replace(CONFIG.marginal, mode=mode, masks=masks))
+    pretrain(config, tmp_path, ignore)
+    assert all(math.isfinite(loss) for _, _, loss in losses(tmp_path)) and len(losses(tmp_path)) == 22
