@@ -61,18 +61,10 @@ class Optimizer:
 
     def __init__(self, model: Realm, config: StageConfig) -> None:
         self.config = config
-        plans = (
-            (model.retriever, config.retriever_lr, config.retriever_warmup),
-            (model.reader, config.reader_lr, config.reader_warmup),
-        )
+        self.warmup = max(1, round(config.warmup * config.steps))
         groups = [
-            {
-                "params": list(net.parameters()),
-                "lr": lr,
-                "peak": lr,
-                "warmup": max(1, round(warmup * config.steps)),
-            }
-            for net, lr, warmup in plans
+            {"params": list(net.parameters()), "lr": lr, "peak": lr}
+            for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
             if lr > 0
         ]
         self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS)
@@ -80,9 +72,9 @@ class Optimizer:
     def step(self, loss: torch.Tensor, step: int) -> None:
         self.adamw.zero_grad()
         loss.backward()
+        up = (step + 1) / self.warmup
+        down = (self.config.steps - step) / max(1, self.config.steps - self.warmup)
         for group in self.adamw.param_groups:
-            up = (step + 1) / group["warmup"]
-            down = (self.config.steps - step) / max(1, self.config.steps - group["warmup"])
             group["lr"] = group["peak"] * min(up, down)
             nn.utils.clip_grad_norm_(group["params"], CLIP)
         self.adamw.step()
