@@ -76,12 +76,11 @@ def pretrain(
 
     Example: `realm-model pretrain --out runs/demo --world easy --seed 0`
     """
-    base = preset(world.value)
+    base = preset(world.value, None if data is None else str(data))
     config = replace(
         base,
         seed=seed,
         threads=threads,
-        world=replace(base.world, data=None if data is None else str(data)),
         marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
     )
     with _one_clear_line():
