@@ -1,8 +1,7 @@
 """Retrieval is learned without labels: from likelihoods alone, and on subjects not asked about in training.
 
-The reader of this test is perfect from its first step: a document that states the fact makes its object
-likely. So it fails where the retriever's part of REALM is broken (warm start, stale index, fresh scores, the
-gradient of the marginal), in seconds. A whole run, whose reader has to learn too, is `make run`.
+One test is a whole small run. In the other the reader is perfect from its first step: a document that states
+the fact makes its object likely. So where the first fails and the second does not, the reader is to blame.
 """
 
 import copy
@@ -71,3 +70,17 @@ def test_the_retriever_learns_from_likelihoods_alone(warm_start, mode):
         adamw.step()
     assert start < 0.5
     assert recall_at_5(trainer) > 0.9
+
+
+def test_a_whole_run_learns_to_retrieve_and_to_answer():
+    trainer = Trainer(make_setting(dataclasses.replace(preset("tiny"), threads=1)))
+    stages = {}
+    while not trainer.done:
+        while trainer.step < trainer.stage.config.steps:
+            trainer.advance()
+        stages[trainer.name] = trainer.evaluate()
+        trainer.end_stage()
+    assert stages["ict"].recall[1] < 0.2 and stages["ict"].accuracy < 0.1
+    assert stages["reader"].recall == stages["ict"].recall  # the copy start leaves the retriever alone
+    assert stages["realm"].recall[1] > 0.6 and stages["realm"].accuracy > 0.6
+    assert stages["realm"].utility > 2.0

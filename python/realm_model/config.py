@@ -111,13 +111,14 @@ def preset(name: str, data: str | None = None) -> RunConfig:
         world = replace(base.world, relations=24, document_patterns=4, query_patterns=4)
         return replace(base, world=world, realm=replace(base.realm, steps=500))
     if name == "tiny":
-        world = replace(base.world, subjects=120, facts_per_subject=5, relations=5, objects_per_relation=30)
+        world = replace(base.world, subjects=120, facts_per_subject=6, relations=6, objects_per_relation=30)
         return replace(
             base,
             world=world,
-            ict=StageConfig(steps=200, batch=128, retriever_lr=3e-3),
-            reader=StageConfig(steps=220, batch=64, reader_lr=3e-3),
-            realm=replace(base.realm, steps=160, batch=8),
+            ict=replace(base.ict, steps=120),
+            reader=replace(base.reader, steps=200),
+            realm=replace(base.realm, steps=100, batch=16),
+            marginal=replace(base.marginal, refresh_every=25, refresh_lag=5),
         )
     raise ValueError(f"preset must be easy, hard or tiny, got {name!r}")
 
