@@ -29,7 +29,7 @@ def wide(monkeypatch):
 
 @pytest.fixture
 def call(monkeypatch):
-    monkeypatch.setattr(cli, "preset", lambda name: SMALL)
+    monkeypatch.setattr(cli, "preset", lambda name, data: SMALL)
     runner = CliRunner()
 
     def invoke(*arguments):

@@ -109,7 +109,9 @@ def preset(name: str, data: str | None = None) -> RunConfig:
         return base
     if name == "hard":
         world = replace(base.world, relations=24, document_patterns=4, query_patterns=4)
-        return replace(base, world=world, realm=replace(base.realm, steps=500))
+        return replace(
+            base, world=world, ict=replace(base.ict, steps=400), realm=replace(base.realm, steps=600)
+        )
     if name == "tiny":
         world = replace(base.world, subjects=120, facts_per_subject=6, relations=6, objects_per_relation=30)
         return replace(
