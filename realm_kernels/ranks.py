@@ -14,7 +14,8 @@ from .validation import describe
 
 # First field of every header. Ranks that enter different calls find out there, instead of mixing their bytes.
 CALLS = ("from_local", "mips_topk", "rows")
-FIELDS = 10  # of every header, so that headers of different calls have one size
+FIELDS = 8  # of every header, so that headers of different calls have one size
+HEADER_BYTES = 8 * (2 + FIELDS)
 
 # torch 2.13 warns of all_gather_into_tensor, and older ones do not have its successor.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -117,7 +118,9 @@ class Ranks:
 
 def pack(*tensors: Tensor) -> Tensor:
     """Tensors [n, w] of any dtypes as one of bytes [n, ...], so that they travel in one message."""
-    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors], dim=1)
+    # Bytes are viewed in copies: what has one column may be contiguous and still have any stride.
+    copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+    return torch.cat([copy.view(torch.uint8) for copy in copies], dim=1)
 
 
 def unpack(packed: Tensor, *parts: tuple[torch.dtype, int]) -> list[Tensor]:
@@ -126,7 +129,8 @@ def unpack(packed: Tensor, *parts: tuple[torch.dtype, int]) -> list[Tensor]:
     first = 0
     for dtype, width in parts:
         after = first + width * dtype.itemsize
-        # A copy of its own starts at an address that the dtype may be read from.
-        tensors.append(packed[:, first:after].clone(memory_format=torch.contiguous_format).view(dtype))
+        tensor = packed.new_empty(packed.shape[0], width, dtype=dtype)
+        tensor.view(torch.uint8).copy_(packed[:, first:after])
+        tensors.append(tensor)
         first = after
     return tensors
