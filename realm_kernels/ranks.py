@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,6 +54,12 @@ class Ranks:
                 f"{op}: group must have a backend that moves {device.type} tensors "
                 f"(gloo for cpu, nccl for cuda), got {dist.get_backend_config(group)}"
             )
+
+    def serving(self, op: str) -> Ranks:
+        """The same ranks, in whose errors `op` speaks."""
+        ranks = copy.copy(self)
+        ranks.op = op
+        return ranks
 
     def agree(self, call: str, fields: Sequence[int], problem: Exception | None = None) -> list[list[int]]:
         """Every rank's `fields`; the one place of a call where sizes reach the host.

@@ -71,7 +71,8 @@ def rows_of(table: Any) -> Rows:
     if isinstance(table, DistributedTable):
         shards = list(table.local.shards)
         requires_grad = any(shard.requires_grad for shard in shards)
-        return Rows(table.ranks, shards, table.num_rows, table.version, False, requires_grad)
+        ranks = table.ranks.serving(OP)
+        return Rows(ranks, shards, table.num_rows, table.version, False, requires_grad)
     mesh = table.device_mesh
     if mesh.ndim != 1 or not table.placements[0].is_shard(0):
         raise ValueError(
@@ -157,7 +158,7 @@ def _search(queries: Tensor, call: Call, exclude: Tensor | None, row_mask: Tenso
     rows = fetch_rows(
         ranks, call.rows.shards, call.rank_rows, indices.flatten(), all_indices.flatten(), places
     )
-    return Found(scores, indices, all_queries, all_indices, rows.view(batch, k, -1))
+    return Found(scores, indices, all_queries, all_indices, rows.view(batch, k, queries.shape[1]))
 
 
 def _gather_queries(queries: Tensor, exclude: Tensor | None, call: Call) -> tuple[Tensor, Tensor | None]:

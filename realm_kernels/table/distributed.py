@@ -111,11 +111,12 @@ class DistributedTable:
         ValueError for indices that are not int64 on the table's device, or outside [-1, N).
         """
         problem = _problem_with(indices, self)
-        headers = self.ranks.agree("rows", [0 if problem else indices.numel()], problem)
+        ranks = self.ranks.serving(f"{OP}.rows")
+        headers = ranks.agree("rows", [0 if problem else indices.numel()], problem)
         flat = indices.flatten()[:, None]
         counts = [count for (count,) in headers]
-        wanted = self.ranks.gather(flat, counts, "the ids of the rows").flatten()
-        rows = fetch_rows(self.ranks, self.local.shards, self.rank_rows, flat.flatten(), wanted, counts)
+        wanted = ranks.gather(flat, counts, "the ids of the rows").flatten()
+        rows = fetch_rows(ranks, self.local.shards, self.rank_rows, flat.flatten(), wanted, counts)
         return rows.view(*indices.shape, self.dim)
 
     def __len__(self) -> int:
