@@ -33,8 +33,8 @@ def table_rows(kind, num_rows, generator):
 
 
 def split_of(total, parts, draw):
-    """Uneven, and with empty parts about every other time."""
-    cuts = sorted(draw.choice([0, total, draw.randint(0, total)]) for _ in range(parts - 1))
+    """Uneven, and every now and then with an empty part."""
+    cuts = sorted(draw.choice([0, total] + [draw.randint(0, total)] * 6) for _ in range(parts - 1))
     return [after - before for before, after in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
@@ -56,7 +56,7 @@ class Problem:
         self.row_mask = None
         if masked:
             self.exclude = [
-                torch.randint(-1, self.num_rows, (batch, draw.choice([0, 1, 4])), generator=generator)
+                torch.randint(-1, self.num_rows, (batch, draw.choice([0, 1, 6])), generator=generator)
                 if draw.random() < 0.8
                 else None
                 for batch in self.batches
