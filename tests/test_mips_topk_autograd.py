@@ -68,6 +68,14 @@ def test_gradients_equal_the_oracle(backend, dtype, needs):
             )
 
 
+def test_a_query_that_finds_nothing_sends_nothing_to_the_table(backend):
+    queries, table = torch.randn(3, 8), torch.randn(12, 8, requires_grad=True)
+    queries[1] = torch.nan
+    queries[2] = 0.0
+    (gradient,) = torch.autograd.grad(rk.mips_topk(queries, table, 12).scores, table, torch.ones(3, 12))
+    assert torch.equal(gradient, queries[0].expand(12, 8))
+
+
 def test_gradients_are_deterministic_and_repeatable(backend):
     queries, table = torch.randn(50, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
     scores, _ = rk.mips_topk(queries, table, 12)

@@ -39,7 +39,12 @@ REFUSED = {
         "table must be of dtype float32, bfloat16, float16, got int32",
     ),
     "table-device": (ValueError, (Q, T.to("meta"), 3), {}, "table must be on cpu with the other arguments"),
-    "table-list": (TypeError, (Q, [T], 3), {}, "table must be a Tensor [N, D] or a ShardedTable, got list"),
+    "table-list": (
+        TypeError,
+        (Q, [T], 3),
+        {},
+        "table must be a Tensor [N, D], ShardedTable or DistributedTable, got list",
+    ),
     "exclude-dtype": (
         ValueError,
         (Q, T, 3),

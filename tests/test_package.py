@@ -11,6 +11,7 @@ import realm_kernels as rk
 
 ROOT = Path(__file__).parent.parent
 PUBLIC_NAMES = {
+    "DistributedTable",
     "Posterior",
     "ShardedTable",
     "TableRefresher",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..backends import explained_by
-from . import plan
-from .checks import check
+from . import distributed, plan
+from .checks import check, is_across_ranks
 
 if TYPE_CHECKING:
-    from ..table import ShardedTable
+    from ..table import DistributedTable, ShardedTable
 
 __all__ = ["TopK", "mips_topk"]
 
@@ -27,7 +27,7 @@ class TopK(NamedTuple):
 @explained_by(plan.explain)
 def mips_topk(
     queries: Tensor,
-    table: Tensor | ShardedTable,
+    table: Tensor | ShardedTable | DistributedTable,
     k: int,
     *,
     exclude: Tensor | None = None,
@@ -42,21 +42,26 @@ def mips_topk(
     never held.
 
     queries: [B, D] float32, bfloat16 or float16.
-    table: [N, D] tensor of any of these dtypes on the same device, or a ShardedTable.
+    table: [N, D] tensor of any of these dtypes on the same device, or a ShardedTable; or a DistributedTable
+        or a DTensor placed Shard(0), whose rows are spread over ranks. Then the call is collective: every
+        rank brings queries of its own (B may differ and be 0) and gets their results as plain tensors.
     k: in [1, N].
     exclude: int64 [B, E], global row ids never returned for that query; -1 pads.
-    row_mask: bool [N]; rows with False are never returned.
+    row_mask: bool [N]; rows with False are never returned. Across ranks: [n], of this rank's rows.
 
     Returns TopK(scores, indices). Rows that score NaN are never returned. Where fewer than k rows may be
     returned the rest has id -1 and score -inf: use `doc_mask = indices >= 0`. Gradients flow from scores to
-    queries and to a table that is a plain tensor, summed in a fixed order.
+    queries and to a table that is a plain tensor or a DTensor, summed in a fixed order.
 
     Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device, for k
-    outside [1, N], and on the CPU for an exclude id outside [-1, N).
+    outside [1, N], and on the CPU for an exclude id outside [-1, N). Across ranks also RuntimeError where
+    another rank refused its arguments, or was lost.
 
     >>> import torch, realm_kernels as rk
     >>> scores, indices = rk.mips_topk(torch.randn(4, 128), torch.randn(1000, 128), 8)
     """
+    if is_across_ranks(table):
+        return TopK(*distributed.search(queries, table, k, exclude, row_mask))
     shards = check(queries, table, k, exclude, row_mask)
     return_rows = torch.is_grad_enabled() and queries.requires_grad
     scores, indices, _ = torch.ops.realm_kernels.mips_topk(queries, shards, k, exclude, row_mask, return_rows)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from ..table.distributed import DistributedTable
 from ..validation import FLOAT_DTYPES, check_tensor, describe
+
+# A torch built without distributed has no DTensor, and then none can come.
+DTENSOR: tuple[type, ...] = ()
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+    DTENSOR = (DTensor,)
 
 OP = "mips_topk"
 
 
+def is_across_ranks(table: object) -> bool:
+    """Whether the rows of `table` are spread over ranks: then the call is collective (distributed.py)."""
+    return isinstance(table, (DistributedTable, *DTENSOR))
+
+
 def shards_of(table: object) -> list[Tensor]:
     """The row shards of what the caller passed as table: a ShardedTable's, or the tensor itself."""
-    if isinstance(table, DTensor):
-        raise TypeError(
-            f"{OP}: table must be a Tensor or a ShardedTable, got a DTensor, which no backend serves yet"
-        )
     if isinstance(table, Tensor):
         return [table]
     shards = getattr(table, "shards", None)
     if shards is None:
-        raise TypeError(f"{OP}: table must be a Tensor [N, D] or a ShardedTable, got {describe(table)}")
+        raise TypeError(
+            f"{OP}: table must be a Tensor [N, D], ShardedTable or DistributedTable, got {describe(table)}"
+        )
     return list(shards)
 
 
@@ -29,18 +41,34 @@ def check(
     queries: Tensor, table: object, k: int, exclude: Tensor | None, row_mask: Tensor | None
 ) -> list[Tensor]:
     """Raise TypeError or ValueError for arguments the op does not take; return the table's shards."""
-    check_tensor(OP, "queries", queries, "[B, D]", (None, None), FLOAT_DTYPES)
-    batch, dim = queries.shape
-    if dim < 1:
-        raise ValueError(f"{OP}: queries must be [B, D] with D >= 1, got {describe(queries)}")
     shards = shards_of(table)
-    for shard in shards:
-        check_tensor(OP, "table", shard, "[N, D]", (None, dim), FLOAT_DTYPES, queries.device)
+    num_rows = sum(shard.shape[0] for shard in shards if isinstance(shard, Tensor) and shard.dim() > 0)
+    check_call(queries, shards, k, exclude, row_mask, num_rows)
     if not isinstance(table, Tensor) and any(shard.requires_grad for shard in shards):
         raise ValueError(
             f"{OP}: table must be a plain Tensor to receive a gradient, got a ShardedTable that requires one"
         )
-    num_rows = sum(shard.shape[0] for shard in shards)
+    return shards
+
+
+def check_call(
+    queries: Tensor,
+    shards: Sequence[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    num_rows: int,
+    mask_legend: str = "[N]",
+) -> None:
+    """The rules that one process and many share: `shards` are those here, `num_rows` counts all rows."""
+    check_tensor(OP, "queries", queries, "[B, D]", (None, None), FLOAT_DTYPES)
+    if isinstance(queries, DTENSOR):
+        raise TypeError(f"{OP}: queries must be a plain Tensor, each rank's own, got a DTensor")
+    batch, dim = queries.shape
+    if dim < 1:
+        raise ValueError(f"{OP}: queries must be [B, D] with D >= 1, got {describe(queries)}")
+    for shard in shards:
+        check_tensor(OP, "table", shard, "[N, D]", (None, dim), FLOAT_DTYPES, queries.device)
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"{OP}: k must be an int, got {describe(k)}")
     if not 1 <= k <= num_rows:
@@ -48,8 +76,8 @@ def check(
     if exclude is not None:
         check_tensor(OP, "exclude", exclude, "[B, E]", (batch, None), (torch.int64,), queries.device)
     if row_mask is not None:
-        check_tensor(OP, "row_mask", row_mask, "[N]", (num_rows,), (torch.bool,), queries.device)
-    return shards
+        rows_here = sum(shard.shape[0] for shard in shards)
+        check_tensor(OP, "row_mask", row_mask, mask_legend, (rows_here,), (torch.bool,), queries.device)
 
 
 def check_values(num_rows: int, exclude: Tensor | None) -> None:

@@ -85,7 +85,8 @@ def mips_topk_bwd(
         # Not a matrix product: autocast would cast it, and it reads each gathered row once either way.
         d_queries = (g[:, :, None] * rows.float()).sum(1).to(queries.dtype)
     if needs_table:
-        outer = g[:, :, None] * queries.float()[:, None, :]  # [B, k, D]
+        # By selection: a query that found nothing may be NaN, and must not reach the row that -1 stands for.
+        outer = torch.where(found[:, :, None], g[:, :, None] * queries.float()[:, None, :], 0.0)  # [B, k, D]
         total = outer.new_zeros(num_rows, queries.shape[1])
         # Both forms add in a fixed order: index_add_ does on the CPU, index_put_ sorts its indices on CUDA.
         if total.device.type == "cpu":
