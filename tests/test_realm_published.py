@@ -1,0 +1,369 @@
+"""The published checkpoints: equal to transformers 4.57.6 on tiny random models, and no file is trusted."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("transformers")
+
+from torch.nn import functional as F
+
+from realm_model.published import Embedder, KnowledgeAugmentedEncoder, OpenQA, Reader, Scorer
+from realm_model.reader import best_span, reader_loss
+
+GOLDENS = Path(__file__).parent / "goldens" / "realm"
+PORT = load_file(GOLDENS / "outputs.safetensors")
+CASES = json.loads((GOLDENS / "openqa.json").read_text())["cases"]
+QUESTIONS = [case["question"] for case in CASES]
+REFERENCES = [case["references"] for case in CASES]
+CLASSES = {
+    "embedder": Embedder,
+    "scorer": Scorer,
+    "encoder": KnowledgeAugmentedEncoder,
+    "reader": Reader,
+    "openqa": OpenQA,
+}
+TOLERANCE = dict(rtol=0, atol=1e-5)
+
+
+def port(name, *keys):
+    values = [PORT[f"{name}/{key}"] for key in keys]
+    return values[0] if len(values) == 1 else values
+
+
+def embed(model):
+    return model(*port("embedder", "ids", "segments"))
+
+
+def score(model):
+    return model(*port("scorer", "ids", "documents", "segments", "document_segments"))
+
+
+def logits(model):
+    ids, segments = port("encoder", "ids", "segments")
+    positions = torch.tensor([[2, 4], [3, 0]])
+    return F.linear(model(ids, segments, positions), model.weight, model.bias)
+
+
+def span_scores(model):
+    read = model(*port("reader", "ids", "segments", "body"))
+    return read.scores.masked_fill(~read.valid, 0.0)
+
+
+def losses(model):
+    return torch.cat(list(model.train().loss(QUESTIONS, REFERENCES).terms))
+
+
+# A tensor of each model, to be compared before and after a trip through files.
+OUTPUT = {"embedder": embed, "scorer": score, "encoder": logits, "reader": span_scores, "openqa": losses}
+
+
+def load(name):
+    return CLASSES[name].from_pretrained(GOLDENS / name)
+
+
+def weights_of(folder):
+    path = folder / "pytorch_model.bin"
+    return torch.load(path, weights_only=True) if path.exists() else load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def copied(tmp_path):
+    def copy(name):
+        shutil.copytree(GOLDENS / name, tmp_path / name)
+        return tmp_path / name
+
+    return copy
+
+
+def test_the_embedder_is_the_ports():
+    torch.testing.assert_close(embed(load("embedder")), port("embedder", "projected"), **TOLERANCE)
+
+
+def test_the_scorer_is_the_ports():
+    torch.testing.assert_close(score(load("scorer")), port("scorer", "relevance"), **TOLERANCE)
+
+
+def test_the_encoder_is_the_ports():
+    model = load("encoder")
+    expected = port("encoder", "logits").unflatten(0, (2, -1))  # [B, K, L, V]
+    ours = logits(model)
+    torch.testing.assert_close(ours[0], expected[0][:, [2, 4]], **TOLERANCE)
+    torch.testing.assert_close(ours[1], expected[1][:, [3, 0]], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("masks", "loss"), [((), "loss"), (("mlm_mask",), "masked_loss")])
+def test_the_encoders_loss_is_the_ports(masks, loss):
+    arguments = port("encoder", "ids", "segments", "relevance", "labels", *masks)
+    torch.testing.assert_close(load("encoder").loss(*arguments), port("encoder", loss), **TOLERANCE)
+
+
+def test_the_encoders_loss_is_zero_where_nothing_is_asked():
+    ids, segments, relevance, labels = port("encoder", "ids", "segments", "relevance", "labels")
+    assert load("encoder").loss(ids, segments, relevance, labels, torch.zeros_like(labels)).item() == 0
+
+
+def test_the_reader_is_the_ports():
+    read = load("reader")(*port("reader", "ids", "segments", "body"))
+    assert read.valid.any() and not read.valid.all()
+    ours, theirs = read.scores[read.valid], port("reader", "span_scores")[read.valid]
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_the_readers_losses_and_prediction_are_the_ports():
+    read = load("reader")(*port("reader", "ids", "segments", "body"))
+    starts, ends, relevance, has_answers = port("reader", "starts", "ends", "relevance", "has_answers")
+    correct = read.spans.correct(starts[:2], ends[:2])
+    assert torch.equal(correct, port("reader", "correct")) and correct.any()
+    terms = reader_loss(
+        relevance[None], has_answers[None], read.scores[None], correct[None], read.valid[None]
+    )
+    torch.testing.assert_close(terms.retriever[0], port("reader", "retriever_loss"), **TOLERANCE)
+    torch.testing.assert_close(terms.reader[0], port("reader", "reader_loss"), **TOLERANCE)
+    torch.testing.assert_close((terms.retriever + terms.reader)[0], port("reader", "loss"), **TOLERANCE)
+    best = best_span(relevance[None, :2], read.scores[None], read.valid[None])
+    found = best.block[0], read.spans.starts[best.span], read.spans.ends[best.span]
+    assert list(map(int, found)) == [int(v) for v in port("reader", "block_idx", "start_pos", "end_pos")]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_open_qa_answers_as_the_port_does_in_batches_of_any_size(batch):
+    """In the port, of one only. The first word of the second question is not in the vocabulary."""
+    answers = load("openqa").answer(QUESTIONS, batch_size=batch)
+    assert [answer.text for answer in answers] == [case["answer"] for case in CASES]
+    for answer in answers:
+        written = answer.evidence[answer.start : answer.end]
+        assert written.lower() == answer.text and written != ""
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_open_qa_losses_are_the_ports(mode):
+    model = load("openqa").train(mode == "train")
+    loss = model.loss(QUESTIONS, REFERENCES)
+    for b in range(len(CASES)):
+        expected = [PORT[f"openqa/{b}/{mode}/{name}"] for name in ("retriever_loss", "reader_loss", "loss")]
+        torch.testing.assert_close(loss.terms.retriever[b], expected[0], **TOLERANCE)
+        torch.testing.assert_close(loss.terms.reader[b], expected[1], **TOLERANCE)
+        alone = model.loss(QUESTIONS[b : b + 1], REFERENCES[b : b + 1]).loss
+        torch.testing.assert_close(alone, expected[2], **TOLERANCE)
+        assert torch.equal(loss.has_answer[b], PORT[f"openqa/{b}/{mode}/has_answers"])
+    assert loss.terms.reader[0] > 0 and loss.terms.retriever[2] == 0
+    torch.testing.assert_close(loss.loss, (loss.terms.retriever + loss.terms.reader).mean())
+
+
+def test_the_raw_has_answer_sees_what_the_join_cuts_off():
+    """ "William Shakespeare" ends the fourth block, beyond reader_seq_len, and is written with capitals."""
+    model = load("openqa").train()
+    blocks = [model.records[row] for row in range(len(model.records))]
+    long = next(row for row, block in enumerate(blocks) if len(block) > 90)
+    holds = [b"William Shakespeare" in block for block in blocks]
+    ids, top = model._retrieve(QUESTIONS[:1], 5)
+    assert long in top.indices[0].tolist()
+    raw = model.loss(QUESTIONS[:1], [["William Shakespeare"]], has_answer="raw").has_answer[0]
+    cut = model.loss(QUESTIONS[:1], [["William Shakespeare"]]).has_answer[0]
+    assert raw.tolist() == [holds[row] for row in top.indices[0].tolist()]
+    assert cut.tolist() == [holds[row] and row != long for row in top.indices[0].tolist()]
+    lower = model.loss(QUESTIONS[:1], [["william shakespeare"]], has_answer="raw").has_answer
+    assert not lower.any()
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_fine_tuning_reaches_the_embedder_and_the_reader_and_not_the_index(form):
+    model = load("openqa").train()
+    model.loss(QUESTIONS, REFERENCES, form=form).loss.backward()
+    assert model.embedder.cls.dense.weight.grad.abs().sum() > 0
+    assert model.reader.qa_outputs.dense_output.weight.grad.abs().sum() > 0
+    assert model.block_emb.grad is None and not model.block_emb.requires_grad
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_survives_its_files_with_every_key_of_the_layout(tmp_path, name, safe):
+    model = load(name)
+    for format_ in (not safe, safe):  # the second leaves nothing of the first behind
+        model.save_pretrained(tmp_path, safe_serialization=format_)
+    assert {path.name for path in tmp_path.glob("*model*")} == {
+        "model.safetensors" if safe else "pytorch_model.bin"
+    }
+    again = CLASSES[name].from_pretrained(tmp_path)
+    assert torch.equal(OUTPUT[name](again), OUTPUT[name](model))
+    # The port's safetensors leave tied weights out; its .bin has every key, and legacy ones position_ids.
+    tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"} if name == "encoder" else set()
+    theirs = {key for key in weights_of(GOLDENS / name) if "position_ids" not in key}
+    assert set(weights_of(tmp_path)) == theirs | tied
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, GOLDENS / name))
+    assert ours == theirs
+
+
+def test_one_file_of_shards_is_read_as_one(copied):
+    folder = copied("openqa")
+    weights = weights_of(folder)
+    (folder / "pytorch_model.bin").unlink()
+    halves = [sorted(weights)[::2], sorted(weights)[1::2]]
+    for number, keys in enumerate(halves):
+        save_file({key: weights[key].clone() for key in keys}, folder / f"{number}.safetensors")
+    where = {key: f"{number}.safetensors" for number, keys in enumerate(halves) for key in keys}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(losses(OpenQA.from_pretrained(folder)), losses(load("openqa")))
+    index.write_text(json.dumps({"weight_map": {"block_emb": "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match=r"must name files beside it, got '../elsewhere"):
+        OpenQA.from_pretrained(folder)
+
+
+def test_a_scorer_with_a_query_embedder_of_its_own_keeps_it(tmp_path):
+    model = Scorer(load("scorer").config, Embedder(load("scorer").config)).eval()
+    model.save_pretrained(tmp_path)
+    again = Scorer.from_pretrained(tmp_path)
+    assert again.query_embedder is not again.embedder
+    assert torch.equal(score(again), score(model))
+    assert load("scorer").query_embedder is not None
+    shared = load("scorer")
+    assert shared.query_embedder is shared.embedder
+
+
+def test_legacy_position_ids_are_there_and_ignored():
+    assert "realm.embeddings.position_ids" in weights_of(GOLDENS / "embedder")
+    assert not any("position_ids" in key for key in load("embedder").state_dict())
+
+
+def test_a_vocabulary_with_crlf_gives_the_ports_wordpieces(copied):
+    folder = copied("openqa")
+    assert b"\r\n" in (folder / "vocab.txt").read_bytes()
+    tokenizer = OpenQA.from_pretrained(folder).tokenizer
+    for b, question in enumerate(QUESTIONS):
+        assert tokenizer.encode(question).ids == PORT[f"openqa/{b}/ids"][0].tolist()
+
+
+def test_a_tokenizer_json_alone_will_do(copied):
+    folder = copied("openqa")
+    OpenQA.from_pretrained(folder).save_pretrained(folder)
+    (folder / "vocab.txt").unlink()
+    assert torch.equal(losses(OpenQA.from_pretrained(folder)), losses(load("openqa")))
+    (folder / "tokenizer.json").write_text("{}")
+    refused("openqa", folder, "tokenizer.json is no tokenizer")
+
+
+def refused(name, folder, *words):
+    with pytest.raises(ValueError) as caught:
+        CLASSES[name].from_pretrained(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("way", ["torch.save", "pickle"])
+def test_a_bin_that_wants_to_run_something_is_refused_and_does_not(copied, tmp_path, way):
+    folder, trace = copied("reader"), tmp_path / "trace"
+    if way == "pickle":
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Touch(trace)}, protocol=2))
+    else:
+        torch.save({"a": Touch(trace)}, folder / "pytorch_model.bin")
+    refused("reader", folder, "pytorch_model.bin is refused", "tensors only")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["encoder", "reader"])
+def test_weights_cut_short_are_named(copied, name):
+    folder = copied(name)
+    path = next(folder.glob("*model.*"))
+    whole = path.read_bytes()
+    for size in (0, 1, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(name, folder, path.name)
+
+
+def test_weights_that_do_not_fit_are_named(copied):
+    folder = copied("reader")
+    path = folder / "pytorch_model.bin"
+    weights = weights_of(folder)
+    lacking = {k: v for k, v in weights.items() if k != "qa_outputs.dense_output.weight"}
+    torch.save(lacking, path)
+    refused(
+        "reader", folder, "pytorch_model.bin", "needs qa_outputs.dense_output.weight, which the file lacks"
+    )
+    torch.save({**weights, "pooler.weight": torch.zeros(1)}, path)
+    refused("reader", folder, "pytorch_model.bin", "has no pooler.weight, which the file holds")
+    torch.save({**weights, "qa_outputs.dense_output.weight": torch.zeros(1, 4)}, path)
+    refused("reader", folder, "qa_outputs.dense_output.weight must be [1, 5] by config.json, got [1, 4]")
+    torch.save({**weights, "step": 3}, path)
+    refused("reader", folder, "must hold tensors by name, got a int at 'step'")
+    torch.save([torch.zeros(1)], path)
+    refused("reader", folder, "must hold tensors by name, got a list")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bert"}, '"model_type": "realm", got \'bert\''),
+        ({"hidden_size": "wide"}, "hidden_size must be a positive integer, got 'wide'"),
+        ({"hidden_size": 7}, "must be a multiple of num_attention_heads=2, got 7"),
+        ({"layer_norm_eps": None}, "layer_norm_eps must be a number, got None"),
+        ({"hidden_act": "swosh"}, "hidden_act must be an activation of transformers, got 'swosh'"),
+        (
+            {"num_block_records": 7},
+            "block_emb must be [num_block_records=7, retriever_proj_size=6], got [6, 6]",
+        ),
+        ({"reader_beam_size": 7}, "reader_beam_size must be at most num_block_records=6, got 7"),
+        ({"reader_seq_len": 25}, "reader_seq_len must be at most max_position_embeddings=24, got 25"),
+        ({"vocab_size": 50}, "vocab.txt may hold 50 tokens by config.json, got 52"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_cannot_be_is_named(copied, change, message):
+    folder = copied("openqa")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **change}))
+    refused("openqa", folder, str(folder), message)
+
+
+def test_a_missing_file_is_named(copied, tmp_path):
+    refused("openqa", tmp_path / "nowhere", "nowhere is no checkpoint: cannot read config.json")
+    for lost, message in [
+        ("pytorch_model.bin", "it must hold model.safetensors or pytorch_model.bin"),
+        ("block_records.npy", "block_records.npy"),
+        ("vocab.txt", "must hold vocab.txt or tokenizer.json"),
+    ]:
+        folder = copied("openqa")
+        (folder / lost).unlink()
+        refused("openqa", folder, str(folder), message)
+        shutil.rmtree(folder)
+
+
+def test_a_vocabulary_that_is_not_berts_is_named(copied):
+    path = copied("openqa") / "vocab.txt"
+    words = path.read_text().split()
+    path.write_text("\n".join(words[1:] + words[:1]))
+    refused("openqa", path.parent, "vocab.txt must hold [PAD] at 0, got 51")
+    path.write_text("\n".join(word for word in words if word != "[SEP]"))
+    refused("openqa", path.parent, "vocab.txt must hold", "lacks [SEP]")
+
+
+def test_a_question_that_cannot_be_is_named():
+    model = load("openqa")
+    with pytest.raises(ValueError, match="a question may have 22 wordpieces, got 23"):
+        model.answer(["who " * 23])
+    with pytest.raises(ValueError, match="references must be one list for each of 3 questions, got 2"):
+        model.loss(QUESTIONS, REFERENCES[:2])
+    with pytest.raises(ValueError, match="references must not be empty"):
+        model.loss(QUESTIONS[:1], [[" "]])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        model.answer(QUESTIONS, batch_size=0)
+    assert model.answer([]) == []
