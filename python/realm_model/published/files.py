@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -95,7 +95,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_bin(path: Path) -> dict[str, Tensor]:
     try:
         weights = _torch_load(path)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError(
             f"{path} is refused: it must hold tensors only, and nothing else in it is executed "
             f"({_first_line(error)})"

@@ -39,6 +39,7 @@ _REDUCE, _BUILD, _STOP = 0x52, 0x62, 0x2E
 _LONGEST_NAME = 64
 _HEADER = re.compile(rb"\{'descr': '\|O', 'fortran_order': False, 'shape': \((\d{1,18}),\), \} *\n")
 _MARKER = object()
+_UINT32 = struct.Struct("<I").unpack_from
 
 
 class BlockRecords(Sequence[bytes]):
@@ -90,7 +91,7 @@ def write_records(records: Sequence[bytes], path: Path) -> None:
         values = np.empty(len(records), dtype=object)
         values[:] = records
         with partial.open("wb") as file:
-            np.save(file, values, allow_pickle=True)
+            np.save(file, values)
     os.replace(partial, path)
 
 
@@ -153,6 +154,8 @@ class _Pickle:
             self.stack.append(_Bytes(found) if found >= 0 else self.others[-1 - found])
         elif code == _MARK:
             self.stack.append(_MARKER)
+            if self.records is not None and self.stack[-2] is self.records:
+                self._batch()
         elif code in (_APPEND, _APPENDS):
             items = self._pop_to_mark() if code == _APPENDS else [self.stack.pop()]
             records = self.records
@@ -194,6 +197,41 @@ class _Pickle:
             self.at += 8
         else:
             raise self._refused(code, place)
+
+    def _batch(self) -> None:
+        """Records that follow each other, each memoised at once: what _step would do, four times as fast.
+
+        It stops before anything else and leaves that to _step.
+        """
+        data, at, memo, found = self.data, self.at, self.memo, array("q")
+        while True:
+            code = data[at]
+            if code == 0x43:  # SHORT_BINBYTES
+                end = at + 2 + data[at + 1]
+            elif code == 0x42:  # BINBYTES
+                end = at + 5 + _UINT32(data, at + 1)[0]
+            elif code == _FRAME:
+                at += 9
+                continue
+            else:
+                break
+            put = data[end]
+            if put == _MEMOIZE:
+                end += 1
+            elif put == 0x72 and _UINT32(data, end + 1)[0] == len(memo):  # LONG_BINPUT
+                end += 5
+            else:
+                break
+            memo.append(at)
+            found.append(at)
+            at = end
+        self.at = at
+        if code == _APPENDS and self.records is not None:
+            self.at += 1
+            self.stack.pop()  # the mark
+            self.records.extend(found)
+        else:
+            self.stack += map(_Bytes, found)
 
     def _memoize(self, slot: int) -> None:
         if slot != len(self.memo):
