@@ -70,7 +70,7 @@ def test_importing_needs_torch_and_numpy_only():
 def test_nothing_is_unpickled():
     """Neither by pickle itself nor by torch or numpy; the one thing of pickle's that is used is its error."""
     pattern = re.compile(
-        r"import pickle|from pickle import (?!UnpicklingError$)|pickle\.loads?|Unpickler\b|torch\.load\("
+        r"import pickle\b|from pickle import (?!UnpicklingError$)|pickle\.loads?|Unpickler\b|torch\.load\("
         r"|\bnp\.load\(|numpy\.load\(|allow_pickle=True"
     )
     files = sources("realm_kernels", ".py") + sources("python", ".py")

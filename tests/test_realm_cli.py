@@ -45,7 +45,7 @@ def one_line(result):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate", "answer"])
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "answer", "convert"])
 def test_every_command_shows_an_example(call, command):
     result = call(command, "--help")
     assert result.exit_code == 0

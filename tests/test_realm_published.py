@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from torch.nn import functional as F
 
-from realm_model.published import Embedder, KnowledgeAugmentedEncoder, OpenQA, Reader, Scorer
+from realm_model.published import Embedder, KnowledgeAugmentedEncoder, OpenQA, Reader, Scorer, convert
 from realm_model.reader import best_span, reader_loss
 
 GOLDENS = Path(__file__).parent / "goldens" / "realm"
@@ -215,6 +215,45 @@ def test_one_file_of_shards_is_read_as_one(copied):
     index.write_text(json.dumps({"weight_map": {"block_emb": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match=r"must name files beside it, got '../elsewhere"):
         OpenQA.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_converted_directory_computes_the_same(tmp_path, name):
+    assert convert(GOLDENS / name, tmp_path / "a") == CLASSES[name].__name__
+    convert(tmp_path / "a", tmp_path / "b")  # and again, from what it wrote
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert torch.equal(OUTPUT[name](CLASSES[name].from_pretrained(out)), OUTPUT[name](load(name)))
+        assert not list(out.rglob("*.bin"))
+    if name == "openqa":
+        assert "block_emb" not in weights_of(out)
+        again = OpenQA.from_pretrained(out)
+        assert again.answer(QUESTIONS) == load(name).answer(QUESTIONS)
+        again.save_pretrained(tmp_path / "c")
+        assert OpenQA.from_pretrained(tmp_path / "c").answer(QUESTIONS) == again.answer(QUESTIONS)
+
+
+def test_the_index_is_converted_to_bfloat16(tmp_path):
+    convert(GOLDENS / "openqa", tmp_path, dtype="bfloat16")
+    table = OpenQA.from_pretrained(tmp_path).block_emb
+    assert table.dtype == torch.bfloat16
+    assert torch.equal(torch.cat(list(table.shards)), load("openqa").block_emb.bfloat16())
+
+
+def test_nothing_is_converted_that_cannot_be(copied, tmp_path):
+    folder, out = copied("openqa"), tmp_path / "out"
+    with pytest.raises(ValueError, match="must be another directory"):
+        convert(folder, folder)
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got 'int8'"):
+        convert(folder, out, dtype="int8")
+    whole = (folder / "block_records.npy").read_bytes()
+    (folder / "block_records.npy").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"block_records\.npy is refused"):
+        convert(folder, out)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "architectures": ["RealmForever"]}))
+    with pytest.raises(ValueError, match="architectures must be one of .* got 'RealmForever'"):
+        convert(folder, out)
+    assert not out.exists()
 
 
 def test_a_scorer_with_a_query_embedder_of_its_own_keeps_it(tmp_path):

@@ -9,6 +9,7 @@ Layout and key names are those of the port that transformers held from 4.16 to 4
 """
 
 from .config import PublishedConfig
+from .conversion import convert
 from .models import Embedder, KnowledgeAugmentedEncoder, Reader, Scorer
 from .openqa import Answer, OpenQA, OpenQALoss
 from .records import BlockRecords
@@ -23,4 +24,5 @@ __all__ = [
     "PublishedConfig",
     "Reader",
     "Scorer",
+    "convert",
 ]

@@ -74,6 +74,12 @@ class PublishedConfig:
         values = {**other, **values, "model_type": MODEL_TYPE, "architectures": [architecture]}
         (directory / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+    @property
+    def architecture(self) -> str:
+        """The class the files are of, as config.json names it; "" where it names none."""
+        names = self.other.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
     def check(self, path: Path) -> None:
         """Raise ValueError naming `path` and the key of the first value that cannot be."""
         for entry in fields(self):

@@ -25,6 +25,7 @@ from .models import Embedder, Published, Reader, SpanScores
 from .records import BLOCK_RECORDS, BlockRecords, write_records
 from .tokenizer import read_tokenizer, write_tokenizer
 
+TABLE = "table"  # the folder of a sharded table, in the place of block_emb among the weights
 HasAnswer = Literal["raw", "wordpieces"]
 
 
@@ -50,21 +51,29 @@ class OpenQALoss(NamedTuple):
 class OpenQA(Published):
     """Embed_input, an index of block embeddings, the blocks' text and the extractive reader.
 
-    block_emb: [num_block_records, D], mapped from the file until something writes to it.
+    block_emb: [num_block_records, D], mapped from the file; a tensor, as published, is a buffer of the
+        module, a sharded table, as convert() writes one, is not.
     records: the blocks as UTF-8 bytes, by row.
     """
 
     architecture = "RealmForOpenQA"
-    block_emb: Tensor
+    block_emb: Tensor | rk.ShardedTable
 
     def __init__(
-        self, config: PublishedConfig, block_emb: Tensor, records: Sequence[bytes], tokenizer: Tokenizer
+        self,
+        config: PublishedConfig,
+        block_emb: Tensor | rk.ShardedTable,
+        records: Sequence[bytes],
+        tokenizer: Tokenizer,
     ) -> None:
         super().__init__(config)
         _check_blocks(config, block_emb, records)
         self.embedder = Embedder(config)
         self.reader = Reader(config)
-        self.register_buffer("block_emb", block_emb)
+        if isinstance(block_emb, Tensor):
+            self.register_buffer("block_emb", block_emb)
+        else:
+            self.block_emb = block_emb
         self.records, self.tokenizer = records, tokenizer
         self._joiner = Tokenizer.from_str(tokenizer.to_str())
         self._joiner.enable_truncation(config.reader_seq_len)  # of the longer side first, as in the port
@@ -80,14 +89,15 @@ class OpenQA(Published):
         tokenizer = read_tokenizer(folder, config.vocab_size)
         records = BlockRecords.open(folder / BLOCK_RECORDS)
         weights, path = read_weights(folder)
-        if "block_emb" not in weights:
+        # The buffer is the file's own tensor: copying 13 million rows would be for nothing.
+        block_emb = weights.pop("block_emb", None)
+        if block_emb is None and not (folder / TABLE).is_dir():
             raise ValueError(f"{path}: {cls.__name__} needs block_emb, which the file lacks")
         try:
-            model = cls(config, weights["block_emb"], records, tokenizer)
+            table = rk.ShardedTable.open(folder / TABLE) if block_emb is None else block_emb
+            model = cls(config, table, records, tokenizer)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-        # Its buffer is the file's own tensor: copying 13 million rows onto themselves would be for nothing.
-        del weights["block_emb"]
         for part in ("embedder", "reader"):
             taken = [key for key in weights if key.startswith(f"{part}.")]
             fill(getattr(model, part), {key[len(part) + 1 :]: weights.pop(key) for key in taken}, path)
@@ -96,8 +106,10 @@ class OpenQA(Published):
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, *, safe_serialization: bool = True) -> None:
-        """Write config.json, weights, block_records.npy and the tokenizer's files."""
+        """Write config.json, weights, block_records.npy and the tokenizer's files; a sharded table as one."""
         super().save_pretrained(directory, safe_serialization=safe_serialization)
+        if isinstance(self.block_emb, rk.ShardedTable):
+            self.block_emb.save(Path(directory) / TABLE)
         write_records(self.records, Path(directory) / BLOCK_RECORDS)
         write_tokenizer(self.tokenizer, Path(directory))
 
@@ -257,12 +269,15 @@ def _pad_places(places: list[list[list[tuple[int, int]]]]) -> Tensor:
     )
 
 
-def _check_blocks(config: PublishedConfig, block_emb: Tensor, records: Sequence[bytes]) -> None:
+def _check_blocks(
+    config: PublishedConfig, block_emb: Tensor | rk.ShardedTable, records: Sequence[bytes]
+) -> None:
     rows, size = config.num_block_records, config.retriever_proj_size
-    if tuple(block_emb.shape) != (rows, size):
+    is_tensor = isinstance(block_emb, Tensor)
+    shape = list(block_emb.shape) if is_tensor else [block_emb.num_rows, block_emb.dim]
+    if shape != [rows, size]:
         raise ValueError(
-            f"block_emb must be [num_block_records={rows}, retriever_proj_size={size}], "
-            f"got {list(block_emb.shape)}"
+            f"block_emb must be [num_block_records={rows}, retriever_proj_size={size}], got {shape}"
         )
     if len(records) != rows:
         raise ValueError(f"{BLOCK_RECORDS} must hold num_block_records={rows} blocks, got {len(records)}")
