@@ -49,7 +49,7 @@ def convert(directory: str | Path, out: str | Path, *, dtype: str = "float32") -
 
 def _convert_openqa(directory: Path, out: Path, config: PublishedConfig, dtype: torch.dtype) -> None:
     OpenQA.from_pretrained(directory)  # so that nothing is written where a file is damaged
-    weights, _ = read_weights(directory)
+    weights, _ = read_weights(directory, OpenQA.architecture)
     out.mkdir(parents=True, exist_ok=True)
     block_emb = weights.pop("block_emb", None)
     if block_emb is None:

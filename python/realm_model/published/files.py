@@ -16,14 +16,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .google import from_google, is_google
+
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 
 
-def read_weights(directory: Path) -> tuple[dict[str, Tensor], Path]:
-    """Tensors by key, and the file that was read (of shards, their index).
+def read_weights(directory: Path, architecture: str) -> tuple[dict[str, Tensor], Path]:
+    """Tensors by the layout's keys of a class, and the file that was read (of shards, their index).
 
+    A file with the names of Google's checkpoints is read as the class (google.from_google).
     Raises ValueError naming the file that is missing, damaged or holds more than tensors.
     """
+    weights, path = _read(directory)
+    if is_google(weights):
+        try:
+            weights = from_google(weights, architecture)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return weights, path
+
+
+def _read(directory: Path) -> tuple[dict[str, Tensor], Path]:
     for name, load in ((SAFETENSORS, _load_safetensors), (BIN, _load_bin)):
         index = directory / f"{name}.index.json"
         if (directory / name).is_file():

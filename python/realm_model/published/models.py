@@ -42,7 +42,7 @@ class Published(nn.Module):
         Raises ValueError naming the file that is missing, damaged, of another class, or more than tensors.
         """
         config = PublishedConfig.read(Path(directory))
-        weights, path = read_weights(Path(directory))
+        weights, path = read_weights(Path(directory), cls.architecture)
         model = cls._for(config, weights)
         fill(model, weights, path)
         return model.eval()

@@ -88,7 +88,7 @@ class OpenQA(Published):
         config = PublishedConfig.read(folder)
         tokenizer = read_tokenizer(folder, config.vocab_size)
         records = BlockRecords.open(folder / BLOCK_RECORDS)
-        weights, path = read_weights(folder)
+        weights, path = read_weights(folder, cls.architecture)
         # The buffer is the file's own tensor: copying 13 million rows would be for nothing.
         block_emb = weights.pop("block_emb", None)
         if block_emb is None and not (folder / TABLE).is_dir():
