@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from torch.nn import functional as F
 
+from realm_model.metrics import exact_match
 from realm_model.published import Embedder, KnowledgeAugmentedEncoder, OpenQA, Reader, Scorer, convert
 from realm_model.reader import best_span, reader_loss
 
@@ -180,6 +181,20 @@ def test_fine_tuning_reaches_the_embedder_and_the_reader_and_not_the_index(form)
     assert model.embedder.cls.dense.weight.grad.abs().sum() > 0
     assert model.reader.qa_outputs.dense_output.weight.grad.abs().sum() > 0
     assert model.block_emb.grad is None and not model.block_emb.requires_grad
+
+
+def test_fine_tuning_learns_an_answer():
+    model, question = load("openqa").train(), QUESTIONS[:1]
+    assert not exact_match(model.answer(question)[0].text, ["William Shakespeare"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(question, [["William Shakespeare"]]).loss.backward()
+        optimizer.step()
+    (answer,) = model.answer(question)
+    assert exact_match(answer.text, ["William Shakespeare"])
+    assert answer.evidence[answer.start : answer.end] == "William Shakespeare"
+    assert model.training  # as it was before it answered
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
