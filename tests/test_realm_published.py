@@ -418,6 +418,10 @@ def test_a_question_that_cannot_be_is_named():
         model.loss(QUESTIONS, REFERENCES[:2])
     with pytest.raises(ValueError, match="references must not be empty"):
         model.loss(QUESTIONS[:1], [[" "]])
+    with pytest.raises(ValueError, match="references lists of texts, got a text"):
+        model.loss(QUESTIONS[:1], ["William Shakespeare"])
+    with pytest.raises(ValueError, match="questions must be a list of texts, got one text"):
+        model.answer("who was ann")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         model.answer(QUESTIONS, batch_size=0)
     assert model.answer([]) == []

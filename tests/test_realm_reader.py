@@ -160,3 +160,4 @@ def test_answers_are_found_wherever_their_wordpieces_stand():
     assert find_answers(ids, [[5, 6]]) == [(0, 1), (3, 4)]
     assert find_answers(ids, [[5], [6, 7]]) == [(0, 0), (2, 2), (3, 3), (4, 5)]
     assert find_answers(ids, [[7, 8], [9]]) == [] and find_answers([], [[5]]) == []
+    assert find_answers(ids, [[]]) == []

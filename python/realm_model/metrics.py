@@ -62,9 +62,12 @@ def holds_answer(block: bytes, answers: Sequence[str]) -> bool:
 
 
 def find_answers(ids: Sequence[int], answers: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Where answers stand in a block, as in the port: equal wordpieces; (first, last) of each occurrence."""
+    """Where answers stand in a block, as in the port: equal wordpieces; (first, last) of each occurrence.
+
+    An answer without a wordpiece (of control characters, say) stands nowhere.
+    """
     found = []
-    for answer in answers:
+    for answer in filter(None, answers):
         first = 0
         while True:
             try:

@@ -117,9 +117,11 @@ class OpenQA(Published):
     def answer(self, questions: Sequence[str], batch_size: int = 8) -> list[Answer]:
         """The best span of the top reader_beam_size blocks for each question.
 
-        Retrieval is exact. Batches change nothing but the time. Raises ValueError for a question longer than
-        the encoder's positions.
+        Retrieval is exact. Batches change the time, and scores by rounding only. Raises ValueError for a
+        question longer than the encoder's positions.
         """
+        if isinstance(questions, str):
+            raise ValueError("OpenQA.answer: questions must be a list of texts, got one text")
         if batch_size < 1:
             raise ValueError(f"OpenQA.answer: batch_size must be at least 1, got {batch_size}")
         was_training = self.training
@@ -152,6 +154,8 @@ class OpenQA(Published):
                 f"OpenQA.loss: references must be one list for each of {len(questions)} questions, "
                 f"got {len(references)}"
             )
+        if isinstance(questions, str) or any(isinstance(own, str) for own in references):
+            raise ValueError("OpenQA.loss: questions must be texts and references lists of texts, got a text")
         if any(not reference.strip() for own in references for reference in own):
             raise ValueError("OpenQA.loss: references must not be empty, got one that is")
         if has_answer not in ("raw", "wordpieces"):
@@ -210,6 +214,11 @@ class OpenQA(Published):
             answers.append(Answer(text, evidence, start, end, row, top.scores[b, k].item(), score))
         return answers
 
+    @property
+    def _device(self) -> torch.device:
+        """Of the encoders; the index may lie elsewhere, and a sharded table does not follow `to`."""
+        return self.embedder.cls.dense.weight.device
+
     def _retrieve(self, questions: Sequence[str], beam: int) -> tuple[list[list[int]], rk.TopK]:
         """The questions' wordpieces and the top blocks of each, [B, R], best first."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(questions))]
@@ -219,8 +228,9 @@ class OpenQA(Published):
                 f"OpenQA: a question may have {self.config.max_position_embeddings - 2} wordpieces, "
                 f"got {longest - 2}"
             )
-        queries = self.embedder(padded(ids).to(self.block_emb.device))  # [B, D]
-        return ids, rk.mips_topk(queries, self.block_emb, beam)
+        queries = self.embedder(padded(ids).to(self._device))  # [B, D]
+        top = rk.mips_topk(queries.to(self.block_emb.device), self.block_emb, beam)
+        return ids, rk.TopK(top.scores.to(self._device), top.indices)
 
     def _join(self, ids: list[list[int]], rows: Tensor) -> list[list[Encoding]]:
         """`[CLS] question [SEP] block [SEP]` for the blocks of each question, at most reader_seq_len long.
@@ -237,7 +247,7 @@ class OpenQA(Published):
     def _read(self, joins: list[list[Encoding]]) -> SpanScores:
         """Of all joins: [B K, C]."""
         flat = [join for own in joins for join in own]
-        device = self.block_emb.device
+        device = self._device
         ids, segments = padded([join.ids for join in flat]), padded([join.type_ids for join in flat])
         body = padded([_body(join) for join in flat]).bool()
         return self.reader(ids.to(device), segments.to(device), body.to(device))
