@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +46,7 @@ def one_line(result):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate", "answer"])
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "answer", "convert"])
 def test_every_command_shows_an_example(call, command):
     result = call(command, "--help")
     assert result.exit_code == 0
@@ -92,6 +93,15 @@ def test_fresh_drops_a_run_folder_and_nothing_else(call, tmp_path):
     (tmp_path / "thesis.txt").write_text("dear to somebody")
     assert "is not a run folder" in one_line(call("pretrain", "--out", tmp_path, "--fresh"))
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_published_checkpoint_is_converted(call, tmp_path):
+    published = Path(__file__).parent / "goldens" / "realm" / "openqa"
+    result = call("convert", published, "--out", tmp_path / "out", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert "realm_model.published.OpenQA" in result.stdout
+    assert {"model.safetensors", "table"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert "cannot read config.json" in one_line(call("convert", tmp_path, "--out", tmp_path / "other"))
 
 
 def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monkeypatch):

@@ -50,6 +50,12 @@ class Refresh(str, Enum):
     asynchronous = "async"
 
 
+class Index(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="The run folder; a run that was killed goes on from here.")],
@@ -127,6 +133,25 @@ def answer(
         from .pretrain import load_run
 
         console.print(report.answer_table(answer_question(*load_run(run), question)))
+
+
+@app.command()
+def convert(
+    directory: Annotated[Path, typer.Argument(help="A published REALM, with config.json.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Annotated[Index, typer.Option(help="Of the index's rows; bfloat16 halves it.")] = Index.float32,
+) -> None:
+    """Write a published checkpoint as safetensors, its Open-QA index as a sharded table, without loading
+    either.
+
+    Example: `realm-model convert realm-orqa-nq-openqa --out nq --dtype bfloat16`
+    """
+    with _one_clear_line():
+        from .published import convert as convert_directory
+
+        with console.status("converting"):
+            kind = convert_directory(directory, out, dtype=dtype.value)
+        console.print(f"{out}: realm_model.published.{kind}", markup=False, soft_wrap=True)
 
 
 def main() -> None:
