@@ -1,9 +1,10 @@
 // The mathematics of marginal_loss on kLanes columns at a time, all float64. A column is what one document is
 // drawn for: a token in mode "token", a whole sequence otherwise.
 //
-// The documents of a group of columns lie in the workspace, [K][kLanes], and are walked three times (largest
-// posterior, sum, result) with at most one exponential a walk. The formulas are those of `marginal` in
-// realm_kernels/marginal_loss/reference.py, where they are explained.
+// The documents of a group of columns lie in the workspace, [K][kLanes], and are walked three times: largest
+// posterior, sum, result. Only the second takes exponentials, one a document (two where the best document has
+// a small prior), in the forward as in the backward. The formulas are those of `marginal` in
+// realm_kernels/marginal_loss/reference.py, where they are explained, but for r, see centre_columns.
 #include <stdint.h>
 
 namespace realm_kernels {
@@ -101,59 +102,71 @@ struct Columns {
   Vec* log_prior;  // -inf where masked
   Vec* prior;
   Vec* log_likelihood;  // -inf where masked
-  Vec* d_relevance;     // of the backward in mode "token": one sum a lane
+  Vec* shifted;         // written by centre_columns, read by posterior_of
+  Vec* d_relevance;     // of the backward: one sum a lane in mode "token"
 };
 
-constexpr int kArrays = 4;
+constexpr int kArrays = 5;
 
 Columns columns_in(double* workspace, int64_t documents) {
   Vec* first = reinterpret_cast<Vec*>(workspace);
-  return {first, first + documents, first + 2 * documents, first + 3 * documents};
+  return {first, first + documents, first + 2 * documents, first + 3 * documents, first + 4 * documents};
 }
 
-// From relevance in log_prior to log_prior and prior. Returns where there is any document.
-Mask normalise(int64_t documents, const Columns& c) {
+// The lanes of x as one number: NaN where there is one, else the largest.
+inline double largest_of(const Vec& x) {
+  double top = x[0];
+  for (int j = 1; j < kLanes; ++j) top = (x[j] > top) | (x[j] != x[j]) ? x[j] : top;
+  return top;
+}
+
+// From relevance in log_prior to log_prior and prior, `count` vectors each: a softmax of every lane, or of
+// all lanes together where kAcross. Returns where there is any document.
+template <bool kAcross>
+Mask normalise(int64_t count, Vec* log_prior, Vec* prior) {
   Vec top = splat(-kInfinity);
-  for (int64_t k = 0; k < documents; ++k) {
-    const Vec u = c.log_prior[k];
+  for (int64_t k = 0; k < count; ++k) {
+    const Vec u = log_prior[k];
     top = ((u > top) | (u != u)) ? u : top;
   }
-  const Mask empty = top == -kInfinity;
+  Mask empty = top == -kInfinity;
+  if (kAcross) {
+    const double largest = largest_of(top);
+    top = splat(largest);
+    empty = Mask{} - int64_t{largest == -kInfinity};
+  }
   const Vec shift = empty ? splat(0.0) : top;
   Vec total = splat(0.0);
-  for (int64_t k = 0; k < documents; ++k) {
-    c.prior[k] = exponential(c.log_prior[k] - shift).exp;
-    total += c.prior[k];
+  for (int64_t k = 0; k < count; ++k) {
+    prior[k] = exponential(log_prior[k] - shift).exp;
+    total += prior[k];
   }
+  if (kAcross) total = splat(sum_of(total));
   total = empty ? splat(1.0) : total;
-  const Vec log_total = log_of(total);
-  for (int64_t k = 0; k < documents; ++k) {
-    c.log_prior[k] = (c.log_prior[k] - shift) - log_total;
-    c.prior[k] /= total;
+  const Vec log_total = log_of(total), share = 1.0 / total;
+  for (int64_t k = 0; k < count; ++k) {
+    log_prior[k] = (log_prior[k] - shift) - log_total;
+    prior[k] *= share;
   }
   return ~empty;
 }
 
-// What a group of columns has in common: where its likelihoods are centred and log p(y|x) relative to there.
+// What a group of columns has in common: where its likelihoods are centred.
 struct Centre {
   Vec log_likelihood;  // of k*, the document of the largest posterior
-  Vec relative;        // L'
+  Vec sum;             // S; in the lanes that are far S relative to prior_k*, p(y|x) / p(y,k*|x) - 1
+  Vec share;           // 1 / (1 + sum)
+  Vec log_unit;        // 0; in the lanes that are far log_prior_k*
+  Mask far;            // S <= -1/2: the best document has a small prior
   Mask impossible;     // every document has likelihood zero
 };
 
-// prior x expm1(d), and exp(log_prior + d), with one exponential.
-struct Shifted {
-  Vec change;
-  Vec joint;
-};
+inline Mask is_near(Vec d) { return (d < 1.0) & (d > -1.0); }
 
-inline Shifted shift_prior(Vec log_prior, Vec prior, Vec d) {
-  const Mask near = (d < 1.0) & (d > -1.0);
-  const Exponential e = exponential(near ? d : log_prior + d);
-  const Vec change = near ? prior * e.expm1 : e.exp - prior;
-  return {change, near ? prior + change : e.exp};
-}
-
+// With joint_k = exp(log_prior + d), the posterior is joint_k / sum of joint, and in the lanes that are not
+// far, where that sum is 1 + S, r_k = (e_k - prior S) / (1 + S): the posterior at d - L' without another
+// exponential. What the subtraction rounds is at most an ulp of prior, as it is in d - L' itself, and k*
+// alone pulls by |S| / 2K or more. In the far lanes k* has twice its prior, and the plain difference does.
 Centre centre_columns(int64_t documents, const Columns& c) {
   Vec best = splat(-kInfinity), centre = splat(0.0), log_prior_best = splat(0.0);
   for (int64_t k = 0; k < documents; ++k) {
@@ -163,27 +176,50 @@ Centre centre_columns(int64_t documents, const Columns& c) {
     centre = better ? c.log_likelihood[k] : centre;
     log_prior_best = better ? c.log_prior[k] : log_prior_best;
   }
+  // shifted = e_k = prior x expm1(d) where near, joint_k elsewhere.
   Vec sum = splat(0.0);
   for (int64_t k = 0; k < documents; ++k) {
-    sum += shift_prior(c.log_prior[k], c.prior[k], c.log_likelihood[k] - centre).change;
+    const Vec d = c.log_likelihood[k] - centre;
+    const Mask near = is_near(d);
+    const Exponential e = exponential(near ? d : c.log_prior[k] + d);
+    const Vec shifted = near ? c.prior[k] * e.expm1 : e.exp;
+    c.shifted[k] = shifted;
+    sum += near ? shifted : shifted - c.prior[k];
   }
-  Vec relative = log1p_of(sum);
   const Mask far = sum <= -0.5;
+  Vec total = sum + 1.0;
   if (any(far)) {
-    Vec total = splat(0.0);
+    // Here joint is taken relative to k*, whose own may be smaller than the smallest double.
+    total = far ? splat(0.0) : total;
     for (int64_t k = 0; k < documents; ++k) {
-      total += exponential((c.log_prior[k] - log_prior_best) + (c.log_likelihood[k] - centre)).exp;
+      const Vec d = c.log_likelihood[k] - centre;
+      const Vec joint = exponential((c.log_prior[k] - log_prior_best) + d).exp;
+      total += far ? joint : splat(0.0);
+      c.shifted[k] = far ? joint : c.shifted[k];
     }
-    relative = far ? log_prior_best + log_of(total) : relative;
+    sum = far ? total - 1.0 : sum;
   }
-  const Mask impossible = best == -kInfinity;
-  return {centre, impossible ? splat(0.0) : relative, impossible};
+  return {centre, sum, 1.0 / total, far ? log_prior_best : splat(0.0), far, best == -kInfinity};
+}
+
+// log p(y|x).
+inline Vec log_marginal(const Centre& centre) {
+  const Vec sum = centre.impossible ? splat(0.0) : centre.sum;
+  const Vec relative = centre.log_unit + log1p_of(sum);  // L'
+  return centre.impossible ? splat(-kInfinity) : centre.log_likelihood + relative;
 }
 
 // Posterior (joint) and residual r (change) of document k.
+struct Shifted {
+  Vec change;
+  Vec joint;
+};
+
 inline Shifted posterior_of(const Columns& c, int64_t k, const Centre& centre) {
-  return shift_prior(c.log_prior[k], c.prior[k],
-                     (c.log_likelihood[k] - centre.log_likelihood) - centre.relative);
+  const Mask near = is_near(c.log_likelihood[k] - centre.log_likelihood) & ~centre.far;
+  const Vec prior = c.prior[k], shifted = c.shifted[k];
+  const Vec e = near ? shifted : shifted - prior;
+  return {(e - prior * centre.sum) * centre.share, (near ? prior + shifted : shifted) * centre.share};
 }
 
 }  // namespace
