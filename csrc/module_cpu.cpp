@@ -84,7 +84,8 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   return params;
 }
 
-void marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
+// Returns what was counted of all examples; a null count is one that nobody asked for per example.
+int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
                        bool per_token, const std::string& reduction, const Array& loss, uintptr_t count,
                        int num_threads, const std::string& isa) {
@@ -93,21 +94,19 @@ void marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const A
   params.wide = float_array(loss).type == FloatType::kFloat64;
   params.loss = reinterpret_cast<void*>(std::get<0>(loss));
   params.count = reinterpret_cast<int64_t*>(count);
-  launch_marginal_loss_fwd(params);
+  return launch_marginal_loss_fwd(params);
 }
 
 void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const std::string& reduction, const Array& d_loss, uintptr_t count,
+                       bool per_token, const std::string& reduction, const Array& d_loss, int64_t count,
                        uintptr_t d_scores, uintptr_t d_log_likelihood, int num_threads,
                        const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(d_loss).type == FloatType::kFloat64;
   params.d_loss = float_array(d_loss).data;
-  if (params.reduction == Reduction::kMean) {
-    params.divisor = static_cast<double>(std::max<int64_t>(1, *reinterpret_cast<const int64_t*>(count)));
-  }
+  params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
   launch_marginal_loss_bwd(params);
