@@ -49,20 +49,16 @@ inline Exponential exponential(Vec x) {
   const Vec n = shifted - kRound;
   // ln 2 in two parts; the first has 21 trailing zero bits, so n times it is exact.
   const Vec r = (bounded - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
-  // The Taylor series to r^13 / 13!: the next term is below 2^-56 of r.
-  Vec q = splat(1.0 / 6227020800.0);
-  q = q * r + 1.0 / 479001600.0;
-  q = q * r + 1.0 / 39916800.0;
-  q = q * r + 1.0 / 3628800.0;
-  q = q * r + 1.0 / 362880.0;
-  q = q * r + 1.0 / 40320.0;
-  q = q * r + 1.0 / 5040.0;
-  q = q * r + 1.0 / 720.0;
-  q = q * r + 1.0 / 120.0;
-  q = q * r + 1.0 / 24.0;
-  q = q * r + 1.0 / 6.0;
-  q = q * r + 0.5;
-  q = q * (r * r) + r;  // expm1(r)
+  // The Taylor series to r^13 / 13!: the next term is below 2^-56 of r. In pairs and pairs of pairs, so that few
+  // additions wait for each other: a loop over documents has only so many exponentials in flight.
+  const Vec r2 = r * r, r4 = r2 * r2;
+  const Vec q2 = r * (1.0 / 6.0) + 0.5, q4 = r * (1.0 / 120.0) + 1.0 / 24.0;
+  const Vec q6 = r * (1.0 / 5040.0) + 1.0 / 720.0, q8 = r * (1.0 / 362880.0) + 1.0 / 40320.0;
+  const Vec q10 = r * (1.0 / 39916800.0) + 1.0 / 3628800.0;
+  const Vec q12 = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  Vec q = (q12 * r2 + q10) * r4 + (q8 * r2 + q6);
+  q = q * r4 + (q4 * r2 + q2);
+  q = q * r2 + r;  // expm1(r)
   const Vec scale = (Vec)(((Mask)shifted << 52) + (int64_t{1023} << 52));
   return {vanishes ? splat(0.0) : scale * q + scale, vanishes ? splat(-1.0) : scale * q + (scale - 1.0)};
 }
@@ -154,19 +150,22 @@ Mask normalise(int64_t count, Vec* log_prior, Vec* prior) {
 // What a group of columns has in common: where its likelihoods are centred.
 struct Centre {
   Vec log_likelihood;  // of k*, the document of the largest posterior
-  Vec sum;             // S; in the lanes that are far S relative to prior_k*, p(y|x) / p(y,k*|x) - 1
-  Vec share;           // 1 / (1 + sum)
-  Vec log_unit;        // 0; in the lanes that are far log_prior_k*
+  Vec sum;             // S
+  Vec total;           // sum of joint
+  Vec share;           // 1 / total
+  Vec log_unit;        // of joint: 0, or log_prior_k* in the lanes that are deep
   Mask far;            // S <= -1/2: the best document has a small prior
+  Mask deep;           // so small that joint is taken relative to it
   Mask impossible;     // every document has likelihood zero
 };
 
 inline Mask is_near(Vec d) { return (d < 1.0) & (d > -1.0); }
 
-// With joint_k = exp(log_prior + d), the posterior is joint_k / sum of joint, and in the lanes that are not
-// far, where that sum is 1 + S, r_k = (e_k - prior S) / (1 + S): the posterior at d - L' without another
-// exponential. What the subtraction rounds is at most an ulp of prior, as it is in d - L' itself, and k*
-// alone pulls by |S| / 2K or more. In the far lanes k* has twice its prior, and the plain difference does.
+// With joint_k = exp(log_prior + d) and e_k = joint_k - prior, every result follows without another
+// exponential: the posterior is joint_k / sum of joint, and r_k = (e_k - prior S) / (1 + S) where S > -1/2.
+// What that subtraction rounds is an ulp of prior, as it is in d - L' itself, and k*, of at least 1 / K of the
+// posterior, pulls by |S| / 2K or more. In the far lanes k* has twice its prior or more, 1 / K at least, and
+// the plain difference loses as little.
 Centre centre_columns(int64_t documents, const Columns& c) {
   Vec best = splat(-kInfinity), centre = splat(0.0), log_prior_best = splat(0.0);
   for (int64_t k = 0; k < documents; ++k) {
@@ -177,35 +176,41 @@ Centre centre_columns(int64_t documents, const Columns& c) {
     log_prior_best = better ? c.log_prior[k] : log_prior_best;
   }
   // shifted = e_k = prior x expm1(d) where near, joint_k elsewhere.
-  Vec sum = splat(0.0);
+  Vec sum = splat(0.0), total = splat(0.0);
   for (int64_t k = 0; k < documents; ++k) {
-    const Vec d = c.log_likelihood[k] - centre;
+    const Vec d = c.log_likelihood[k] - centre, prior = c.prior[k];
     const Mask near = is_near(d);
     const Exponential e = exponential(near ? d : c.log_prior[k] + d);
-    const Vec shifted = near ? c.prior[k] * e.expm1 : e.exp;
+    const Vec shifted = near ? prior * e.expm1 : e.exp;
     c.shifted[k] = shifted;
-    sum += near ? shifted : shifted - c.prior[k];
+    sum += near ? shifted : shifted - prior;
+    total += near ? shifted + prior : shifted;
   }
   const Mask far = sum <= -0.5;
-  Vec total = sum + 1.0;
-  if (any(far)) {
-    // Here joint is taken relative to k*, whose own may be smaller than the smallest double.
-    total = far ? splat(0.0) : total;
+  // Below exp(-30) documents that matter little beside k* could be lost below the smallest double.
+  const Mask deep = far & (log_prior_best < -30.0);
+  if (any(deep)) {
+    total = deep ? splat(0.0) : total;
     for (int64_t k = 0; k < documents; ++k) {
       const Vec d = c.log_likelihood[k] - centre;
       const Vec joint = exponential((c.log_prior[k] - log_prior_best) + d).exp;
-      total += far ? joint : splat(0.0);
-      c.shifted[k] = far ? joint : c.shifted[k];
+      total += deep ? joint : splat(0.0);
+      c.shifted[k] = deep ? joint : c.shifted[k];
     }
-    sum = far ? total - 1.0 : sum;
   }
-  return {centre, sum, 1.0 / total, far ? log_prior_best : splat(0.0), far, best == -kInfinity};
+  total = far ? total : sum + 1.0;
+  const Vec log_unit = deep ? log_prior_best : splat(0.0);
+  return {centre, sum, total, 1.0 / total, log_unit, far, deep, best == -kInfinity};
 }
 
 // log p(y|x).
 inline Vec log_marginal(const Centre& centre) {
-  const Vec sum = centre.impossible ? splat(0.0) : centre.sum;
-  const Vec relative = centre.log_unit + log1p_of(sum);  // L'
+  const Vec sum = (centre.far | centre.impossible) ? splat(0.0) : centre.sum;
+  Vec relative = log1p_of(sum);  // L'
+  const Mask far = centre.far & ~centre.impossible;
+  if (any(far)) {
+    relative = far ? centre.log_unit + log_of(centre.total) : relative;
+  }
   return centre.impossible ? splat(-kInfinity) : centre.log_likelihood + relative;
 }
 
@@ -216,10 +221,11 @@ struct Shifted {
 };
 
 inline Shifted posterior_of(const Columns& c, int64_t k, const Centre& centre) {
-  const Mask near = is_near(c.log_likelihood[k] - centre.log_likelihood) & ~centre.far;
+  const Mask near = is_near(c.log_likelihood[k] - centre.log_likelihood) & ~centre.deep;
   const Vec prior = c.prior[k], shifted = c.shifted[k];
+  const Vec posterior = (near ? prior + shifted : shifted) * centre.share;
   const Vec e = near ? shifted : shifted - prior;
-  return {(e - prior * centre.sum) * centre.share, (near ? prior + shifted : shifted) * centre.share};
+  return {centre.far ? posterior - prior : (e - prior * centre.sum) * centre.share, posterior};
 }
 
 }  // namespace
