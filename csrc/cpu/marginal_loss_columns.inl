@@ -49,8 +49,8 @@ inline Exponential exponential(Vec x) {
   const Vec n = shifted - kRound;
   // ln 2 in two parts; the first has 21 trailing zero bits, so n times it is exact.
   const Vec r = (bounded - n * 0x1.62e42fee00000p-1) - n * 0x1.a39ef35793c76p-33;
-  // The Taylor series to r^13 / 13!: the next term is below 2^-56 of r. In pairs and pairs of pairs, so that few
-  // additions wait for each other: a loop over documents has only so many exponentials in flight.
+  // The Taylor series to r^13 / 13!: the next term is below 2^-56 of r. In pairs and pairs of pairs, so that
+  // few additions wait for each other: a loop over documents has only so many exponentials in flight.
   const Vec r2 = r * r, r4 = r2 * r2;
   const Vec q2 = r * (1.0 / 6.0) + 0.5, q4 = r * (1.0 / 120.0) + 1.0 / 24.0;
   const Vec q6 = r * (1.0 / 5040.0) + 1.0 / 720.0, q8 = r * (1.0 / 362880.0) + 1.0 / 40320.0;
@@ -163,9 +163,9 @@ inline Mask is_near(Vec d) { return (d < 1.0) & (d > -1.0); }
 
 // With joint_k = exp(log_prior + d) and e_k = joint_k - prior, every result follows without another
 // exponential: the posterior is joint_k / sum of joint, and r_k = (e_k - prior S) / (1 + S) where S > -1/2.
-// What that subtraction rounds is an ulp of prior, as it is in d - L' itself, and k*, of at least 1 / K of the
-// posterior, pulls by |S| / 2K or more. In the far lanes k* has twice its prior or more, 1 / K at least, and
-// the plain difference loses as little.
+// What that subtraction rounds is an ulp of prior, as it is in d - L' itself, and k*, of at least 1 / K of
+// the posterior, pulls by |S| / 2K or more. In the far lanes k* has twice its prior or more, 1 / K at least,
+// and the plain difference loses as little.
 Centre centre_columns(int64_t documents, const Columns& c) {
   Vec best = splat(-kInfinity), centre = splat(0.0), log_prior_best = splat(0.0);
   for (int64_t k = 0; k < documents; ++k) {

@@ -2,6 +2,10 @@
 // marginal_loss. Included by each instruction set's copy of it.
 #include "cpu/marginal_loss.h"
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace realm_kernels {
 namespace {
 
@@ -37,28 +41,43 @@ inline Vec widened(const double* source) {
 }
 
 inline Vec widened(const float* source) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  // GCC 12 makes two halves and a shuffle of the conversion below.
+  return _mm256_cvtps_pd(_mm_loadu_ps(source));
+#else
   FloatVec result;
   memcpy(&result, source, sizeof result);
   return __builtin_convertvector(result, Vec);
+#endif
 }
 
-// Adds source[m], m in [0, count), to parts[m mod kSumLanes], which lie in registers.
+// The sum of source[m], m in [0, count), in parts: parts[i] holds those of m mod kSumLanes in [i kLanes, (i +
+// 1) kLanes).
 template <class T>
 inline void add_to_parts(const T* source, int64_t count, Vec (&parts)[kSumVecs]) {
   int64_t m = 0;
   for (; m + kSumLanes <= count; m += kSumLanes) {
     for (int i = 0; i < kSumVecs; ++i) parts[i] += widened(source + m + i * kLanes);
   }
-  if (m == count) return;
-  T rest[kSumLanes] = {};
-  for (int64_t i = 0; i < count - m; ++i) rest[i] = source[m + i];
-  for (int i = 0; i < kSumVecs; ++i) parts[i] += widened(rest + i * kLanes);
+  int i = 0;
+  for (; m + kLanes <= count; m += kLanes) parts[i++] += widened(source + m);
+  if (m < count) {
+    Vec rest{};
+    for (int j = 0; m + j < count; ++j) rest[j] = source[m + j];
+    parts[i] += rest;
+  }
 }
 
-inline double sum_of_parts(const Vec (&parts)[kSumVecs]) {
-  double p[kSumLanes];
-  memcpy(p, parts, sizeof p);
-  return ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
+inline double sum_of_parts(Vec (&parts)[kSumVecs]) {
+  for (int half = kSumVecs / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  double p[kLanes];
+  memcpy(p, &parts[0], sizeof p);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) p[i] += p[i + half];
+  }
+  return p[0];
 }
 
 // sum_m c_m l_km of example b to out[k * stride], for every document.
@@ -128,8 +147,12 @@ inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, i
 // The first `lanes` lanes to a row.
 inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
   if (type == FloatType::kFloat32 && lanes == kLanes) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    _mm_storeu_ps(static_cast<float*>(data) + offset, _mm256_cvtpd_ps(value));
+#else
     const FloatVec rounded = __builtin_convertvector(value, FloatVec);
     memcpy(static_cast<float*>(data) + offset, &rounded, sizeof rounded);
+#endif
     return;
   }
   double values[kLanes];
