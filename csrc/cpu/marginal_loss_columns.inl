@@ -104,7 +104,7 @@ struct Columns {
 
 constexpr int kArrays = 5;
 
-Columns columns_in(double* workspace, int64_t documents) {
+inline Columns columns_in(double* workspace, int64_t documents) {
   Vec* first = reinterpret_cast<Vec*>(workspace);
   return {first, first + documents, first + 2 * documents, first + 3 * documents, first + 4 * documents};
 }
@@ -166,7 +166,7 @@ inline Mask is_near(Vec d) { return (d < 1.0) & (d > -1.0); }
 // What that subtraction rounds is an ulp of prior, as it is in d - L' itself, and k*, of at least 1 / K of
 // the posterior, pulls by |S| / 2K or more. In the far lanes k* has twice its prior or more, 1 / K at least,
 // and the plain difference loses as little.
-Centre centre_columns(int64_t documents, const Columns& c) {
+inline Centre centre_columns(int64_t documents, const Columns& c) {
   Vec best = splat(-kInfinity), centre = splat(0.0), log_prior_best = splat(0.0);
   for (int64_t k = 0; k < documents; ++k) {
     const Vec joint = c.log_prior[k] + c.log_likelihood[k];

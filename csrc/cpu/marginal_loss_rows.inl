@@ -19,15 +19,15 @@ constexpr int kChunk = 64;
 constexpr int kSumLanes = 8;
 constexpr int kSumVecs = kSumLanes / kLanes;
 
-int chunk_from(int64_t first, int64_t end) {
+inline int chunk_from(int64_t first, int64_t end) {
   return static_cast<int>(end - first < kChunk ? end - first : kChunk);
 }
 
-bool is_scored(const MarginalLossParams& params, int64_t b, int64_t m) {
+inline bool is_scored(const MarginalLossParams& params, int64_t b, int64_t m) {
   return params.token_mask == nullptr || params.token_mask[b * params.tokens + m];
 }
 
-bool any_scored(const MarginalLossParams& params, int64_t b) {
+inline bool any_scored(const MarginalLossParams& params, int64_t b) {
   for (int64_t m = 0; m < params.tokens; ++m) {
     if (is_scored(params, b, m)) return true;
   }
@@ -81,7 +81,7 @@ inline double sum_of_parts(Vec (&parts)[kSumVecs]) {
 }
 
 // sum_m c_m l_km of example b to out[k * stride], for every document.
-void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
+inline void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
   const bool* const mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
   const bool direct =
       mask == nullptr && params.log_likelihood.type == FloatType::kFloat32 && params.stride_m == 1;
@@ -121,7 +121,8 @@ inline void spread_as(const MarginalLossParams& params, int64_t b, int64_t strid
 }
 
 // values[k * stride] to d_log_likelihood[b, k, m] of every scored token m, zero to the others.
-void spread_over_tokens(const MarginalLossParams& params, int64_t b, int64_t stride, const double* values) {
+inline void spread_over_tokens(const MarginalLossParams& params, int64_t b, int64_t stride,
+                               const double* values) {
   switch (params.log_likelihood.type) {
     case FloatType::kFloat32:
       return spread_as<float>(params, b, stride, values);
