@@ -98,10 +98,36 @@ void forward_row(const SpanEvidenceParams& params, int64_t row) {
   params.has_correct[row] = any(found);
 }
 
+bool is_valid(const SpanEvidenceParams& params, int64_t i) {
+  return params.valid == nullptr || params.valid[i];
+}
+
+// A document of one span, as in the released retriever loss: the span is its own log-sum-exp.
+void forward_one(const SpanEvidenceParams& params, int64_t row) {
+  double score;
+  load(params.span_scores, row, 1, 1, &score);
+  const bool valid = is_valid(params, row), correct = valid && params.correct[row];
+  params.right[row] = correct ? score : -kInfinity;
+  params.wrong[row] = valid && !correct ? score : -kInfinity;
+  params.log_likelihood[row] = correct && score != -kInfinity ? 0.0 : -kInfinity;
+  params.log_normalizer[row] = valid ? score : -kInfinity;
+  params.has_correct[row] = correct;
+}
+
+void backward_one(const SpanEvidenceParams& params, int64_t row) {
+  double score;
+  load(params.span_scores, row, 1, 1, &score);
+  const double d = params.d_log_normalizer[row];
+  const bool counts = is_valid(params, row) && score != -kInfinity && d != 0.0;
+  // Its share is 1; score - score makes it NaN where the score is NaN or +inf.
+  const double d_score = counts ? d * (1.0 + (score - score)) : 0.0;
+  store(params.d_span_scores, params.span_scores.type, row, 1, &d_score, 1);
+}
+
 void forward(const SpanEvidenceParams& params, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     if (params.is_document[row]) {
-      forward_row(params, row);
+      params.spans == 1 ? forward_one(params, row) : forward_row(params, row);
     } else {
       params.right[row] = params.wrong[row] = -kInfinity;
       params.log_likelihood[row] = params.log_normalizer[row] = -kInfinity;
@@ -144,7 +170,7 @@ void backward(const SpanEvidenceParams& params, int64_t begin, int64_t end) {
   const double zero = 0.0;
   for (int64_t row = begin; row < end; ++row) {
     if (params.is_document[row]) {
-      backward_row(params, row);
+      params.spans == 1 ? backward_one(params, row) : backward_row(params, row);
     } else {
       store(params.d_span_scores, params.span_scores.type, row * params.spans, params.spans, &zero, 0);
     }

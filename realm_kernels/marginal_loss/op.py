@@ -3,8 +3,8 @@
 The loss, its gradient and the gradient of that are three ops. Each works from the inputs alone: nothing is
 kept between them but what the caller holds anyway, so a backward may run any number of times.
 
-At the sizes of one training step torch's dispatcher costs more than the kernel behind it. So `call`, which the
-public function uses, goes through the ops only where something listens there (`observed`).
+At the sizes of one training step torch's dispatcher costs more than the kernel behind it. So `call`, the way
+of the public function, goes through the ops only where something listens there (`observed`).
 """
 
 from __future__ import annotations
