@@ -163,10 +163,13 @@ void token_backward(const MarginalLossParams& params, int64_t b, const Columns& 
     for (int64_t k = 0; k < params.documents; ++k) {
       const Shifted s = posterior_of(c, k, centre);
       c.d_relevance[k] += gradient(counts, g, s.change);
-      if (params.d_log_likelihood != nullptr) {
-        store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                    (b * params.documents + k) * params.tokens + m, lanes, gradient(counts, g, s.joint));
-      }
+      // Kept whoever asks for it: a posterior that only the residual needed would be fused into the
+      // residual's subtraction, and the bits of d_scores would depend on which gradients are wanted.
+      c.shifted[k] = gradient(counts, g, s.joint);
+    }
+    for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
+      store_lanes(params.d_log_likelihood, params.log_likelihood.type,
+                  (b * params.documents + k) * params.tokens + m, lanes, c.shifted[k]);
     }
   }
   if (params.d_scores != nullptr) {
