@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
+#include "cpu/span_evidence.h"
 
 namespace py = pybind11;
 using namespace realm_kernels;
@@ -84,33 +85,73 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   return params;
 }
 
-void marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
-                       uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const std::string& reduction, const Array& loss, uintptr_t count,
-                       int num_threads, const std::string& isa) {
+// Returns what was counted of all examples; a null count is one that nobody asked for per example.
+int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
+                          uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
+                          const Extents& strides, bool per_token, const std::string& reduction,
+                          const Array& loss, uintptr_t count, int num_threads, const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(loss).type == FloatType::kFloat64;
   params.loss = reinterpret_cast<void*>(std::get<0>(loss));
   params.count = reinterpret_cast<int64_t*>(count);
-  launch_marginal_loss_fwd(params);
+  return launch_marginal_loss_fwd(params);
 }
 
 void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const std::string& reduction, const Array& d_loss, uintptr_t count,
+                       bool per_token, const std::string& reduction, const Array& d_loss, int64_t count,
                        uintptr_t d_scores, uintptr_t d_log_likelihood, int num_threads,
                        const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(d_loss).type == FloatType::kFloat64;
   params.d_loss = float_array(d_loss).data;
-  if (params.reduction == Reduction::kMean) {
-    params.divisor = static_cast<double>(std::max<int64_t>(1, *reinterpret_cast<const int64_t*>(count)));
-  }
+  params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
   launch_marginal_loss_bwd(params);
+}
+
+SpanEvidenceParams span_evidence_inputs(const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                                        uintptr_t is_document, int64_t rows, int64_t spans, uintptr_t right,
+                                        uintptr_t wrong, int num_threads, const std::string& isa) {
+  SpanEvidenceParams params{};
+  params.span_scores = float_array(span_scores);
+  params.correct = reinterpret_cast<const bool*>(correct);
+  params.valid = reinterpret_cast<const bool*>(valid);
+  params.is_document = reinterpret_cast<const bool*>(is_document);
+  params.rows = rows;
+  params.spans = spans;
+  params.right = reinterpret_cast<double*>(right);
+  params.wrong = reinterpret_cast<double*>(wrong);
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+void span_evidence_fwd(const Array& span_scores, uintptr_t correct, uintptr_t valid, uintptr_t is_document,
+                       int64_t rows, int64_t spans, uintptr_t right, uintptr_t wrong,
+                       uintptr_t log_likelihood, uintptr_t log_normalizer, uintptr_t has_correct,
+                       int num_threads, const std::string& isa) {
+  SpanEvidenceParams params = span_evidence_inputs(span_scores, correct, valid, is_document, rows, spans,
+                                                   right, wrong, num_threads, isa);
+  params.log_likelihood = reinterpret_cast<double*>(log_likelihood);
+  params.log_normalizer = reinterpret_cast<double*>(log_normalizer);
+  params.has_correct = reinterpret_cast<bool*>(has_correct);
+  launch_span_evidence_fwd(params);
+}
+
+void span_evidence_bwd(const Array& span_scores, uintptr_t correct, uintptr_t valid, uintptr_t is_document,
+                       int64_t rows, int64_t spans, uintptr_t right, uintptr_t wrong,
+                       uintptr_t d_log_likelihood, uintptr_t d_log_normalizer, uintptr_t d_span_scores,
+                       int num_threads, const std::string& isa) {
+  SpanEvidenceParams params = span_evidence_inputs(span_scores, correct, valid, is_document, rows, spans,
+                                                   right, wrong, num_threads, isa);
+  params.d_log_likelihood = reinterpret_cast<const double*>(d_log_likelihood);
+  params.d_log_normalizer = reinterpret_cast<const double*>(d_log_normalizer);
+  params.d_span_scores = reinterpret_cast<void*>(d_span_scores);
+  launch_span_evidence_bwd(params);
 }
 
 }  // namespace
@@ -124,4 +165,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("mips_topk", &mips_topk, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("span_evidence_fwd", &span_evidence_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("span_evidence_bwd", &span_evidence_bwd, py::call_guard<py::gil_scoped_release>());
 }

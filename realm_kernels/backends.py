@@ -14,7 +14,13 @@ from . import native
 # Every name use_backend() knows, in the order in which a call tries them.
 NAMES = ("cpu", "cuda", "triton", "torch", "reference")
 
-_local = threading.local()
+
+class _Forced(threading.local):
+    # A class attribute: every call of every op asks, and a missing attribute is slow to miss.
+    name: str | None = None
+
+
+_local = _Forced()
 _warned: set[str] = set()
 
 
@@ -56,12 +62,13 @@ class Explanation:
 
 def forced_backend() -> str | None:
     """The name given to the innermost use_backend() of this thread, or None."""
-    return getattr(_local, "name", None)
+    return _local.name
 
 
 def forced_variant() -> str:
     """The part after the colon of the forced name, as "avx2" of "cpu:avx2"; empty where none was given."""
-    return (forced_backend() or "").partition(":")[2]
+    name = _local.name
+    return "" if name is None else name.partition(":")[2]
 
 
 def valid_names() -> tuple[str, ...]:

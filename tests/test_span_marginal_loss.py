@@ -12,12 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import realm_kernels as rk
-from realm_kernels import span_marginal_loss
+from realm_kernels import native, span_marginal_loss
 from realm_kernels.testing import assert_within
 
 NORMALIZATIONS = ("document", "global")
 HALF_ULP32, EPS64 = 2.0**-24, 2.0**-52
 both = pytest.mark.parametrize("normalization", NORMALIZATIONS)
+BACKENDS = ["reference"]
+if native.cpu is not None:
+    BACKENDS += [f"cpu:{name}" for name in native.cpu.instruction_sets()]
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request):
+    """Every law holds for every backend of the spans."""
+    with rk.use_backend(request.param):
+        yield request.param
 
 
 class Case(NamedTuple):
@@ -386,10 +396,10 @@ def test_bad_input_is_named():
 
 
 @both
-def test_explain_computes_nothing_and_counts_the_spans(normalization):
+def test_explain_computes_nothing_and_counts_the_spans(normalization, backend):
     case = make_case(4, 3, 5)
     told = rk.explain(span_marginal_loss, *case[:3], valid=case.valid, normalization=normalization)
-    assert told.op == "span_marginal_loss" and told.backend == "reference"
+    assert told.op == "span_marginal_loss" and told.backend == backend.partition(":")[0]
     assert told.bytes == 4 * (3 * (5 * (4 + 2) + 4) + 12)
     with pytest.raises(ValueError, match="span_scores must be"):
         rk.explain(span_marginal_loss, case.scores, case.scores, case.correct)
@@ -404,3 +414,19 @@ def test_the_module_is_the_function_with_its_options(normalization):
     assert repr(module) == f"SpanMarginalLoss(normalization={normalization!r}, reduction='sum')"
     with pytest.raises(ValueError, match="SpanMarginalLoss: normalization must be one of"):
         rk.nn.SpanMarginalLoss(normalization="spans")
+
+
+@both
+@pytest.mark.skipif(native.cpu is None, reason="the CPU module was not built")
+def test_the_number_of_threads_does_not_change_a_bit(normalization):
+    case = make_case(40, 7, 131)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(gradients(case, normalization))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))

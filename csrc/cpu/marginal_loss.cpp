@@ -74,24 +74,24 @@ void write_loss(const MarginalLossParams& params, int64_t i, double value) {
 
 }  // namespace
 
-void launch_marginal_loss_fwd(MarginalLossParams params) {
+int64_t launch_marginal_loss_fwd(MarginalLossParams params) {
   std::vector<double> loss(static_cast<std::size_t>(params.batch));
   std::vector<int64_t> count(loss.size());
   params.example_loss = loss.data();
   params.example_count = count.data();
   launch(params, false);
+  const int64_t counted = std::accumulate(count.begin(), count.end(), int64_t{0});
   if (params.reduction == Reduction::kNone) {
     for (int64_t b = 0; b < params.batch; ++b) {
       write_loss(params, b, loss[b]);
     }
     std::copy(count.begin(), count.end(), params.count);
-    return;
+    return counted;
   }
   const double total = std::accumulate(loss.begin(), loss.end(), 0.0);
-  const int64_t counted = std::accumulate(count.begin(), count.end(), int64_t{0});
   const bool mean = params.reduction == Reduction::kMean;
   write_loss(params, 0, mean ? total / static_cast<double>(std::max<int64_t>(1, counted)) : total);
-  *params.count = counted;
+  return counted;
 }
 
 void launch_marginal_loss_bwd(const MarginalLossParams& params) { launch(params, true); }

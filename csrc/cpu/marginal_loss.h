@@ -33,7 +33,7 @@ struct MarginalLossParams {
   Reduction reduction;
 
   void* loss;      // [B] with no reduction, else one number; written by the forward
-  int64_t* count;  // of the same shape: scored columns, 0 or 1 an example in mode "sequence"
+  int64_t* count;  // [B] with no reduction, else null: scored columns, 0 or 1 an example in mode "sequence"
 
   const void* d_loss;      // shaped as loss
   double divisor;          // of d_loss: the count in reduction "mean", else 1
@@ -48,7 +48,8 @@ struct MarginalLossParams {
   Isa isa;
 };
 
-void launch_marginal_loss_fwd(MarginalLossParams params);
+// Returns the scored columns of all examples.
+int64_t launch_marginal_loss_fwd(MarginalLossParams params);
 void launch_marginal_loss_bwd(const MarginalLossParams& params);
 
 }  // namespace realm_kernels

@@ -8,19 +8,13 @@
 #include "cpu/marginal_loss_columns.inl"
 #include "cpu/marginal_loss_float.inl"
 #include "cpu/marginal_loss_kernels.h"
+#include "cpu/marginal_loss_rows.inl"
 
 namespace realm_kernels {
 namespace {
 
-// Documents that are converted at a time, in a buffer on the stack.
-constexpr int kChunk = 32;
-
-int chunk_from(int64_t first, int64_t end) {
-  return static_cast<int>(end - first < kChunk ? end - first : kChunk);
-}
-
-// s_k + log w_k of example b into lane j (or every lane, where j < 0), -inf where masked.
-void load_relevance(const MarginalLossParams& params, int64_t b, int j, Vec* out) {
+// s_k + log w_k of example b to out[k * stride], -inf where masked.
+void load_relevance(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
   double scores[kChunk], log_weight[kChunk];
   for (int64_t first = 0; first < params.documents; first += kChunk) {
     const int count = chunk_from(first, params.documents);
@@ -32,36 +26,8 @@ void load_relevance(const MarginalLossParams& params, int64_t b, int j, Vec* out
     }
     for (int i = 0; i < count; ++i) {
       const bool there = params.doc_mask == nullptr || params.doc_mask[offset + i];
-      const double u = there ? scores[i] : -kInfinity;
-      if (j < 0) {
-        out[first + i] = splat(u);
-      } else {
-        out[first + i][j] = u;
-      }
+      out[(first + i) * stride] = there ? scores[i] : -kInfinity;
     }
-  }
-}
-
-bool is_scored(const MarginalLossParams& params, int64_t b, int64_t m) {
-  return params.token_mask == nullptr || params.token_mask[b * params.tokens + m];
-}
-
-bool any_scored(const MarginalLossParams& params, int64_t b) {
-  for (int64_t m = 0; m < params.tokens; ++m) {
-    if (is_scored(params, b, m)) return true;
-  }
-  return false;
-}
-
-// sum_m c_m l_km of example b for `count` documents from `first` on.
-void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t first, int count, double* sums) {
-  double values[kChunk];
-  for (int i = 0; i < count; ++i) sums[i] = 0.0;
-  for (int64_t m = 0; m < params.tokens; ++m) {
-    if (!is_scored(params, b, m)) continue;
-    load(params.log_likelihood, b * params.stride_b + first * params.stride_k + m * params.stride_m,
-         params.stride_k, count, values);
-    for (int i = 0; i < count; ++i) sums[i] += values[i];
   }
 }
 
@@ -77,66 +43,41 @@ double upstream(const MarginalLossParams& params, int64_t b) {
   return d_loss / params.divisor;
 }
 
-// log p(y|x) of lane j.
-double log_marginal(const Centre& centre, int j) {
-  return centre.impossible[j] ? -kInfinity : centre.log_likelihood[j] + centre.relative[j];
-}
-
 // Mode "sequence": examples b .. b + lanes - 1, one a lane. Loads them and returns which are scored.
 Mask load_sequences(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
+  auto* const log_prior = reinterpret_cast<double*>(c.log_prior);
+  auto* const log_likelihood = reinterpret_cast<double*>(c.log_likelihood);
   if (lanes < kLanes) {
-    for (int64_t k = 0; k < params.documents; ++k) c.log_prior[k] = splat(-kInfinity);
+    for (int64_t k = 0; k < params.documents; ++k) {
+      c.log_prior[k] = c.log_likelihood[k] = splat(-kInfinity);
+    }
   }
   Mask scored{};
   for (int j = 0; j < lanes; ++j) {
-    load_relevance(params, b + j, j, c.log_prior);
+    load_relevance(params, b + j, kLanes, log_prior + j);
     scored[j] = any_scored(params, b + j) ? -1 : 0;
+    // What a masked document holds is read, but never looked at.
+    sum_tokens(params, b + j, kLanes, log_likelihood + j);
   }
-  scored &= normalise(params.documents, c);
-  double sums[kChunk];
-  for (int64_t k = 0; k < params.documents; ++k) c.log_likelihood[k] = splat(-kInfinity);
-  for (int j = 0; j < lanes; ++j) {
-    for (int64_t first = 0; first < params.documents && scored[j]; first += kChunk) {
-      const int count = chunk_from(first, params.documents);
-      sum_tokens(params, b + j, first, count, sums);
-      for (int i = 0; i < count; ++i) {
-        // What a masked document holds is read, but never looked at.
-        const bool masked = c.log_prior[first + i][j] == -kInfinity;
-        c.log_likelihood[first + i][j] = masked ? -kInfinity : sums[i];
-      }
-    }
+  scored &= normalise<false>(params.documents, c.log_prior, c.prior);
+  for (int64_t k = 0; k < params.documents; ++k) {
+    c.log_likelihood[k] = (scored & (c.log_prior[k] != -kInfinity)) ? c.log_likelihood[k] : splat(-kInfinity);
   }
   return scored;
 }
 
 void sequence_forward(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
   const Mask scored = load_sequences(params, b, lanes, c);
-  const Centre centre = centre_columns(params.documents, c);
+  const Vec loss = -log_marginal(centre_columns(params.documents, c));
   for (int j = 0; j < lanes; ++j) {
-    params.example_loss[b + j] = scored[j] ? -log_marginal(centre, j) : 0.0;
+    params.example_loss[b + j] = scored[j] ? loss[j] : 0.0;
     params.example_count[b + j] = scored[j] ? 1 : 0;
   }
 }
 
-// d_scores[b] and d_log_likelihood[b] of mode "sequence", the latter one value for every scored token.
-void store_sequence(const MarginalLossParams& params, int64_t b, int j, const Columns& c) {
-  const double zeros[kChunk] = {};
-  double values[kChunk];
-  for (int64_t first = 0; first < params.documents; first += kChunk) {
-    const int count = chunk_from(first, params.documents);
-    const int64_t row = b * params.documents + first;
-    if (params.d_scores != nullptr) {
-      for (int i = 0; i < count; ++i) values[i] = c.d_relevance[first + i][j];
-      store(params.d_scores, params.wide ? FloatType::kFloat64 : FloatType::kFloat32, row, 1, count, values);
-    }
-    if (params.d_log_likelihood != nullptr) {
-      for (int i = 0; i < count; ++i) values[i] = c.log_likelihood[first + i][j];
-      for (int64_t m = 0; m < params.tokens; ++m) {
-        store(params.d_log_likelihood, params.log_likelihood.type, row * params.tokens + m, params.tokens,
-              count, is_scored(params, b, m) ? values : zeros);
-      }
-    }
-  }
+void store_d_scores(const MarginalLossParams& params, int64_t b, int64_t stride, const double* values) {
+  const FloatType type = params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
+  store(params.d_scores, type, b * params.documents, params.documents, values, stride);
 }
 
 void sequence_backward(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
@@ -150,22 +91,41 @@ void sequence_backward(const MarginalLossParams& params, int64_t b, int lanes, c
     c.d_relevance[k] = gradient(counts, g, s.change);
     c.log_likelihood[k] = gradient(counts, g, s.joint);  // its place is free now
   }
-  for (int j = 0; j < lanes; ++j) store_sequence(params, b + j, j, c);
+  for (int j = 0; j < lanes; ++j) {
+    if (params.d_scores != nullptr) {
+      store_d_scores(params, b + j, kLanes, reinterpret_cast<const double*>(c.d_relevance) + j);
+    }
+    if (params.d_log_likelihood != nullptr) {
+      spread_over_tokens(params, b + j, kLanes, reinterpret_cast<const double*>(c.log_likelihood) + j);
+    }
+  }
+}
+
+// Mode "token": the prior of example b, the same in every lane. Returns where there is any document: in all
+// lanes or in none.
+Mask load_prior(const MarginalLossParams& params, int64_t b, const Columns& c) {
+  // Documents fill the lanes of the softmax; two arrays that are free still hold them.
+  const int64_t vectors = (params.documents + kLanes - 1) / kLanes;
+  auto* const log_prior = reinterpret_cast<double*>(c.log_likelihood);
+  const auto* const prior = reinterpret_cast<const double*>(c.shifted);
+  c.log_likelihood[vectors - 1] = splat(-kInfinity);
+  load_relevance(params, b, 1, log_prior);
+  const Mask there = normalise<true>(vectors, c.log_likelihood, c.shifted);
+  for (int64_t k = 0; k < params.documents; ++k) {
+    c.log_prior[k] = splat(log_prior[k]);
+    c.prior[k] = splat(prior[k]);
+  }
+  return there;
 }
 
 // Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
 Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Columns& c) {
   Mask scored{};
   for (int j = 0; j < lanes; ++j) scored[j] = is_scored(params, b, m + j) ? -1 : 0;
-  double values[kLanes] = {};
+  const int64_t first = b * params.stride_b + m * params.stride_m;
   for (int64_t k = 0; k < params.documents; ++k) {
-    if (c.log_prior[k][0] == -kInfinity) {
-      c.log_likelihood[k] = splat(-kInfinity);
-      continue;
-    }
-    load(params.log_likelihood, b * params.stride_b + k * params.stride_k + m * params.stride_m,
-         params.stride_m, lanes, values);
-    memcpy(&c.log_likelihood[k], values, sizeof values);
+    const Vec values = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
+    c.log_likelihood[k] = c.log_prior[k] == -kInfinity ? splat(-kInfinity) : values;
   }
   return scored;
 }
@@ -175,16 +135,15 @@ int lanes_from(int64_t first, int64_t end) {
 }
 
 void token_forward(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  load_relevance(params, b, -1, c.log_prior);
-  const Mask there = normalise(params.documents, c);
+  const Mask there = load_prior(params, b, c);
   double loss = 0.0;
   int64_t count = 0;
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
     const Mask scored = load_tokens(params, b, m, lanes, c) & there;
-    const Centre centre = centre_columns(params.documents, c);
+    const Vec log_likelihood = log_marginal(centre_columns(params.documents, c));
     for (int j = 0; j < lanes; ++j) {
-      loss -= scored[j] ? log_marginal(centre, j) : 0.0;
+      loss -= scored[j] ? log_likelihood[j] : 0.0;
       count += scored[j] ? 1 : 0;
     }
   }
@@ -193,8 +152,7 @@ void token_forward(const MarginalLossParams& params, int64_t b, const Columns& c
 }
 
 void token_backward(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  load_relevance(params, b, -1, c.log_prior);
-  const Mask there = normalise(params.documents, c);
+  const Mask there = load_prior(params, b, c);
   const Vec g = splat(upstream(params, b));
   for (int64_t k = 0; k < params.documents; ++k) c.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
@@ -205,21 +163,19 @@ void token_backward(const MarginalLossParams& params, int64_t b, const Columns& 
     for (int64_t k = 0; k < params.documents; ++k) {
       const Shifted s = posterior_of(c, k, centre);
       c.d_relevance[k] += gradient(counts, g, s.change);
-      if (params.d_log_likelihood != nullptr) {
-        const Vec d_log_likelihood = gradient(counts, g, s.joint);
-        double values[kLanes];
-        memcpy(values, &d_log_likelihood, sizeof values);
-        store(params.d_log_likelihood, params.log_likelihood.type,
-              (b * params.documents + k) * params.tokens + m, 1, lanes, values);
-      }
+      // Kept whoever asks for it: a posterior that only the residual needed would be fused into the
+      // residual's subtraction, and the bits of d_scores would depend on which gradients are wanted.
+      c.shifted[k] = gradient(counts, g, s.joint);
+    }
+    for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
+      store_lanes(params.d_log_likelihood, params.log_likelihood.type,
+                  (b * params.documents + k) * params.tokens + m, lanes, c.shifted[k]);
     }
   }
-  double values[kChunk];
-  for (int64_t first = 0; first < params.documents && params.d_scores != nullptr; first += kChunk) {
-    const int count = chunk_from(first, params.documents);
-    for (int i = 0; i < count; ++i) values[i] = sum_of(c.d_relevance[first + i]);
-    store(params.d_scores, params.wide ? FloatType::kFloat64 : FloatType::kFloat32,
-          b * params.documents + first, 1, count, values);
+  if (params.d_scores != nullptr) {
+    auto* const d_scores = reinterpret_cast<double*>(c.d_relevance);
+    for (int64_t k = 0; k < params.documents; ++k) d_scores[k] = sum_of(c.d_relevance[k]);
+    store_d_scores(params, b, 1, d_scores);
   }
 }
 

@@ -82,9 +82,9 @@ inline void load_as(const void* data, int64_t offset, int64_t stride, int count,
 }
 
 template <class T>
-inline void store_as(void* data, int64_t offset, int64_t stride, int count, const double* values) {
+inline void store_as(void* data, int64_t offset, int64_t count, const double* values, int64_t stride) {
   T* target = static_cast<T*>(data) + offset;
-  for (int i = 0; i < count; ++i) from_double(values[i], target + i * stride);
+  for (int64_t i = 0; i < count; ++i) from_double(values[i * stride], target + i);
 }
 
 void load(const FloatArray& array, int64_t offset, int64_t stride, int count, double* out) {
@@ -100,16 +100,17 @@ void load(const FloatArray& array, int64_t offset, int64_t stride, int count, do
   }
 }
 
-void store(void* data, FloatType type, int64_t offset, int64_t stride, int count, const double* values) {
+// values[i * stride] to the row at offset.
+void store(void* data, FloatType type, int64_t offset, int64_t count, const double* values, int64_t stride) {
   switch (type) {
     case FloatType::kFloat32:
-      return store_as<float>(data, offset, stride, count, values);
+      return store_as<float>(data, offset, count, values, stride);
     case FloatType::kFloat64:
-      return store_as<double>(data, offset, stride, count, values);
+      return store_as<double>(data, offset, count, values, stride);
     case FloatType::kBFloat16:
-      return store_as<BFloat16>(data, offset, stride, count, values);
+      return store_as<BFloat16>(data, offset, count, values, stride);
     case FloatType::kFloat16:
-      return store_as<Float16>(data, offset, stride, count, values);
+      return store_as<Float16>(data, offset, count, values, stride);
   }
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import explained_by
-from . import plan, reference
+from . import op, plan, reference
 from .checks import OP, REDUCTIONS, check, check_choice, check_null_index
 from .reference import reduce
 
@@ -76,10 +76,8 @@ def marginal_loss(
     """
     check(OP, scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    loss, _ = torch.ops.realm_kernels.marginal_loss(
-        scores, _with_tokens(log_likelihood), token_mask, doc_mask, log_weight, mode, reduction
-    )
-    return loss
+    tokens = _with_tokens(log_likelihood)
+    return op.call(scores, tokens, token_mask, doc_mask, log_weight, mode, reduction)
 
 
 @torch.no_grad()

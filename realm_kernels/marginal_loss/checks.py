@@ -24,9 +24,9 @@ def check(
 ) -> None:
     """Raise TypeError or ValueError for arguments the op does not take."""
     check_documents(op, scores, doc_mask, log_weight)
-    batch, documents = scores.shape
+    batch = scores.shape[0]
     per_token = not isinstance(log_likelihood, Tensor) or log_likelihood.dim() != 2
-    sizes = (batch, documents, None) if per_token else (batch, documents)
+    sizes = (*scores.shape, None) if per_token else scores.shape
     legend = "[B, K, M]" if per_token else "[B, K]"
     check_tensor(op, "log_likelihood", log_likelihood, legend, sizes, DTYPES, scores.device)
     if token_mask is not None:
@@ -45,11 +45,10 @@ def check_documents(op: str, scores: Tensor, doc_mask: Tensor | None, log_weight
     check_tensor(op, "scores", scores, "[B, K]", (None, None), DTYPES)
     if scores.shape[1] < 1:
         raise ValueError(f"{op}: scores must be [B, K] with K >= 1, got {describe(scores)}")
-    sizes = tuple(scores.shape)
     if doc_mask is not None:
-        check_tensor(op, "doc_mask", doc_mask, "[B, K]", sizes, (torch.bool,), scores.device)
+        check_tensor(op, "doc_mask", doc_mask, "[B, K]", scores.shape, (torch.bool,), scores.device)
     if log_weight is not None:
-        check_tensor(op, "log_weight", log_weight, "[B, K]", sizes, DTYPES, scores.device)
+        check_tensor(op, "log_weight", log_weight, "[B, K]", scores.shape, DTYPES, scores.device)
 
 
 def check_null_index(op: str, documents: int, null_index: int | None) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import native
 from ..backends import Backend, forced_variant
 from ..validation import dtype_name
+from .checks import DTYPES
 from .reference import result_dtype
 
 
@@ -34,8 +35,12 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+# Building the name of a dtype takes longer than everything else that is done with the tensor here.
+_NAMES = {dtype: dtype_name(dtype) for dtype in DTYPES}
+
+
 def _array(tensor: Tensor | None) -> tuple[int, str]:
-    return (0, "float32") if tensor is None else (tensor.data_ptr(), dtype_name(tensor.dtype))
+    return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
 def forward(
@@ -46,14 +51,20 @@ def forward(
     log_weight: Tensor | None,
     mode: str,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | int]:
+    """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
+    needs a tensor makes one."""
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
     scores, log_weight = scores.contiguous(), _contiguous(log_weight)
     token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
-    shape = scores.shape[:1] if reduction == "none" else ()
-    loss, count = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.int64)
-    native.cpu.marginal_loss_fwd(
+    if reduction == "none":
+        count = torch.empty(scores.shape[:1], dtype=torch.int64)
+        loss = torch.empty(scores.shape[:1], dtype=dtype)
+    else:
+        count = None
+        loss = torch.empty((), dtype=dtype)
+    total = native.cpu.marginal_loss_fwd(
         _array(scores),
         _array(log_likelihood),
         _array(log_weight),
@@ -64,16 +75,16 @@ def forward(
         mode == "token",
         reduction,
         _array(loss),
-        count.data_ptr(),
+        _pointer(count),
         torch.get_num_threads(),
         forced_variant(),
     )
-    return loss, count
+    return loss, total if count is None else count
 
 
 def backward(
     d_loss: Tensor,
-    count: Tensor | None,
+    count: Tensor | int | None,
     scores: Tensor,
     log_likelihood: Tensor,
     token_mask: Tensor | None,
@@ -85,11 +96,15 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
-    d_scores = torch.empty(scores.shape if needs_scores else (0,), dtype=dtype)
-    d_log_likelihood = torch.empty(
-        log_likelihood.shape if needs_log_likelihood else (0,), dtype=log_likelihood.dtype
+    d_scores = _gradient_of(scores, dtype) if needs_scores else torch.empty(0, dtype=dtype)
+    d_log_likelihood = (
+        _gradient_of(log_likelihood, log_likelihood.dtype)
+        if needs_log_likelihood
+        else torch.empty(0, dtype=log_likelihood.dtype)
     )
-    d_loss, scores, log_weight = d_loss.to(dtype).contiguous(), scores.contiguous(), _contiguous(log_weight)
+    if d_loss.dtype != dtype:
+        d_loss = d_loss.to(dtype)
+    d_loss, scores, log_weight = d_loss.contiguous(), scores.contiguous(), _contiguous(log_weight)
     token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
     native.cpu.marginal_loss_bwd(
         _array(scores),
@@ -102,13 +117,20 @@ def backward(
         mode == "token",
         "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
         _array(d_loss),
-        _pointer(count),
+        1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
         torch.get_num_threads(),
         forced_variant(),
     )
     return d_scores, d_log_likelihood
+
+
+def _gradient_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Fresh memory, contiguous. empty_like is the faster one, and keeps the strides of what has others."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return torch.empty_like(tensor)
+    return torch.empty(tensor.shape, dtype=dtype)
 
 
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

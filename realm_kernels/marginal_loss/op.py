@@ -2,6 +2,9 @@
 
 The loss, its gradient and the gradient of that are three ops. Each works from the inputs alone: nothing is
 kept between them but what the caller holds anyway, so a backward may run any number of times.
+
+At the sizes of one training step torch's dispatcher costs more than the kernel behind it. So `call`, the way
+of the public function, goes through the ops only where something listens there (`observed`).
 """
 
 from __future__ import annotations
@@ -49,7 +52,6 @@ def backend_for(
     )
 
 
-@torch.library.impl("realm_kernels::marginal_loss", "CompositeExplicitAutograd")
 def marginal_loss_fwd(
     scores: Tensor,
     log_likelihood: Tensor,
@@ -61,7 +63,11 @@ def marginal_loss_fwd(
 ) -> tuple[Tensor, Tensor]:
     """loss and count, the examples or tokens it sums: [B] each for reduction "none", else one number each."""
     inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
-    return backend_for(*inputs).forward(*inputs, reduction)
+    loss, count = backend_for(*inputs).forward(*inputs, reduction)
+    return loss, count if isinstance(count, Tensor) else torch.tensor(count)
+
+
+torch.library.impl("realm_kernels::marginal_loss", "CompositeExplicitAutograd")(marginal_loss_fwd)
 
 
 @torch.library.register_fake("realm_kernels::marginal_loss")
@@ -79,7 +85,6 @@ def _(
     return loss, scores.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.impl("realm_kernels::marginal_loss_bwd", "CompositeExplicitAutograd")
 def marginal_loss_bwd(
     d_loss: Tensor,
     scores: Tensor,
@@ -96,6 +101,9 @@ def marginal_loss_bwd(
     backend = backend_for(*inputs)
     assert backend.backward is not None
     return backend.backward(d_loss, count, *inputs, needs_scores, needs_log_likelihood)
+
+
+torch.library.impl("realm_kernels::marginal_loss_bwd", "CompositeExplicitAutograd")(marginal_loss_bwd)
 
 
 @torch.library.register_fake("realm_kernels::marginal_loss_bwd")
@@ -144,25 +152,96 @@ def _(
     )
 
 
+def call(
+    scores: Tensor,
+    log_likelihood: Tensor,
+    token_mask: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    mode: str,
+    reduction: str,
+) -> Tensor:
+    """The loss, through torch's dispatcher where something listens there and straight to the backend else."""
+    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode, reduction)
+    if observed(scores, log_likelihood, token_mask, doc_mask, log_weight):
+        return torch.ops.realm_kernels.marginal_loss(*inputs)[0]
+    if torch.is_grad_enabled() and (
+        scores.requires_grad
+        or log_likelihood.requires_grad
+        or (log_weight is not None and log_weight.requires_grad)
+    ):
+        return _Direct.apply(*inputs)
+    return marginal_loss_fwd(*inputs)[0]
+
+
+def observed(*tensors: Tensor | None) -> bool:
+    """Whether anything but the kernel has to see the op: a compiler, a trace, a transform, a dispatch mode, a
+    tensor that is more than one; and any device but the CPU, whose choice is the dispatcher's business."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        return True
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter)):
+            return True
+    return False
+
+
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    scores, log_likelihood, token_mask, doc_mask, log_weight, ctx.mode, *reduction = inputs
-    count = output[1]
-    divisor = count if reduction == ["mean"] else None
-    ctx.save_for_backward(scores, log_likelihood, token_mask, doc_mask, log_weight, divisor)
-    ctx.mark_non_differentiable(count)
+    *tensors, ctx.mode, reduction = inputs if len(inputs) == 7 else (*inputs, "none")
+    ctx.save_for_backward(*tensors, output[1] if reduction == "mean" else None)
+    ctx.mark_non_differentiable(output[1])
     # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
     ctx.forced = backends.forced_backend()
 
 
 def _backward(ctx: Any, d_loss: Tensor, _d_count: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, divisor = ctx.saved_tensors
+    return _backward_by_op(ctx, ctx.mode, ctx.forced, d_loss, inputs, divisor)
+
+
+def _backward_by_op(
+    ctx: Any,
+    mode: str,
+    forced: str | None,
+    d_loss: Tensor,
+    inputs: Sequence[Tensor | None],
+    divisor: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     wants_scores, wants_log_likelihood, _, _, wants_log_weight = ctx.needs_input_grad[:5]
     wants_relevance = wants_scores or wants_log_weight
-    with backends.use_backend(ctx.forced):
-        d_relevance, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
-            d_loss, *inputs, ctx.mode, wants_relevance, wants_log_likelihood, divisor
+    with backends.use_backend(forced):
+        gradients = torch.ops.realm_kernels.marginal_loss_bwd(
+            d_loss, *inputs, mode, wants_relevance, wants_log_likelihood, divisor
         )
-    return _gradients(ctx.needs_input_grad, 0, inputs, d_relevance, d_log_likelihood)
+    return _gradients(ctx.needs_input_grad, 0, inputs, *gradients)
+
+
+class _Direct(torch.autograd.Function):
+    """The autograd of the op without the op."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        backend = backend_for(*inputs[:6])
+        loss, count = backend.forward(*inputs)
+        ctx.save_for_backward(*inputs[:5])
+        ctx.plan = backend, backends.forced_backend(), inputs[5], count if inputs[6] == "mean" else None
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        backend, forced, mode, divisor = ctx.plan
+        # With create_graph the gradient itself is differentiated: its op knows how.
+        if torch.is_grad_enabled() or observed(d_loss) or forced != backends.forced_backend():
+            divisor = torch.tensor(divisor) if isinstance(divisor, int) else divisor
+            return _backward_by_op(ctx, mode, forced, d_loss, inputs, divisor)
+        wants = ctx.needs_input_grad
+        gradients = backend.backward(d_loss, divisor, *inputs, mode, wants[0] or wants[4], wants[1])
+        return _gradients(wants, 0, inputs, *gradients)
 
 
 def _gradients(
@@ -173,13 +252,21 @@ def _gradients(
     d_log_likelihood: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """One gradient for each argument, of which scores, log_likelihood .. log_weight begin at `first`."""
+    scores, log_likelihood, _, _, log_weight = inputs
     gradients: list[Tensor | None] = [None] * len(wants)
-    for offset, gradient in ((0, d_relevance), (1, d_log_likelihood), (4, d_relevance)):
-        if wants[first + offset]:
-            tensor = inputs[offset]
-            assert tensor is not None
-            gradients[first + offset] = gradient.to(tensor.dtype)
+    if wants[first]:
+        gradients[first] = _cast(d_relevance, scores)
+    if wants[first + 1]:
+        gradients[first + 1] = _cast(d_log_likelihood, log_likelihood)
+    if wants[first + 4]:
+        gradients[first + 4] = _cast(d_relevance, log_weight)
     return tuple(gradients)
+
+
+def _cast(gradient: Tensor, tensor: Tensor | None) -> Tensor:
+    """The gradient in the dtype of its input; torch's own cast takes its time also where that is the same."""
+    assert tensor is not None
+    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
 
 
 torch.library.register_autograd("realm_kernels::marginal_loss", _backward, setup_context=_save_inputs)

@@ -27,8 +27,10 @@ class Marginal(NamedTuple):
 
 def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Of the loss: float64 where any input is, float32 for everything else."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def relevance(scores: Tensor, doc_mask: Tensor | None, log_weight: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from ..backends import explained_by
 from ..marginal_loss.api import reduce
 from . import plan, reference
 from .checks import check
+from .op import backend_for
 
 __all__ = ["span_marginal_loss"]
 
@@ -60,5 +61,8 @@ def span_marginal_loss(
     >>> loss = rk.span_marginal_loss(scores, span_scores, correct, normalization="global")
     """
     check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
-    loss, count = reference.forward(scores, span_scores, correct, valid, doc_mask, log_weight, normalization)
+    backend = backend_for(span_scores, correct, valid, scores)
+    loss, count = reference.forward(
+        scores, span_scores, correct, valid, doc_mask, log_weight, normalization, backend.forward
+    )
     return reduce(loss, count, reduction)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..backends import Explanation
-from ..marginal_loss.op import backend_for
+from ..marginal_loss.op import backend_for as marginal_backend_for
 from ..marginal_loss.plan import FLOPS_PER_EXP
 from .checks import OP, check
+from .op import backend_for
 
 
 def cost(batch: int, documents: int, spans: int, span_bytes: int, score_bytes: int) -> tuple[int, int]:
@@ -31,14 +32,14 @@ def explain(
     check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
     batch, documents, spans = span_scores.shape
     likelihood = scores.new_empty(batch, documents, 1, dtype=torch.float64, device="meta")
-    backend = backend_for(scores, likelihood, None, doc_mask, log_weight, "sequence")
+    documents_by = marginal_backend_for(scores, likelihood, None, doc_mask, log_weight, "sequence")
     bytes_moved, flops = cost(batch, documents, spans, span_scores.element_size(), scores.element_size())
     return Explanation(
         op=OP,
-        backend="reference",
-        plan=f"B={batch} K={documents} C={spans} normalization {normalization}: torch reductions over spans "
-        f"in float64, marginal_loss by {backend.name} over documents",
+        backend=backend_for(span_scores, correct, valid, scores).name,
+        plan=f"B={batch} K={documents} C={spans} normalization {normalization}: sums over spans in float64, "
+        f"marginal_loss by {documents_by.name} over documents",
         bytes=bytes_moved,
         flops=flops,
-        limit="the larger of bytes / bandwidth and flops / float64 rate; it reads the spans many times",
+        limit="the larger of bytes / bandwidth and flops / float64 rate",
     )

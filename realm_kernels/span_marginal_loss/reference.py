@@ -14,21 +14,24 @@ spans that autograd differentiates without a loss of digits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..marginal_loss import op as _marginal_loss  # noqa: F401  (registers the op that marginal() calls)
+from ..backends import Backend
+from ..marginal_loss import op as marginal_loss
 from ..marginal_loss.reference import relevance, result_dtype
 
 
 class Evidence(NamedTuple):
-    """What the spans say of each document, float64 [B, K]; -inf where there is nothing to sum."""
+    """What the spans say of each document, [B, K]: float64, -inf where there is nothing to sum; and bool."""
 
     log_likelihood: Tensor  # A - N; 0 where every valid span is correct
     log_normalizer: Tensor  # N
+    has_correct: Tensor  # whether a valid span is correct
 
 
 def masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
@@ -39,8 +42,15 @@ def masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(found, torch.where(found[..., None], x, 0.0).logsumexp(-1), -torch.inf)
 
 
-def span_evidence(span_scores: Tensor, correct: Tensor, valid: Tensor) -> Evidence:
-    """l = A - N as -softplus(I - A), I over the incorrect valid spans: no digit cancels where l is near 0."""
+def span_evidence(
+    span_scores: Tensor, correct: Tensor, valid: Tensor | None, is_document: Tensor
+) -> Evidence:
+    """l = A - N as -softplus(I - A), I over the incorrect valid spans: no digit cancels where l is near 0.
+
+    Of a row that is no document, is_document [B, K], no span is looked at.
+    """
+    valid = is_document[:, :, None] if valid is None else valid & is_document[:, :, None]
+    valid, span_scores = valid.expand(span_scores.shape), span_scores.double()
     right = masked_logsumexp(span_scores, valid & correct)  # [B, K], A
     wrong = masked_logsumexp(span_scores, valid & ~correct)  # [B, K], I
     none_right, none_wrong = right == -torch.inf, wrong == -torch.inf
@@ -50,6 +60,7 @@ def span_evidence(span_scores: Tensor, correct: Tensor, valid: Tensor) -> Eviden
     return Evidence(
         log_likelihood=torch.where(none_right, -torch.inf, -gap),
         log_normalizer=torch.where(none_right, wrong, right + gap),
+        has_correct=(valid & correct).any(2),
     )
 
 
@@ -61,20 +72,26 @@ def forward(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     normalization: str,
+    evidence_of: Callable[[Tensor, Tensor, Tensor | None, Tensor], Evidence],
 ) -> tuple[Tensor, Tensor]:
-    """loss [B] and count int64 [B]: 1 for examples with a correct span in some document, 0 for the others."""
+    """loss [B] and count int64 [B]: 1 for examples with a correct span in some document, 0 for the others.
+
+    evidence_of: span_evidence, or what computes the same of the same arguments.
+    """
     dtype = result_dtype(scores, span_scores, log_weight)
     is_document = relevance(scores.detach(), doc_mask, log_weight) != -torch.inf  # [B, K]
-    usable = is_document[:, :, None] if valid is None else valid & is_document[:, :, None]
-    usable = usable.expand(span_scores.shape)
-    evidence = span_evidence(span_scores.double(), correct, usable)
+    evidence = evidence_of(span_scores, correct, valid, is_document)
+    is_possible = is_document
     if normalization == "global":
         # Without a valid span a document has no part in the softmax over spans: N = -inf masks it.
         scores = torch.where(is_document, scores.double(), 0.0) + evidence.log_normalizer
-    loss, documents = torch.ops.realm_kernels.marginal_loss(
-        scores, evidence.log_likelihood[:, :, None], None, is_document, log_weight, "sequence"
-    )
-    counted = (usable & correct).flatten(1).any(1)
+        is_possible = is_document & (evidence.log_normalizer.detach() != -torch.inf)
+    log_likelihood = evidence.log_likelihood[:, :, None]
+    loss = marginal_loss.call(scores, log_likelihood, None, is_document, log_weight, "sequence", "none")
+    counted = evidence.has_correct.any(1)
     # A correct span where every valid span scores -inf is impossible, like any answer of likelihood zero.
-    loss = torch.where(counted, torch.where(documents > 0, loss, torch.inf), 0.0)
+    loss = torch.where(counted, torch.where(is_possible.any(1), loss, torch.inf), 0.0)
     return loss.to(dtype), counted.long()
+
+
+BACKEND = Backend(name="reference", refuses=lambda *arguments: None, forward=span_evidence)

@@ -1,0 +1,165 @@
+// Rows of tokens of log_likelihood and of its gradient, read once and written once: what costs bandwidth in
+// marginal_loss. Included by each instruction set's copy of it.
+#include "cpu/marginal_loss.h"
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace realm_kernels {
+namespace {
+
+typedef float FloatVec __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Numbers that are converted at a time, in a buffer on the stack; a multiple of kSumLanes.
+constexpr int kChunk = 64;
+
+// A sum over tokens is kept in as many parts, token m in part m mod kSumLanes: its bits depend neither on the
+// instruction set nor on strides.
+constexpr int kSumLanes = 8;
+constexpr int kSumVecs = kSumLanes / kLanes;
+
+inline int chunk_from(int64_t first, int64_t end) {
+  return static_cast<int>(end - first < kChunk ? end - first : kChunk);
+}
+
+inline bool is_scored(const MarginalLossParams& params, int64_t b, int64_t m) {
+  return params.token_mask == nullptr || params.token_mask[b * params.tokens + m];
+}
+
+inline bool any_scored(const MarginalLossParams& params, int64_t b) {
+  for (int64_t m = 0; m < params.tokens; ++m) {
+    if (is_scored(params, b, m)) return true;
+  }
+  return false;
+}
+
+inline Vec widened(const double* source) {
+  Vec result;
+  memcpy(&result, source, sizeof result);
+  return result;
+}
+
+inline Vec widened(const float* source) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  // GCC 12 makes two halves and a shuffle of the conversion below.
+  return _mm256_cvtps_pd(_mm_loadu_ps(source));
+#else
+  FloatVec result;
+  memcpy(&result, source, sizeof result);
+  return __builtin_convertvector(result, Vec);
+#endif
+}
+
+// The sum of source[m], m in [0, count), in parts: parts[i] holds those of m mod kSumLanes in [i kLanes, (i +
+// 1) kLanes).
+template <class T>
+inline void add_to_parts(const T* source, int64_t count, Vec (&parts)[kSumVecs]) {
+  int64_t m = 0;
+  for (; m + kSumLanes <= count; m += kSumLanes) {
+    for (int i = 0; i < kSumVecs; ++i) parts[i] += widened(source + m + i * kLanes);
+  }
+  int i = 0;
+  for (; m + kLanes <= count; m += kLanes) parts[i++] += widened(source + m);
+  if (m < count) {
+    Vec rest{};
+    for (int j = 0; m + j < count; ++j) rest[j] = source[m + j];
+    parts[i] += rest;
+  }
+}
+
+inline double sum_of_parts(Vec (&parts)[kSumVecs]) {
+  for (int half = kSumVecs / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  double p[kLanes];
+  memcpy(p, &parts[0], sizeof p);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) p[i] += p[i + half];
+  }
+  return p[0];
+}
+
+// sum_m c_m l_km of example b to out[k * stride], for every document.
+inline void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
+  const bool* const mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
+  const bool direct =
+      mask == nullptr && params.log_likelihood.type == FloatType::kFloat32 && params.stride_m == 1;
+  double values[kChunk];
+  for (int64_t k = 0; k < params.documents; ++k) {
+    const int64_t row = b * params.stride_b + k * params.stride_k;
+    Vec parts[kSumVecs] = {};
+    if (direct) {
+      add_to_parts(static_cast<const float*>(params.log_likelihood.data) + row, params.tokens, parts);
+    } else {
+      for (int64_t first = 0; first < params.tokens; first += kChunk) {
+        const int count = chunk_from(first, params.tokens);
+        load(params.log_likelihood, row + first * params.stride_m, params.stride_m, count, values);
+        for (int i = 0; i < count && mask != nullptr; ++i) values[i] = mask[first + i] ? values[i] : 0.0;
+        add_to_parts(values, count, parts);
+      }
+    }
+    out[k * stride] = sum_of_parts(parts);
+  }
+}
+
+template <class T>
+inline void spread_as(const MarginalLossParams& params, int64_t b, int64_t stride, const double* values) {
+  const bool* const mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
+  T* target = static_cast<T*>(params.d_log_likelihood) + b * params.documents * params.tokens;
+  T zero;
+  from_double(0.0, &zero);
+  for (int64_t k = 0; k < params.documents; ++k, target += params.tokens) {
+    T value;
+    from_double(values[k * stride], &value);
+    if (mask == nullptr) {
+      for (int64_t m = 0; m < params.tokens; ++m) target[m] = value;
+    } else {
+      for (int64_t m = 0; m < params.tokens; ++m) target[m] = mask[m] ? value : zero;
+    }
+  }
+}
+
+// values[k * stride] to d_log_likelihood[b, k, m] of every scored token m, zero to the others.
+inline void spread_over_tokens(const MarginalLossParams& params, int64_t b, int64_t stride,
+                               const double* values) {
+  switch (params.log_likelihood.type) {
+    case FloatType::kFloat32:
+      return spread_as<float>(params, b, stride, values);
+    case FloatType::kFloat64:
+      return spread_as<double>(params, b, stride, values);
+    case FloatType::kBFloat16:
+      return spread_as<BFloat16>(params, b, stride, values);
+    case FloatType::kFloat16:
+      return spread_as<Float16>(params, b, stride, values);
+  }
+}
+
+// The first `lanes` lanes from a row, zero in the others.
+inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, int lanes) {
+  if (array.type == FloatType::kFloat32 && stride == 1 && lanes == kLanes) {
+    return widened(static_cast<const float*>(array.data) + offset);
+  }
+  double values[kLanes] = {};
+  load(array, offset, stride, lanes, values);
+  return widened(values);
+}
+
+// The first `lanes` lanes to a row.
+inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
+  if (type == FloatType::kFloat32 && lanes == kLanes) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    _mm_storeu_ps(static_cast<float*>(data) + offset, _mm256_cvtpd_ps(value));
+#else
+    const FloatVec rounded = __builtin_convertvector(value, FloatVec);
+    memcpy(static_cast<float*>(data) + offset, &rounded, sizeof rounded);
+#endif
+    return;
+  }
+  double values[kLanes];
+  memcpy(values, &value, sizeof values);
+  store(data, type, offset, lanes, values, 1);
+}
+
+}  // namespace
+}  // namespace realm_kernels
