@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def wide(monkeypatch):
 
 @pytest.fixture
 def call(monkeypatch):
-    monkeypatch.setattr(cli, "preset", lambda name, data: SMALL)
+    monkeypatch.setattr(
+        cli, "preset", lambda name, data: replace(SMALL, world=replace(SMALL.world, data=data))
+    )
     runner = CliRunner()
 
     def invoke(*arguments):
