@@ -32,11 +32,24 @@ def want_cuda() -> bool:
     return choice != "0" and find_nvcc() is not None
 
 
+def require_compiler() -> None:
+    """CMake says it in thirty lines; a user wants the one that helps."""
+    named = os.environ.get("CXX")
+    candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
+    if os.name == "posix" and not any(shutil.which(name) for name in candidates):
+        raise SystemExit(
+            f"realm_kernels: no C++ compiler was found (tried {', '.join(candidates)}): "
+            "install g++ or clang++, or set CXX to one"
+        )
+
+
 class CMakeBuild(build_ext):
     """One configure and one build serve both modules; each Extension only names where its file goes."""
 
     def run(self) -> None:
         import pybind11
+
+        require_compiler()
 
         module_dir = Path(self.get_ext_fullpath("realm_kernels._cpu")).resolve().parent
         # One build folder per interpreter, so that a rebuild is incremental.

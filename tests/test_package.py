@@ -1,5 +1,6 @@
 """The rules of the house that no single op can hold."""
 
+import os
 import re
 import subprocess
 import sys
@@ -105,3 +106,17 @@ print(rk.build_info())
     warned, info = result.stdout.split("\n", 1)
     assert warned == ("1" if missing == "_cpu" else "0")
     assert f"realm_kernels.{missing} was not built" in info
+
+
+def test_a_missing_compiler_is_one_line():
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+    environment = os.environ | {"CXX": "no-such-compiler", "REALM_KERNELS_CUDA": "0"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        "realm_kernels: no C++ compiler was found (tried no-such-compiler): "
+        "install g++ or clang++, or set CXX to one"
+    )
+    assert "Traceback" not in result.stderr
