@@ -48,7 +48,7 @@ class ModelConfig:
     # BERT's 0.02 suits a width of 768; at 64 it leaves the Inverse Cloze Task at a fifth of its recall.
     initializer_range: float = 0.1
     # Of the position and segment embeddings. As large as the word embeddings, they take two thirds of what
-    # the first LayerNorm passes on, and the retriever needs three times the steps to tell relations apart.
+    # the first LayerNorm passes on, and the retriever is much slower to tell relations apart.
     position_initializer_range: float = 0.01
 
 
@@ -96,7 +96,7 @@ class RunConfig:
 
 
 # Generated names are made of few syllables. With more pieces than this every name becomes words of its own,
-# and the Inverse Cloze Task finds a third of the subjects where it finds nearly all by their pieces.
+# and the recall@20 after the Inverse Cloze Task is a third of what it is by their pieces (docs/results.md).
 GENERATED_VOCABULARY = 1000
 
 
