@@ -127,7 +127,8 @@ class Worker {
         thresholds_(queries.batch, -kInfinity),
         hits_(queries.batch) {
     const double gamma = accumulation_gamma(params.dim);
-    bound_ = {round_up(gamma / 4), 1.0 + gamma + 0x1p-18, std::ldexp(static_cast<double>(params.dim), -148)};
+    bound_ = {round_up(gamma / 4), round_up(1.0 + gamma + 0x1p-18),
+              round_up(std::ldexp(static_cast<double>(params.dim), -148))};
     packed_ = queries.packed(thresholds_.data());
     if (params.mean != nullptr) {
       cutoffs_.resize(queries.batch);
@@ -184,9 +185,9 @@ class Worker {
       num_hits = kernels_.scan_rows(rows, params_.table_type, shard.row_stride, n, params_.dim, packed_,
                                     bound_, hits_.data());
     } else {
-      const double square =
+      const float square =
           kernels_.pack_panel(rows, params_.table_type, shard.row_stride, n, params_.dim, panel_.data());
-      const float norm = static_cast<float>(std::sqrt(square * bound_.norm_growth + bound_.norm_floor));
+      const float norm = std::sqrt(square * bound_.norm_growth + bound_.norm_floor);
       const char* behind = row(shard, first + n);
       const NextRows ask = {behind,
                             shard.row_stride == params_.dim ? row(shard, first + n + next) - behind : 0};

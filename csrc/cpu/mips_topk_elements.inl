@@ -90,40 +90,46 @@ inline Pair load16(const BFloat16* row) {
 }
 
 template <class T>
-inline Pair load_tail16(const T* row, int64_t from, int64_t dim) {
-  T tail[16];
-  __builtin_memset(tail, 0, sizeof tail);
-  __builtin_memcpy(tail, row + from, static_cast<size_t>(dim - from) * sizeof(T));
-  return load16(tail);
-}
-
-template <class T>
 inline Vec8 load_any(const T* row, int64_t from, int64_t dim) {
   return from + 8 <= dim ? load8(row + from) : load_tail(row, from, dim);
 }
 
+// Of each half of a and b: elements 0 and 1 interleaved, elements 2 and 3 interleaved; the first pairs, the
+// second pairs; then the lower halves and the upper ones. One instruction each.
+inline Vec8 low_ones(Vec8 a, Vec8 b) { return __builtin_shuffle(a, b, Int8{0, 8, 1, 9, 4, 12, 5, 13}); }
+inline Vec8 high_ones(Vec8 a, Vec8 b) { return __builtin_shuffle(a, b, Int8{2, 10, 3, 11, 6, 14, 7, 15}); }
+inline Vec8 low_pairs(Vec8 a, Vec8 b) { return __builtin_shuffle(a, b, Int8{0, 1, 8, 9, 4, 5, 12, 13}); }
+inline Vec8 high_pairs(Vec8 a, Vec8 b) { return __builtin_shuffle(a, b, Int8{2, 3, 10, 11, 6, 7, 14, 15}); }
+inline Vec8 low_halves(Vec8 a, Vec8 b) { return __builtin_shuffle(a, b, Int8{0, 1, 2, 3, 8, 9, 10, 11}); }
+inline Vec8 high_halves(Vec8 a, Vec8 b) { return __builtin_shuffle(a, b, Int8{4, 5, 6, 7, 12, 13, 14, 15}); }
+
 inline void transpose8(Vec8 (&v)[8]) {
-  for (int i = 0; i < 8; i += 2) {  // pairs of rows: (0 8 2 10 ..), (1 9 3 11 ..)
-    const Vec8 a = v[i], b = v[i + 1];
-    v[i] = __builtin_shuffle(a, b, Int8{0, 8, 2, 10, 4, 12, 6, 14});
-    v[i + 1] = __builtin_shuffle(a, b, Int8{1, 9, 3, 11, 5, 13, 7, 15});
-  }
-  for (int i = 0; i < 8; i += (i & 1) ? 3 : 1) {  // 0, 1, 4, 5
-    const Vec8 a = v[i], b = v[i + 2];
-    v[i] = __builtin_shuffle(a, b, Int8{0, 1, 8, 9, 4, 5, 12, 13});
-    v[i + 2] = __builtin_shuffle(a, b, Int8{2, 3, 10, 11, 6, 7, 14, 15});
-  }
-  for (int i = 0; i < 4; ++i) {
-    const Vec8 a = v[i], b = v[i + 4];
-    v[i] = __builtin_shuffle(a, b, Int8{0, 1, 2, 3, 8, 9, 10, 11});
-    v[i + 4] = __builtin_shuffle(a, b, Int8{4, 5, 6, 7, 12, 13, 14, 15});
-  }
+  const Vec8 a0 = low_ones(v[0], v[1]), a1 = high_ones(v[0], v[1]), a2 = low_ones(v[2], v[3]);
+  const Vec8 a3 = high_ones(v[2], v[3]), a4 = low_ones(v[4], v[5]), a5 = high_ones(v[4], v[5]);
+  const Vec8 a6 = low_ones(v[6], v[7]), a7 = high_ones(v[6], v[7]);
+  const Vec8 b0 = low_pairs(a0, a2), b1 = high_pairs(a0, a2), b2 = low_pairs(a1, a3), b3 = high_pairs(a1, a3);
+  const Vec8 b4 = low_pairs(a4, a6), b5 = high_pairs(a4, a6), b6 = low_pairs(a5, a7), b7 = high_pairs(a5, a7);
+  v[0] = low_halves(b0, b4), v[1] = low_halves(b1, b5), v[2] = low_halves(b2, b6), v[3] = low_halves(b3, b7);
+  v[4] = high_halves(b0, b4), v[5] = high_halves(b1, b5), v[6] = high_halves(b2, b6),
+  v[7] = high_halves(b3, b7);
 }
 
 // The sums of eight accumulators, one in each lane.
-inline Vec8 horizontal_sums(Vec8 (&v)[8]) {
-  transpose8(v);
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+inline Vec8 horizontal_sums(const Vec8 (&v)[8]) {
+  const Vec8 a = low_ones(v[0], v[1]) + high_ones(v[0], v[1]),
+             b = low_ones(v[2], v[3]) + high_ones(v[2], v[3]);
+  const Vec8 c = low_ones(v[4], v[5]) + high_ones(v[4], v[5]),
+             d = low_ones(v[6], v[7]) + high_ones(v[6], v[7]);
+  const Vec8 e = low_pairs(a, b) + high_pairs(a, b), f = low_pairs(c, d) + high_pairs(c, d);
+  return low_halves(e, f) + high_halves(e, f);
+}
+
+// Keeps GCC from loading a value anew for each multiply-add: there are two of them to a load, and no more.
+inline Vec8 in_register(Vec8 v) {
+#if defined(__AVX__)
+  asm("" : "+x"(v));
+#endif
+  return v;
 }
 
 inline float horizontal_sum(Vec8 v) {

@@ -33,8 +33,8 @@ struct PackedQueries {
 // of the scan can.
 struct ScanBound {
   float gamma_div4;
-  double norm_growth;  // what rounding may have taken off a squared norm, as a factor ...
-  double norm_floor;   // ... and as an absolute term (underflow)
+  float norm_growth;  // what rounding may have taken off a squared norm, as a factor ...
+  float norm_floor;   // ... and as an absolute term (underflow)
 };
 
 // Memory to fetch while a panel is scanned: the rows of the next one, where they lie in one piece.

@@ -40,25 +40,52 @@ inline Vec8 tile_products(const T* const (&row)[kRows], int64_t dim, const float
   constexpr bool kOneTranspose = kProducts + kRows <= 8;
   constexpr int64_t kAhead = 8192;  // bytes
   constexpr int64_t kStepBytes = kRows * 16 * static_cast<int64_t>(sizeof(T));
-  Vec8 sums[8] = {}, norms[kRows] = {};
-  const auto step = [&](int64_t d, auto&& load_row) __attribute__((always_inline)) {
-    Pair x[kRows];
+  Vec8 sums[8], norms[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    sums[i] = Vec8{};
+  }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      x[r] = load_row(row[r]);
-      if constexpr (kFirst) {
-        norms[r] += x[r].first * x[r].first;
-        norms[r] += x[r].second * x[r].second;
-      }
-    }
-#pragma GCC unroll 4
-    for (int q = 0; q < kQueries; ++q) {
-      const Vec8 first = load<Vec8>(queries + q * padded_dim + d);
-      const Vec8 second = load<Vec8>(queries + q * padded_dim + d + 8);
+  for (int r = 0; r < kRows; ++r) {
+    norms[r] = Vec8{};
+  }
+  // Whichever are fewer, rows or queries, wait in registers for the others to come by.
+  const auto step = [&](const T* const(&from)[kRows], int64_t offset,
+                        int64_t d) __attribute__((always_inline)) {
+    const float* const query = queries + d;
+    if constexpr (kRows <= kQueries) {
+      Pair x[kRows];
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        sums[q * kRows + r] += x[r].first * first;
-        sums[q * kRows + r] += x[r].second * second;
+        x[r] = load16(from[r] + offset);
+        if constexpr (kFirst) {
+          norms[r] += x[r].first * x[r].first;
+          norms[r] += x[r].second * x[r].second;
+        }
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < kQueries; ++q) {
+        const Vec8 first = in_register(load<Vec8>(query + q * padded_dim));
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[q * kRows + r] += x[r].first * first;
+        }
+        const Vec8 second = in_register(load<Vec8>(query + q * padded_dim + 8));
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sums[q * kRows + r] += x[r].second * second;
+        }
+      }
+    } else {
+      static_assert(kQueries == 1, "a tile of one query");
+      const Vec8 first = in_register(load<Vec8>(query)), second = in_register(load<Vec8>(query + 8));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const Pair x = load16(from[r] + offset);
+        sums[r] += x.first * first;
+        norms[r] += x.first * x.first;
+        sums[r] += x.second * second;
+        norms[r] += x.second * x.second;
       }
     }
   };
@@ -71,18 +98,27 @@ inline Vec8 tile_products(const T* const (&row)[kRows], int64_t dim, const float
         __builtin_prefetch(ask + line);
       }
     }
-    step(d, [d](const T* from) __attribute__((always_inline)) { return load16(from + d); });
+    step(row, d, d);
   }
   if (d < dim) {
-    step(d, [d, dim](const T* from) __attribute__((always_inline)) { return load_tail16(from, d, dim); });
+    T tails[kRows][16];
+    const T* from[kRows];
+    __builtin_memset(tails, 0, sizeof tails);
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_memcpy(tails[r], row[r] + d, static_cast<size_t>(dim - d) * sizeof(T));
+      from[r] = tails[r];
+    }
+    step(from, 0, d);
   }
   if constexpr (kFirst && kOneTranspose) {
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       sums[kProducts + r] = norms[r];
     }
   }
   const Vec8 totals = horizontal_sums(sums);
   if constexpr (kFirst) {
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       squares[r] = kOneTranspose ? totals[kProducts + r] : horizontal_sum(norms[r]);
     }
@@ -94,7 +130,10 @@ inline Vec8 tile_products(const T* const (&row)[kRows], int64_t dim, const float
 template <int kQueries, int kRows, class T>
 int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, const PackedQueries& queries,
                      const ScanBound& bound, PanelHit* hits) {
-  uint32_t found[kDirectMax] = {};
+  uint32_t found[kDirectMax];
+  for (int64_t q = 0; q < queries.batch; ++q) {
+    found[q] = 0;
+  }
   for (int64_t first = 0; first < n; first += kRows) {
     const T* row[kRows];
     for (int r = 0; r < kRows; ++r) {  // beyond the last row: the last again, its bit is not kept
@@ -110,7 +149,7 @@ int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, 
         for (int r = 0; r < kRows; ++r) {
           square = squares[r] > square || squares[r] != squares[r] ? squares[r] : square;
         }
-        norm = static_cast<float>(__builtin_sqrt(square * bound.norm_growth + bound.norm_floor));
+        norm = __builtin_sqrtf(square * bound.norm_growth + bound.norm_floor);
       } else {
         products = tile_products<kQueries, kRows, false>(row, dim, tile, queries.padded_dim, squares);
       }
