@@ -131,7 +131,10 @@ struct Layout {
       for (int64_t i = 0; i < n * dim; ++i) {
         shard.set(i / dim * stride + i % dim, problem.table.get(first * dim + i));
       }
-      shards.push_back({shard.data(), n, stride});
+      TableShard& described = shards.emplace_back();
+      described.rows = shard.data();
+      described.num_rows = n;
+      described.row_stride = stride;
       first = end;
     }
   }
