@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "realm_kernels"
+DTYPES = ["float32", "bfloat16", "int8"]
 BEST_PEERS = 3
 Curve = dict[int, float]  # milliseconds by B
 
@@ -52,14 +53,18 @@ def plot_times(results: dict[str, Any], folder: Path) -> list[Path]:
     figure, axes = plt.subplots(
         1, len(shapes), figsize=(4.6 * len(shapes), 4.4), squeeze=False, layout="constrained"
     )
+    colours: dict[str, str] = {}
     for axis, ((num_rows, dim, k), curves) in zip(axes[0], shapes.items(), strict=True):
         for dtype, curve in curves["ours"].items():
-            (line,) = axis.plot(*zip(*sorted(curve.items()), strict=True), marker="o", label=f"ours, {dtype}")
+            colour = f"C{DTYPES.index(dtype)}"
+            points = zip(*sorted(curve.items()), strict=True)
+            axis.plot(*points, marker="o", color=colour, label=f"ours, {dtype}")
             limit = zip(*sorted(curves["limit"][dtype].items()), strict=True)
-            axis.plot(*limit, linestyle="--", linewidth=1, color=line.get_color(), label=f"limit, {dtype}")
+            axis.plot(*limit, linestyle="--", linewidth=1, color=colour, label=f"limit, {dtype}")
         for name in best(curves["peers"]):
+            colour = colours.setdefault(name, f"C{len(DTYPES) + len(colours)}")  # the same in every panel
             points = zip(*sorted(curves["peers"][name].items()), strict=True)
-            axis.plot(*points, marker="x", linewidth=1, alpha=0.7, label=name)
+            axis.plot(*points, marker="x", linewidth=1, alpha=0.7, color=colour, label=name)
         axis.set(xscale="log", yscale="log", xlabel="queries B", title=f"N={num_rows:,}, D={dim}, k={k}")
         batches = sorted({b for curve in curves["ours"].values() for b in curve})
         axis.set_xticks(batches, [str(b) for b in batches])
@@ -68,6 +73,6 @@ def plot_times(results: dict[str, Any], folder: Path) -> list[Path]:
         axis.legend(fontsize=7)
     axes[0][0].set_ylabel("milliseconds a search")
     path = folder / "mips_topk.png"
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=75)
     plt.close(figure)
     return [path]
