@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,6 +167,19 @@ def test_rows_that_are_repeated_in_another_shard(form):
     with rk.use_backend("reference"):
         assert_same_topk((scores, indices), rk.mips_topk(queries, table, 30))
     assert torch.equal(table[indices[:, 0]], table[indices[:, 1]]) and (indices[:, 0] < indices[:, 1]).all()
+
+
+def test_ids_beyond_two_to_the_thirty_one():
+    """A row id has 64 bits. Nothing is allocated: one row is expanded, and unwritten zeros take no memory."""
+    many = 2**31
+    shards = [torch.ones(1, 8).expand(many, 8), torch.tensor([[1.0], [3.0], [2.0]]).repeat(1, 8)]
+    row_mask = torch.from_numpy(np.zeros(many + 3, dtype=bool))
+    row_mask[5], row_mask[-3:] = True, True
+    scores, indices = rk.mips_topk(
+        torch.ones(1, 8), rk.ShardedTable.from_tensors(shards), 5, row_mask=row_mask
+    )
+    assert indices.tolist() == [[many + 1, many + 2, 5, many, -1]]
+    assert scores.tolist() == [[24.0, 16.0, 8.0, 8.0, -INF]]
 
 
 @every_form
