@@ -30,23 +30,42 @@ std::string threading() {
 #endif
 }
 
-// Shards come as (address, rows, row stride); a null address is an absent argument.
-int64_t mips_topk(uintptr_t queries, const std::vector<std::tuple<uintptr_t, int64_t, int64_t>>& shards,
-                  const std::string& table_type, int64_t batch, int64_t dim, int64_t k, uintptr_t exclude,
-                  int64_t num_exclude, uintptr_t row_mask, uintptr_t scores, uintptr_t indices,
-                  int num_threads, const std::string& isa) {
+using Rows = std::tuple<uintptr_t, int64_t, int64_t>;  // address, rows, row stride
+using Codes = std::pair<uintptr_t, uintptr_t>;         // addresses of codes and bounds
+
+ScalarType scalar_type(const std::string& dtype) {
+  return dtype == "bfloat16"  ? ScalarType::kBFloat16
+         : dtype == "float16" ? ScalarType::kFloat16
+                              : ScalarType::kFloat32;
+}
+
+// A null address is an absent argument; codes are of every shard or, with no mean, of none.
+int64_t mips_topk(uintptr_t queries, const std::vector<Rows>& shards, const std::vector<Codes>& codes,
+                  uintptr_t mean, const std::string& table_type, int64_t batch, int64_t dim, int64_t k,
+                  uintptr_t exclude, int64_t num_exclude, uintptr_t row_mask, uintptr_t scores,
+                  uintptr_t indices, int num_threads, const std::string& isa) {
   std::vector<TableShard> table;
-  for (const auto& [address, num_rows, row_stride] : shards) {
-    table.push_back({reinterpret_cast<const void*>(address), num_rows, row_stride});
+  for (size_t s = 0; s < shards.size(); ++s) {
+    const auto& [address, num_rows, row_stride] = shards[s];
+    const auto [shard_codes, bounds] = mean != 0 ? codes.at(s) : Codes{0, 0};
+    table.push_back({reinterpret_cast<const void*>(address), num_rows, row_stride,
+                     reinterpret_cast<const uint8_t*>(shard_codes),
+                     reinterpret_cast<const CodeBounds*>(bounds)});
   }
-  const ScalarType type = table_type == "bfloat16"  ? ScalarType::kBFloat16
-                          : table_type == "float16" ? ScalarType::kFloat16
-                                                    : ScalarType::kFloat32;
-  return launch_mips_topk({reinterpret_cast<const float*>(queries), table.data(),
-                           static_cast<int64_t>(table.size()), type, batch, dim, k,
-                           reinterpret_cast<const int64_t*>(exclude), num_exclude,
-                           reinterpret_cast<const bool*>(row_mask), reinterpret_cast<float*>(scores),
-                           reinterpret_cast<int64_t*>(indices), num_threads, choose_isa(isa)});
+  return launch_mips_topk(
+      {reinterpret_cast<const float*>(queries), table.data(), static_cast<int64_t>(table.size()),
+       reinterpret_cast<const float*>(mean), scalar_type(table_type), batch, dim, k,
+       reinterpret_cast<const int64_t*>(exclude), num_exclude, reinterpret_cast<const bool*>(row_mask),
+       reinterpret_cast<float*>(scores), reinterpret_cast<int64_t*>(indices), num_threads, choose_isa(isa)});
+}
+
+void encode_rows(const Rows& rows, const std::string& table_type, int64_t dim, uintptr_t mean,
+                 const Codes& codes, int num_threads, const std::string& isa) {
+  const auto& [address, num_rows, row_stride] = rows;
+  launch_encode({reinterpret_cast<const void*>(address), num_rows, row_stride,
+                 reinterpret_cast<const float*>(mean), scalar_type(table_type), dim,
+                 reinterpret_cast<uint8_t*>(codes.first), reinterpret_cast<CodeBounds*>(codes.second),
+                 num_threads, choose_isa(isa)});
 }
 
 using Array = std::tuple<uintptr_t, std::string>;  // address and dtype; a null address is an absent argument
@@ -163,6 +182,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("threading", &threading);
   // The GIL is released: two Python threads may search at once.
   m.def("mips_topk", &mips_topk, py::call_guard<py::gil_scoped_release>());
+  m.def("encode_rows", &encode_rows, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_evidence_fwd", &span_evidence_fwd, py::call_guard<py::gil_scoped_release>());

@@ -1,5 +1,6 @@
 """The laws of mips_topk, for every backend that runs here (Triton's own file: test_mips_topk_triton.py)."""
 
+import functools
 import itertools
 import threading
 
@@ -12,7 +13,9 @@ import realm_kernels as rk
 from realm_kernels.backends import valid_names
 from realm_kernels.testing import assert_same_topk, oracle_mips_topk
 
-BACKENDS = ["reference"] + [name for name in valid_names() if name.startswith("cpu:")]
+CPU = [name for name in valid_names() if name.startswith("cpu:")]
+# Every way to search: each backend over the rows, each instruction set also over their int8 codes.
+WAYS = ["reference", *CPU, *(f"{name}-int8" for name in CPU)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
 
@@ -21,10 +24,19 @@ def dtype_id(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with rk.use_backend(request.param):
-        yield request.param
+def search_by(way, queries, table, k, **arguments):
+    """rk.mips_topk by one of the WAYS."""
+    name, _, codes = way.partition("-")
+    if codes:
+        sharded = rk.ShardedTable.from_tensors([table]) if isinstance(table, torch.Tensor) else table
+        table = sharded.quantize(codes)
+    with rk.use_backend(name):
+        return rk.mips_topk(queries, table, k, **arguments)
+
+
+@pytest.fixture(params=WAYS)
+def search(request):
+    return functools.partial(search_by, request.param)
 
 
 def integers(*shape, low=-2, high=3):
@@ -47,22 +59,22 @@ def integers(*shape, low=-2, high=3):
         ]
     ],
 )
-def test_equals_the_loop_oracle(backend, dtype, B, N, D, k):
+def test_equals_the_loop_oracle(search, dtype, B, N, D, k):
     queries, table = torch.randn(B, D), torch.randn(N, D).to(dtype)
-    assert_same_topk(rk.mips_topk(queries, table, k), oracle_mips_topk(queries, table, k))
+    assert_same_topk(search(queries, table, k), oracle_mips_topk(queries, table, k))
 
 
 @pytest.mark.parametrize("query_dtype,table_dtype", list(itertools.product(DTYPES, DTYPES)), ids=dtype_id)
-def test_any_pair_of_dtypes(backend, query_dtype, table_dtype):
+def test_any_pair_of_dtypes(search, query_dtype, table_dtype):
     queries, table = torch.randn(4, 20).to(query_dtype), torch.randn(50, 20).to(table_dtype)
-    assert_same_topk(rk.mips_topk(queries, table, 7), oracle_mips_topk(queries, table, 7))
+    assert_same_topk(search(queries, table, 7), oracle_mips_topk(queries, table, 7))
 
 
 @pytest.mark.parametrize("B", [1, 2, 6, 9])
-def test_ties_go_to_the_smaller_id(backend, B):
+def test_ties_go_to_the_smaller_id(search, B):
     queries, table = integers(B, 5), integers(200, 5)
     for k in (1, 10, 199):
-        assert_same_topk(rk.mips_topk(queries, table, k), oracle_mips_topk(queries, table, k))
+        assert_same_topk(search(queries, table, k), oracle_mips_topk(queries, table, k))
 
 
 ORDERS = {
@@ -82,7 +94,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("B", [1, 8])
-def test_adversarial_orders(backend, order, B):
+def test_adversarial_orders(search, order, B):
     N, D, k = 1029, 8, 10
     table = torch.zeros(N, D)
     table[:, 0] = ORDERS[order](N).float()
@@ -91,161 +103,160 @@ def test_adversarial_orders(backend, order, B):
     queries[:, 0] = torch.arange(1, B + 1)
     expected = (table[:, 0].double() * queries[:, :1].double()).float()  # exact in float32
     best = expected.sort(dim=1, descending=True, stable=True)
-    assert_same_topk(rk.mips_topk(queries, table, k), (best.values[:, :k], best.indices[:, :k]))
+    assert_same_topk(search(queries, table, k), (best.values[:, :k], best.indices[:, :k]))
 
 
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 31, 32, 33, 1023, 1024, 1025])
-def test_sizes_around_the_tiles(backend, N):
+def test_sizes_around_the_tiles(search, N):
     queries, table = torch.randn(9, 12), torch.randn(N, 12)
     for k in {1, max(1, N - 1), N}:
-        with rk.use_backend("reference"):
-            expected = rk.mips_topk(queries, table, k)
-        assert_same_topk(rk.mips_topk(queries, table, k), expected)
+        expected = search_by("reference", queries, table, k)
+        assert_same_topk(search(queries, table, k), expected)
 
 
-def test_gaps_of_one_ulp_are_seen(backend):
+def test_gaps_of_one_ulp_are_seen(search):
     one = torch.tensor(1.0)
     up = torch.nextafter(one, torch.tensor(2.0))
     table = torch.ones(300, 16) / 16
     table[137, 0] += 2.0**-20
     table[255] = table[137]
     table[255, 15] += float(up - one)
-    scores, indices = rk.mips_topk(torch.ones(1, 16), table, 3)
+    scores, indices = search(torch.ones(1, 16), table, 3)
     assert indices.tolist() == [[255, 137, 0]]
     assert scores[0, 0] > scores[0, 1] > scores[0, 2]
 
 
-def test_cancellation_that_float32_cannot_see(backend):
+def test_cancellation_that_float32_cannot_see(search):
     """Products near 2^24 that cancel: a float32 scan alone would rank these rows wrongly."""
     table = torch.zeros(64, 24)
     table[:, ::3], table[:, 1::3] = 2.0**12, -(2.0**12)
     table[:, 2::3] = torch.rand(64, 8) * 2.0**-12
     queries = torch.ones(3, 24) * torch.tensor([2.0**12, 1.0, 2.0**-12]).view(3, 1)
-    assert_same_topk(rk.mips_topk(queries, table, 9), oracle_mips_topk(queries, table, 9))
+    assert_same_topk(search(queries, table, 9), oracle_mips_topk(queries, table, 9))
 
 
 @pytest.mark.parametrize("B", [1, 3, 9])
-def test_nan_and_infinities(backend, B):
+def test_nan_and_infinities(search, B):
     queries, table = torch.randn(B, 6), torch.randn(90, 6)
     table[3], table[40, 2], table[41, 1] = NAN, INF, -INF
     table[42] = INF  # inf - inf for most queries
     table[60] = -INF
     for k in (1, 10, 90):
-        assert_same_topk(rk.mips_topk(queries, table, k), oracle_mips_topk(queries, table, k))
+        assert_same_topk(search(queries, table, k), oracle_mips_topk(queries, table, k))
 
 
-def test_a_nan_query_returns_nothing(backend):
+def test_a_nan_query_returns_nothing(search):
     queries = torch.randn(3, 6)
     queries[1, 4] = NAN
-    scores, indices = rk.mips_topk(queries, torch.randn(40, 6), 5)
+    scores, indices = search(queries, torch.randn(40, 6), 5)
     assert indices[1].tolist() == [-1] * 5 and scores[1].tolist() == [-INF] * 5
     assert (indices[0] >= 0).all() and (indices[2] >= 0).all()
 
 
-def test_minus_infinity_is_a_score_and_comes_before_the_padding(backend):
+def test_minus_infinity_is_a_score_and_comes_before_the_padding(search):
     table = torch.tensor([[-INF], [1.0], [NAN]])
-    scores, indices = rk.mips_topk(torch.ones(1, 1), table, 3)
+    scores, indices = search(torch.ones(1, 1), table, 3)
     assert indices.tolist() == [[1, 0, -1]] and scores.tolist() == [[1.0, -INF, -INF]]
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e15, 1e19, 3e38], ids=lambda s: f"scale{s:g}")
-def test_tiny_and_huge_values(backend, scale):
+def test_tiny_and_huge_values(search, scale):
     """Subnormal products, scores beyond float16, sums that overflow float32 on the way to a finite score."""
     queries, table = torch.randn(4, 11), (torch.randn(120, 11).clamp(-1, 1) * scale)
     queries[1] *= scale
-    assert_same_topk(rk.mips_topk(queries, table, 9), oracle_mips_topk(queries, table, 9))
+    assert_same_topk(search(queries, table, 9), oracle_mips_topk(queries, table, 9))
 
 
-def test_flushing_subnormals_changes_nothing(backend):
+def test_flushing_subnormals_changes_nothing(search):
     queries, table = torch.randn(8, 10), torch.randn(70, 10) * 1e-40
     expected = oracle_mips_topk(queries, table, 5)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
     try:
         # The reference runs on torch's own arithmetic, which this switch does change.
-        if backend != "reference":
-            assert_same_topk(rk.mips_topk(queries, table, 5), expected)
+        if search.args != ("reference",):
+            assert_same_topk(search(queries, table, 5), expected)
     finally:
         torch.set_flush_denormal(False)
 
 
-def test_negative_zero_becomes_zero(backend):
-    scores, _ = rk.mips_topk(torch.tensor([[-1.0]]), torch.zeros(4, 1), 4)
+def test_negative_zero_becomes_zero(search):
+    scores, _ = search(torch.tensor([[-1.0]]), torch.zeros(4, 1), 4)
     assert scores.view(torch.int32).tolist() == [[0] * 4]
 
 
 @pytest.mark.parametrize("B", [1, 10])
-def test_excluded_and_masked_rows_never_return(backend, B):
+def test_excluded_and_masked_rows_never_return(search, B):
     queries, table = integers(B, 4), integers(150, 4)
     exclude = torch.randint(-1, 150, (B, 20))
     row_mask = torch.rand(150) < 0.5
     for k in (1, 12, 150):
-        got = rk.mips_topk(queries, table, k, exclude=exclude, row_mask=row_mask)
+        got = search(queries, table, k, exclude=exclude, row_mask=row_mask)
         assert_same_topk(got, oracle_mips_topk(queries, table, k, exclude, row_mask))
 
 
-def test_nothing_left_gives_padding(backend):
+def test_nothing_left_gives_padding(search):
     queries, table = torch.randn(2, 4), torch.randn(30, 4)
-    scores, indices = rk.mips_topk(queries, table, 3, row_mask=torch.zeros(30, dtype=torch.bool))
+    scores, indices = search(queries, table, 3, row_mask=torch.zeros(30, dtype=torch.bool))
     assert (indices == -1).all() and (scores == -INF).all()
     every_id = torch.arange(30).expand(2, 30)
-    assert (rk.mips_topk(queries, table, 3, exclude=every_id).indices == -1).all()
+    assert (search(queries, table, 3, exclude=every_id).indices == -1).all()
 
 
-def test_an_empty_exclusion_list_excludes_nothing(backend):
+def test_an_empty_exclusion_list_excludes_nothing(search):
     queries, table = torch.randn(2, 4), torch.randn(30, 4)
     none = torch.empty(2, 0, dtype=torch.int64)
-    assert_same_topk(rk.mips_topk(queries, table, 3, exclude=none), rk.mips_topk(queries, table, 3))
+    assert_same_topk(search(queries, table, 3, exclude=none), search(queries, table, 3))
 
 
-def test_no_query_gives_no_result(backend):
-    scores, indices = rk.mips_topk(torch.empty(0, 4), torch.randn(9, 4), 3)
+def test_no_query_gives_no_result(search):
+    scores, indices = search(torch.empty(0, 4), torch.randn(9, 4), 3)
     assert scores.shape == indices.shape == (0, 3)
 
 
-def test_batch_k_and_threads_do_not_matter(backend):
+def test_batch_k_and_threads_do_not_matter(search):
     queries, table = torch.randn(40, 24), torch.randn(3000, 24)
-    whole = rk.mips_topk(queries, table, 100)
-    assert_same_topk(rk.mips_topk(queries[17:18], table, 100), (whole.scores[17:18], whole.indices[17:18]))
-    assert_same_topk(rk.mips_topk(queries, table, 10), (whole.scores[:, :10], whole.indices[:, :10]))
+    whole = search(queries, table, 100)
+    assert_same_topk(search(queries[17:18], table, 100), (whole.scores[17:18], whole.indices[17:18]))
+    assert_same_topk(search(queries, table, 10), (whole.scores[:, :10], whole.indices[:, :10]))
     threads = torch.get_num_threads()
     try:
         for count in (1, 3, 8):
             torch.set_num_threads(count)
-            assert_same_topk(rk.mips_topk(queries, table, 100), whole)
+            assert_same_topk(search(queries, table, 100), whole)
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 33])
-def test_the_split_into_shards_does_not_matter(backend, shards):
+def test_the_split_into_shards_does_not_matter(search, shards):
     queries, table = integers(5, 6), integers(500, 6)
-    whole = rk.mips_topk(queries, table, 50)
+    whole = search(queries, table, 50)
     sharded = rk.ShardedTable.from_tensors(list(table.tensor_split(shards)))
-    assert_same_topk(rk.mips_topk(queries, sharded, 50), whole)
+    assert_same_topk(search(queries, sharded, 50), whole)
 
 
-def test_layout_does_not_matter(backend):
+def test_layout_does_not_matter(search):
     queries, table = torch.randn(6, 13), torch.randn(80, 13)
-    expected = rk.mips_topk(queries, table, 9)
+    expected = search(queries, table, 9)
     wide = torch.full((80, 40), NAN)
     wide[:, 3:16] = table
     misaligned = torch.full((80 * 13 + 1,), NAN)[1:].view(80, 13).copy_(table)
     for layout in (wide[:, 3:16], table.t().contiguous().t(), misaligned, table.repeat_interleave(2, 0)[::2]):
-        assert_same_topk(rk.mips_topk(queries, layout, 9), expected)
-    assert_same_topk(rk.mips_topk(queries.t().contiguous().t(), table, 9), expected)
+        assert_same_topk(search(queries, layout, 9), expected)
+    assert_same_topk(search(queries.t().contiguous().t(), table, 9), expected)
     expanded = table[:1].expand(80, 13)
-    assert rk.mips_topk(queries, expanded, 4).indices.tolist() == [[0, 1, 2, 3]] * 6
+    assert search(queries, expanded, 4).indices.tolist() == [[0, 1, 2, 3]] * 6
 
 
-def test_rows_beyond_two_to_the_thirty_one_elements(backend):
+def test_rows_beyond_two_to_the_thirty_one_elements(search):
     """64-bit offsets: two rows, 2^31 elements apart, of a table that is never touched in between."""
     storage = torch.empty(0, dtype=torch.bfloat16).set_(
         torch.UntypedStorage(2 * (2**31 + 8))  # lazily mapped: a few pages are ever used
     )
     table = storage.as_strided((2, 8), (2**31, 1))
     table.copy_(torch.tensor([[1.0] * 8, [2.0] * 8]))
-    scores, indices = rk.mips_topk(torch.ones(1, 8), table, 2)
+    scores, indices = search(torch.ones(1, 8), table, 2)
     assert indices.tolist() == [[1, 0]] and scores.tolist() == [[16.0, 8.0]]
 
 
@@ -266,9 +277,9 @@ def test_two_threads_may_search_at_once():
         assert_same_topk(result, expected)
 
 
-def test_a_wide_k_and_a_wide_row(backend):
+def test_a_wide_k_and_a_wide_row(search):
     queries, table = torch.randn(3, 1031), torch.randn(60, 1031)
-    assert_same_topk(rk.mips_topk(queries, table, 60), oracle_mips_topk(queries, table, 60))
+    assert_same_topk(search(queries, table, 60), oracle_mips_topk(queries, table, 60))
 
 
 @settings(max_examples=60, deadline=None)
@@ -290,6 +301,6 @@ def test_any_small_input_equals_the_oracle(data):
     exclude = torch.randint(-1, N, (B, data.draw(st.integers(0, 4))), generator=generator)
     row_mask = torch.rand(N, generator=generator) < 0.8
     expected = oracle_mips_topk(queries, table, k, exclude, row_mask)
-    for name in BACKENDS:
-        with rk.use_backend(name):
-            assert_same_topk(rk.mips_topk(queries, table, k, exclude=exclude, row_mask=row_mask), expected)
+    for way in WAYS:
+        found = search_by(way, queries, table, k, exclude=exclude, row_mask=row_mask)
+        assert_same_topk(found, expected)

@@ -120,8 +120,8 @@ def test_opcheck(grad):
     queries, table = torch.randn(4, 8, requires_grad=grad), torch.randn(30, 8, requires_grad=grad)
     exclude, row_mask = torch.randint(-1, 30, (4, 3)), torch.rand(30) < 0.9
     op = torch.ops.realm_kernels.mips_topk.default
-    torch.library.opcheck(op, (queries, [table], 5, exclude, row_mask, grad))
-    torch.library.opcheck(op, (queries, [table.detach()[:20], table.detach()[20:]], 5, None, None, grad))
+    torch.library.opcheck(op, (queries, [table], 5, exclude, row_mask, grad, []))
+    torch.library.opcheck(op, (queries, [table.detach()[:20], table.detach()[20:]], 5, None, None, grad, []))
 
 
 def test_compiles_as_one_graph():

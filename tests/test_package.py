@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PUBLIC_NAMES = {
     "DistributedTable",
     "Posterior",
+    "SearchCounters",
     "ShardedTable",
     "TableRefresher",
     "TableWriter",
@@ -25,6 +26,7 @@ PUBLIC_NAMES = {
     "mips_topk",
     "nn",
     "posterior",
+    "search_counters",
     "span_marginal_loss",
     "use_backend",
 }

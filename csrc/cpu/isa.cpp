@@ -14,6 +14,9 @@ std::vector<std::string> instruction_sets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       names.push_back("avx512");
+      if (__builtin_cpu_supports("avx512vnni")) {
+        names.push_back("avx512_vnni");
+      }
     }
   }
 #endif
@@ -26,7 +29,10 @@ Isa choose_isa(const std::string& name) {
   if (std::find(names.begin(), names.end(), chosen) == names.end()) {
     throw std::invalid_argument("instruction set " + chosen + " does not run on this processor");
   }
-  return chosen == "avx512" ? Isa::kAvx512 : chosen == "avx2" ? Isa::kAvx2 : Isa::kPortable;
+  return chosen == "avx512_vnni" ? Isa::kAvx512Vnni
+         : chosen == "avx512"    ? Isa::kAvx512
+         : chosen == "avx2"      ? Isa::kAvx2
+                                 : Isa::kPortable;
 }
 
 }  // namespace realm_kernels

@@ -6,9 +6,10 @@
 
 namespace realm_kernels {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+// In order: each runs what those before it run.
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
 
-// Those compiled in that this processor runs, slowest first: "portable", "avx2", "avx512".
+// Those compiled in that this processor runs, slowest first: "portable", "avx2", "avx512", "avx512_vnni".
 std::vector<std::string> instruction_sets();
 
 // The one named, or the fastest where the name is empty. Throws std::invalid_argument for one that does not

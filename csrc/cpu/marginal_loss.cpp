@@ -20,7 +20,7 @@ constexpr std::size_t kAlignment = 64;
 
 const MarginalLossKernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) {
+  if (isa >= Isa::kAvx512) {
     return marginal_loss_kernels_avx512();
   }
   if (isa == Isa::kAvx2) {

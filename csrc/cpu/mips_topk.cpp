@@ -4,7 +4,7 @@
 // (so that a sorted table costs what a shuffled one does), pack a panel of rows, scan it against all queries
 // of the block, and rescore canonically the rows that the scan could not exclude. Each thread keeps its own
 // list of candidates for each query. What is returned does not depend on who scanned what: the order of
-// results is total.
+// results is total. A table with int8 codes is scanned by these instead; its rows are read to rescore only.
 #include "cpu/mips_topk.h"
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 
 #include "cpu/float_mode.h"
 #include "cpu/mips_topk_kernels.h"
+#include "cpu/mips_topk_queries.h"
 #include "cpu/parallel.h"
 
 namespace realm_kernels {
@@ -26,9 +27,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kQueryBlockBytes = 1 << 20;
 constexpr int64_t kMaxQueryBlock = 512;
 // The fixed workspace that candidate lists of all threads share; query blocks are looped within it.
-constexpr int64_t kWorkspaceBytes = int64_t{256} << 20;
+constexpr int64_t kWorkspaceBytes = int64_t{48} << 20;
 // Rows drawn at a time: long enough for the hardware's prefetcher, short enough to share out evenly.
-constexpr int64_t kMaxRowBlock = 1024;
+constexpr int64_t kMaxRowBlock = 1024;  // a multiple of every panel
 constexpr int64_t kRowBlocksPerThread = 16;
 
 struct Candidate {
@@ -38,19 +39,6 @@ struct Candidate {
 
 bool before(const Candidate& a, const Candidate& b) {
   return a.score > b.score || (a.score == b.score && a.row < b.row);
-}
-
-const MipsTopkKernels& kernels_for(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) {
-    return mips_topk_kernels_avx512();
-  }
-  if (isa == Isa::kAvx2) {
-    return mips_topk_kernels_avx2();
-  }
-#endif
-  (void)isa;
-  return mips_topk_kernels_portable();
 }
 
 float round_up(double value) {
@@ -88,14 +76,14 @@ struct RowBlock {
 // Every row block of the table, by number; visited in steps of a stride coprime to their count.
 class RowBlocks {
  public:
-  RowBlocks(const MipsTopkParams& params, int panel_rows) : params_(params) {
+  explicit RowBlocks(const MipsTopkParams& params) : params_(params) {
     int64_t num_rows = 0;
     for (int64_t s = 0; s < params.num_shards; ++s) {
       first_ids_.push_back(num_rows);
       num_rows += params.shards[s].num_rows;
     }
-    const int64_t share = num_rows / (params.num_threads * kRowBlocksPerThread) / panel_rows * panel_rows;
-    rows_per_block_ = std::clamp<int64_t>(share, panel_rows, kMaxRowBlock);
+    const int64_t share = num_rows / (params.num_threads * kRowBlocksPerThread) / kCodeRows * kCodeRows;
+    rows_per_block_ = std::clamp<int64_t>(share, kCodeRows, kMaxRowBlock);
     for (int64_t s = 0; s < params.num_shards; ++s) {
       first_blocks_.push_back(count_);
       count_ += (params.shards[s].num_rows + rows_per_block_ - 1) / rows_per_block_;
@@ -123,33 +111,6 @@ class RowBlocks {
   int64_t rows_per_block_ = 0, count_ = 0, stride_ = 1;
 };
 
-// The queries of one block in both forms the kernels read.
-struct QueryBlock {
-  QueryBlock(const MipsTopkParams& params, int64_t first_query, int64_t count, int group)
-      : first(first_query), batch(count), padded_dim((params.dim + 7) / 8 * 8) {
-    const float* queries = params.queries + first * params.dim;
-    packed.resize(batch * params.dim);
-    padded.assign(std::max<int64_t>(batch, 7) * padded_dim, 0.0f);
-    norms_x4.resize(batch);
-    for (int64_t q = 0; q < batch; ++q) {
-      const int64_t group_first = q / group * group;
-      const int64_t group_size = std::min<int64_t>(group, batch - group_first);
-      float* to = packed.data() + group_first * params.dim + (q - group_first);
-      double square = 0.0;
-      for (int64_t d = 0; d < params.dim; ++d) {
-        const float value = queries[q * params.dim + d];
-        to[d * group_size] = value;
-        padded[q * padded_dim + d] = value;
-        square += static_cast<double>(value) * value;
-      }
-      norms_x4[q] = round_up(4.0 * std::sqrt(square) * (1.0 + 0x1p-20));
-    }
-  }
-
-  int64_t first, batch, padded_dim;
-  std::vector<float> packed, padded, norms_x4;
-};
-
 // What one thread found for the queries of a block.
 class Worker {
  public:
@@ -164,12 +125,16 @@ class Worker {
         counts_(queries.batch, 0),
         kth_(queries.batch, -kInfinity),
         thresholds_(queries.batch, -kInfinity),
-        hits_(queries.batch),
-        panel_(kernels.panel_rows * params.dim) {
+        hits_(queries.batch) {
     const double gamma = accumulation_gamma(params.dim);
     bound_ = {round_up(gamma / 4), 1.0 + gamma + 0x1p-18, std::ldexp(static_cast<double>(params.dim), -148)};
-    packed_ = {queries.packed.data(),   queries.padded.data(), queries.padded_dim,
-               queries.norms_x4.data(), thresholds_.data(),    queries.batch};
+    packed_ = queries.packed(thresholds_.data());
+    if (params.mean != nullptr) {
+      cutoffs_.resize(queries.batch);
+      codes_ = queries.codes(thresholds_.data(), cutoffs_.data());
+    } else if (queries.batch > kernels.direct_max) {
+      panel_.resize(kernels.panel_rows * params.dim);
+    }
   }
 
   Worker(Worker&&) = default;
@@ -178,15 +143,17 @@ class Worker {
     for (int64_t q = 0; q < queries_.batch; ++q) {
       raise_threshold(q, shared_kth_[q].load(std::memory_order_relaxed));
     }
-    const int64_t size = params_.table_type == ScalarType::kFloat32 ? 4 : 2;
-    const char* rows = static_cast<const char*>(block.shard->rows);
-    for (int64_t r = 0; r < block.num_rows; r += kernels_.panel_rows) {
-      const int64_t first = block.first_row + r;
-      const int64_t n = std::min<int64_t>(kernels_.panel_rows, block.num_rows - r);
-      const char* panel_rows = rows + first * block.shard->row_stride * size;
-      if (!all_masked(block.first_id + first, n)) {
-        const int64_t next_n = std::min<int64_t>(kernels_.panel_rows, block.num_rows - r - n);
-        scan_rows(panel_rows, block.shard->row_stride, n, next_n, size, block.first_id + first);
+    const int64_t panel_rows = params_.mean != nullptr ? kCodeRows : kernels_.panel_rows;
+    for (int64_t r = 0; r < block.num_rows; r += panel_rows) {
+      const int64_t first = block.first_row + r, n = std::min(panel_rows, block.num_rows - r);
+      if (all_masked(block.first_id + first, n)) {
+        continue;
+      }
+      const int64_t next = std::min(panel_rows, block.num_rows - r - n);
+      if (params_.mean != nullptr) {
+        scan_codes(*block.shard, first, n, next, block.first_id);
+      } else {
+        scan_rows(*block.shard, first, n, next, block.first_id);
       }
     }
   }
@@ -204,26 +171,53 @@ class Worker {
     return std::none_of(mask, mask + n, [](bool kept) { return kept; });
   }
 
-  // The n rows of one panel, before next_n rows of the next, by the kernel that fits the batch.
-  void scan_rows(const char* rows, int64_t row_stride, int64_t n, int64_t next_n, int64_t size,
-                 int64_t first_id) {
+  const char* row(const TableShard& shard, int64_t number) const {
+    const int64_t size = params_.table_type == ScalarType::kFloat32 ? 4 : 2;
+    return static_cast<const char*>(shard.rows) + number * shard.row_stride * size;
+  }
+
+  // The n rows of one panel, before `next` rows of the next, by the kernel that fits the batch.
+  void scan_rows(const TableShard& shard, int64_t first, int64_t n, int64_t next, int64_t first_id) {
+    const char* rows = row(shard, first);
     int64_t num_hits;
-    if (queries_.batch <= kernels_.direct_max) {
-      num_hits = kernels_.scan_rows(rows, params_.table_type, row_stride, n, params_.dim, packed_, bound_,
-                                    hits_.data());
+    if (panel_.empty()) {
+      num_hits = kernels_.scan_rows(rows, params_.table_type, shard.row_stride, n, params_.dim, packed_,
+                                    bound_, hits_.data());
     } else {
       const double square =
-          kernels_.pack_panel(rows, params_.table_type, row_stride, n, params_.dim, panel_.data());
+          kernels_.pack_panel(rows, params_.table_type, shard.row_stride, n, params_.dim, panel_.data());
       const float norm = static_cast<float>(std::sqrt(square * bound_.norm_growth + bound_.norm_floor));
-      const NextRows next = {rows + n * row_stride * size,
-                             row_stride == params_.dim ? next_n * row_stride * size : 0};
-      num_hits = kernels_.scan_panel(panel_.data(), norm, params_.dim, packed_, bound_, next, hits_.data());
+      const char* behind = row(shard, first + n);
+      const NextRows ask = {behind,
+                            shard.row_stride == params_.dim ? row(shard, first + n + next) - behind : 0};
+      num_hits = kernels_.scan_panel(panel_.data(), norm, params_.dim, packed_, bound_, ask, hits_.data());
     }
+    for_each_hit(num_hits, n,
+                 [&](int64_t q, int64_t r) { admit(q, row(shard, first + r), first_id + first + r); });
+  }
+
+  // The same by codes; `first` is a multiple of kCodeRows.
+  void scan_codes(const TableShard& shard, int64_t first, int64_t n, int64_t next, int64_t first_id) {
+    const int64_t bytes = code_panel_bytes(params_.dim);
+    const uint8_t* codes = shard.codes + first / kCodeRows * bytes;
+    const CodeBounds& bounds = shard.bounds[first / kCodeRows];
+    const int64_t num_hits =
+        kernels_.scan_codes(codes, bounds, params_.dim, codes_, next > 0 ? bytes : 0, hits_.data());
+    for_each_hit(num_hits, n, [&](int64_t q, int64_t r) {
+      if (kernels_.refine(codes, bounds, params_.dim, codes_, q, r)) {
+        admit(q, row(shard, first + r), first_id + first + r);
+      }
+    });
+  }
+
+  // Beyond n a panel is padding.
+  template <class Visit>
+  void for_each_hit(int64_t num_hits, int64_t n, const Visit& visit) {
     for (int64_t h = 0; h < num_hits; ++h) {
       for (uint32_t bits = hits_[h].rows; bits != 0; bits &= bits - 1) {
         const int64_t r = __builtin_ctz(bits);
-        if (r < n) {  // beyond n a panel is padding
-          admit(hits_[h].query, rows + r * row_stride * size, first_id + r);
+        if (r < n) {
+          visit(hits_[h].query, r);
         }
       }
     }
@@ -234,8 +228,7 @@ class Worker {
       return;
     }
     ++rescored_;
-    const float* query = params_.queries + (queries_.first + q) * params_.dim;
-    const float score = kernels_.canonical_score(query, row, params_.table_type, params_.dim);
+    const float score = kernels_.canonical_score(queries_.query(q), row, params_.table_type, params_.dim);
     if (!(score >= kth_[q])) {  // NaN too
       return;
     }
@@ -278,9 +271,11 @@ class Worker {
   std::vector<int64_t> counts_;          // [batch of the block]
   std::vector<float> kth_, thresholds_;  // [batch of the block]
   std::vector<PanelHit> hits_;           // [batch of the block]
-  std::vector<float> panel_;             // [D, panel_rows]
+  std::vector<float> panel_;             // [D, panel_rows], where rows are packed
+  std::vector<int32_t> cutoffs_;         // [batch of the block], where codes are scanned
   ScanBound bound_;
   PackedQueries packed_;
+  QueryCodes codes_ = {};
   int64_t rescored_ = 0;
 };
 
@@ -333,9 +328,28 @@ int64_t search_block(const MipsTopkParams& params, const MipsTopkKernels& kernel
 
 }  // namespace
 
+const MipsTopkKernels& mips_topk_kernels(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::kAvx512Vnni:
+      return mips_topk_kernels_avx512_vnni();
+    case Isa::kAvx512:
+      return mips_topk_kernels_avx512();
+    case Isa::kAvx2:
+      return mips_topk_kernels_avx2();
+    case Isa::kPortable:
+      break;
+  }
+#endif
+  (void)isa;
+  return mips_topk_kernels_portable();
+}
+
+int64_t code_panel_bytes(int64_t dim) { return (dim + 7) / 8 * 8 * kCodeRows; }
+
 int64_t launch_mips_topk(const MipsTopkParams& params) {
-  const MipsTopkKernels& kernels = kernels_for(params.isa);
-  const RowBlocks blocks(params, kernels.panel_rows);
+  const MipsTopkKernels& kernels = mips_topk_kernels(params.isa);
+  const RowBlocks blocks(params);
   // A list is pruned to k whenever it is full: room for as many again makes that a constant cost a candidate.
   const int64_t capacity = params.k + std::clamp<int64_t>(params.k, 16, 1024);
   const int64_t list_bytes = capacity * static_cast<int64_t>(sizeof(Candidate)) * params.num_threads;
@@ -344,10 +358,26 @@ int64_t launch_mips_topk(const MipsTopkParams& params) {
   const IeeeFloatMode ieee;
   int64_t rescored = 0;
   for (int64_t first = 0; first < params.batch; first += block_size) {
-    const QueryBlock queries(params, first, std::min(block_size, params.batch - first), kernels.query_group);
+    const QueryBlock queries(params, kernels, first, std::min(block_size, params.batch - first));
     rescored += search_block(params, kernels, blocks, queries, capacity);
   }
   return rescored;
+}
+
+void launch_encode(const EncodeParams& params) {
+  const MipsTopkKernels& kernels = mips_topk_kernels(params.isa);
+  const int64_t panels = (params.num_rows + kCodeRows - 1) / kCodeRows;
+  const int64_t row_bytes = params.row_stride * (params.table_type == ScalarType::kFloat32 ? 4 : 2);
+  parallel_for(panels, params.num_threads, [&](int64_t begin, int64_t end, int) {
+    const IeeeFloatMode ieee;
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = p * kCodeRows;
+      params.bounds[p] =
+          kernels.encode_panel(static_cast<const char*>(params.rows) + first * row_bytes, params.table_type,
+                               params.row_stride, std::min<int64_t>(kCodeRows, params.num_rows - first),
+                               params.dim, params.mean, params.codes + p * code_panel_bytes(params.dim));
+    }
+  });
 }
 
 }  // namespace realm_kernels

@@ -4,6 +4,7 @@ namespace {
 // Twelve accumulators, two row vectors and a broadcast fill fifteen of sixteen registers.
 constexpr int kWidth = 8;
 constexpr int kQueryGroup = 6;
+constexpr int kCodeGroup = 4;
 }  // namespace
 
 #include "cpu/mips_topk_body.inl"

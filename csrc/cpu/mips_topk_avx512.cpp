@@ -4,6 +4,7 @@ namespace {
 // Twenty-four accumulators, two row vectors and a broadcast fill twenty-seven of thirty-two registers.
 constexpr int kWidth = 16;
 constexpr int kQueryGroup = 12;
+constexpr int kCodeGroup = 8;
 }  // namespace
 
 #include "cpu/mips_topk_body.inl"

@@ -1,4 +1,4 @@
-// The four loops of mips_topk that are compiled once per instruction set, and the tables that name them.
+// The loops of mips_topk that are compiled once per instruction set, and the tables that name them.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,22 @@
 
 namespace realm_kernels {
 
-// Queries are kept twice: as given, and packed in groups for the register-blocked kernel.
+// A batch of queries in groups of one register block each: the first `larger` groups hold size + 1 queries,
+// the others `size`.
+struct QueryGroups {
+  int64_t count;
+  int64_t size;
+  int64_t larger;
+};
+
+// Queries are kept twice: packed in groups for the register-blocked kernel, and row by row. A batch is
+// scanned by one of the two kernels, so only what that one reads is there.
 struct PackedQueries {
-  const float* packed;      // groups of `query_group` queries (the last may be smaller), each [D][group]
-  const float* padded;      // [B][padded_dim], zero-padded, for the row-wise kernel
-  int64_t padded_dim;       // D rounded up to a multiple of 8
+  const float* packed;  // each group [D][its size]
+  QueryGroups groups;
+  const float*
+      padded;          // [B rounded up to a multiple of 4][padded_dim], zero-padded, in the order of load16()
+  int64_t padded_dim;  // D rounded up to a multiple of 16
   const float* norms_x4;    // [B], 4 ||q||, rounded up
   const float* thresholds;  // [B], below the k-th score found so far by more than rounding can hide
   int64_t batch;
@@ -38,10 +49,28 @@ struct PanelHit {
   uint32_t rows;
 };
 
+// Queries as the scan of int8 codes reads them: q = t d + f with integers |d| <= query_code_max.
+struct QueryCodes {
+  const int32_t* packed;  // each group [D / 4 rounded up to even][its size], four codes to a number
+  QueryGroups groups;
+  const float* padded;          // [B][padded_dim], the queries themselves, zero-padded
+  int64_t padded_dim;           // D rounded up to a multiple of 8
+  const int32_t* code_sums;     // [B], 128 times the sum of d
+  const float* inverse_scales;  // [B], 1 / t
+  const float* offsets;         // [B], q . mean
+  const float* norms;           // [B], at least ||q||; infinite where a product could overflow
+  const float* residual_norms;  // [B], at least ||f||
+  const float* thresholds;      // [B]
+  int32_t* cutoffs;             // [B], scratch of the scan
+  int64_t batch;
+};
+
 struct MipsTopkKernels {
-  int panel_rows;   // rows of one packed panel, at most 32
-  int query_group;  // queries of one register block
-  int direct_max;  // up to this many queries rows are read as they lie: packing would cost more than it saves
+  int panel_rows;      // rows of one packed panel, at most 32
+  int query_group;     // queries of one register block
+  int direct_max;      // up to this many queries rows are read as they lie
+  int code_group;      // queries of one register block of the scan of codes
+  int query_code_max;  // so that no sum of products saturates
 
   // Packs n <= panel_rows rows into panel[D][panel_rows], zeros beyond n. Returns the largest squared norm,
   // or NaN.
@@ -56,12 +85,27 @@ struct MipsTopkKernels {
   // The canonical score of a query [D] and a row [D]: the contract of the library (docs/design.md, section
   // 4).
   float (*canonical_score)(const float* query, const void* row, ScalarType type, int64_t dim);
+
+  // Codes of n <= kCodeRows rows: one panel, and what bounds its error.
+  CodeBounds (*encode_panel)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
+                             const float* mean, uint8_t* codes);
+  // The hits of one panel of codes. `next` bytes behind it are fetched meanwhile.
+  int64_t (*scan_codes)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim,
+                        const QueryCodes& queries, int64_t next, PanelHit* hits);
+  // Whether a hit still may matter by the query as it is: the half of the error that its own codes make is
+  // gone.
+  bool (*refine)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
+                 int64_t query, int64_t row);
 };
 
 const MipsTopkKernels& mips_topk_kernels_portable();
 #if defined(__x86_64__)
 const MipsTopkKernels& mips_topk_kernels_avx2();
 const MipsTopkKernels& mips_topk_kernels_avx512();
+const MipsTopkKernels& mips_topk_kernels_avx512_vnni();
 #endif
+
+// Those of an instruction set.
+const MipsTopkKernels& mips_topk_kernels(Isa isa);
 
 }  // namespace realm_kernels

@@ -14,7 +14,7 @@ constexpr int64_t kGrain = 1 << 13;
 
 const SpanEvidenceKernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) {
+  if (isa >= Isa::kAvx512) {
     return span_evidence_kernels_avx512();
   }
   if (isa == Isa::kAvx2) {

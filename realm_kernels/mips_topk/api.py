@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends import explained_by
 from . import distributed, plan
-from .checks import check, is_across_ranks
+from .checks import check, codes_of, is_across_ranks
 
 if TYPE_CHECKING:
     from ..table import DistributedTable, ShardedTable
@@ -64,5 +64,8 @@ def mips_topk(
         return TopK(*distributed.search(queries, table, k, exclude, row_mask))
     shards = check(queries, table, k, exclude, row_mask)
     return_rows = torch.is_grad_enabled() and queries.requires_grad
-    scores, indices, _ = torch.ops.realm_kernels.mips_topk(queries, shards, k, exclude, row_mask, return_rows)
+    codes = codes_of(table)
+    scores, indices, _ = torch.ops.realm_kernels.mips_topk(
+        queries, shards, k, exclude, row_mask, return_rows, [] if codes is None else codes.tensors()
+    )
     return TopK(scores, indices)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..table.distributed import DistributedTable
+from ..table.quantized import Int8Codes, refresh
 from ..validation import FLOAT_DTYPES, check_tensor, describe
 
 # A torch built without distributed has no DTensor, and then none can come.
@@ -35,6 +37,18 @@ def shards_of(table: object) -> list[Tensor]:
             f"{OP}: table must be a Tensor [N, D], ShardedTable or DistributedTable, got {describe(table)}"
         )
     return list(shards)
+
+
+def codes_of(table: Any) -> Int8Codes | None:
+    """The codes of a quantised ShardedTable, of its rows as they are.
+
+    In a graph that is being compiled they are taken as they are: there, codes that rows have left behind are
+    not read, and the rows are scanned themselves.
+    """
+    codes = None if isinstance(table, Tensor) else getattr(table, "codes", None)
+    if codes is not None and not torch.compiler.is_compiling():
+        refresh(table.shards, codes.tensors())
+    return codes
 
 
 def check(

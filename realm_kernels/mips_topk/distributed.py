@@ -185,7 +185,7 @@ def _search_here(
             inside = (excluded >= first) & (excluded < first + rows_here)
             excluded = torch.where(inside, excluded - first, -1)
         shards = [shard.detach() for shard in call.rows.shards]
-        found, ids, _ = torch.ops.realm_kernels.mips_topk(queries, shards, k, excluded, row_mask, False)
+        found, ids, _ = torch.ops.realm_kernels.mips_topk(queries, shards, k, excluded, row_mask, False, [])
         scores[:, :k] = found
         indices[:, :k] = torch.where(ids >= 0, ids + first, -1)
     return scores, indices

@@ -13,9 +13,11 @@ from . import checks, cpu, reference, triton
 BACKENDS = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
 
 # return_rows: the caller will ask for d_queries, so the gathered rows [B, k, D] come along as a third result.
+# codes: empty, or Int8Codes.tensors() of the shards; a backend may scan the rows all the same.
 torch.library.define(
     "realm_kernels::mips_topk",
-    "(Tensor queries, Tensor[] shards, int k, Tensor? exclude, Tensor? row_mask, bool return_rows)"
+    "(Tensor queries, Tensor[] shards, int k, Tensor? exclude, Tensor? row_mask, bool return_rows,"
+    " Tensor[] codes)"
     " -> (Tensor scores, Tensor indices, Tensor rows)",
 )
 torch.library.define(
@@ -39,10 +41,11 @@ def mips_topk_fwd(
     exclude: Tensor | None,
     row_mask: Tensor | None,
     return_rows: bool,
+    codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_values(sum(shard.shape[0] for shard in shards), exclude)
     backend = backend_for(queries, shards, k, exclude, row_mask)
-    scores, indices = backend.forward(queries, shards, k, exclude, row_mask)
+    scores, indices = backend.forward(queries, shards, k, exclude, row_mask, codes)
     if return_rows:
         rows = reference.gather_rows(shards, indices)  # [B, k, D]
     else:
@@ -58,6 +61,7 @@ def _(
     exclude: Tensor | None,
     row_mask: Tensor | None,
     return_rows: bool,
+    codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, dim = queries.shape
     scores = queries.new_empty(batch, k, dtype=torch.float32)
@@ -114,12 +118,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    queries, shards, _, _, _, _ = inputs
+    queries, shards, *_, codes = inputs
     _, indices, rows = output
     ctx.mark_non_differentiable(indices, rows)
     ctx.save_for_backward(queries, indices, rows)
     ctx.shard_rows = [shard.shape[0] for shard in shards]
     ctx.table_dtype = shards[0].dtype
+    ctx.num_codes = len(codes)
 
 
 def _backward(ctx: Any, d_scores: Tensor, _d_indices: Tensor, _d_rows: Tensor) -> tuple[Any, ...]:
@@ -130,7 +135,7 @@ def _backward(ctx: Any, d_scores: Tensor, _d_indices: Tensor, _d_rows: Tensor) -
         d_scores, queries, indices, rows, sum(ctx.shard_rows), ctx.table_dtype, needs_queries, needs_table
     )
     d_shards = [d_table if needs_table else None] + [None] * (len(ctx.shard_rows) - 1)
-    return d_queries if needs_queries else None, d_shards, None, None, None, None
+    return d_queries if needs_queries else None, d_shards, None, None, None, None, [None] * ctx.num_codes
 
 
 torch.library.register_autograd("realm_kernels::mips_topk", _backward, setup_context=_setup_context)

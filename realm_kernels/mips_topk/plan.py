@@ -7,7 +7,7 @@ from torch import Tensor
 from ..backends import Explanation
 from ..ranks import HEADER_BYTES
 from . import op
-from .checks import OP, check, check_call, is_across_ranks
+from .checks import OP, check, check_call, codes_of, is_across_ranks
 from .distributed import MASK_LEGEND, rows_of
 
 
@@ -51,11 +51,15 @@ def explain(
     backend = op.backend_for(queries, shards, k, exclude, row_mask)
     batch, dim = queries.shape
     num_rows = sum(shard.shape[0] for shard in shards)
-    bytes_moved, flops = cost(batch, num_rows, dim, k, shards[0].element_size(), queries.element_size())
+    codes = codes_of(table) if backend.name == "cpu" else None
+    row_bytes = shards[0].element_size() if codes is None else 1
+    bytes_moved, flops = cost(batch, num_rows, dim, k, row_bytes, queries.element_size())
+    certified = "" if codes is None else "; scans their int8 codes, rescores what these cannot exclude"
     return Explanation(
         op=OP,
         backend=backend.name,
-        plan=f"B={batch} N={num_rows} D={dim} k={k} over {len(shards)} shard(s), rows {shards[0].dtype}",
+        plan=f"B={batch} N={num_rows} D={dim} k={k} over {len(shards)} shard(s), rows {shards[0].dtype}"
+        f"{certified}",
         bytes=bytes_moved,
         flops=flops,
         limit="the larger of bytes / read bandwidth and flops / multiply-add rate of the scan precision",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,12 @@ def gather_rows(shards: list[Tensor], indices: Tensor) -> Tensor:
 
 
 def forward(
-    queries: Tensor, shards: list[Tensor], k: int, exclude: Tensor | None, row_mask: Tensor | None
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    codes: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     chunks = [chunk for shard in shards for chunk in shard.split(ROWS_PER_CHUNK)]
     scores = torch.cat([canonical_scores(queries[:, None], chunk[None]) for chunk in chunks], dim=1)  # [B, N]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,12 @@ from .. import backends, native
 
 
 def refuses(
-    queries: Tensor, shards: list[Tensor], k: int, exclude: Tensor | None, row_mask: Tensor | None
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    codes: Sequence[Tensor] = (),
 ) -> str | None:
     missing = native.triton_missing()
     if missing:
@@ -27,7 +34,12 @@ def refuses(
 
 
 def forward(
-    queries: Tensor, shards: list[Tensor], k: int, exclude: Tensor | None, row_mask: Tensor | None
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    codes: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     from .triton_search import search  # imports triton
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor, describe, dtype_name
-from . import manifest, shard_file
+from . import manifest, quantized, shard_file
 from .writer import SHARD_ROWS, TableWriter
 
 OP = "ShardedTable"
@@ -24,6 +24,7 @@ class ShardedTable:
 
     num_rows: N. dim: D. dtype: of every shard. device: of every shard.
     shards: tuple of tensors [n, D]; empty ones are allowed. A refresh writes into these same tensors.
+    codes: what quantize() added, or None.
     version: number of the commit these rows came from; 0 for rows that never came from a directory. A
         TableRefresher raises it with every swap.
 
@@ -32,9 +33,12 @@ class ShardedTable:
     >>> top = rk.mips_topk(torch.randn(4, 128), table, 8)
     """
 
-    def __init__(self, shards: Sequence[Tensor], version: int) -> None:
+    def __init__(
+        self, shards: Sequence[Tensor], version: int, codes: quantized.Int8Codes | None = None
+    ) -> None:
         self.shards = tuple(shards)
         self.version = version
+        self.codes = codes
         self.num_rows = sum(shard.shape[0] for shard in self.shards)
 
     @staticmethod
@@ -129,8 +133,31 @@ class ShardedTable:
         return self.shards[0].device
 
     def to(self, device: str | torch.device) -> ShardedTable:
-        """The table with its shards on `device`; shards that are there already are shared, not copied."""
-        return ShardedTable([shard.to(device) for shard in self.shards], self.version)
+        """The table with its shards on `device`; shards that are there already are shared, not copied.
+
+        Codes stay with a table that stays where it is; elsewhere rows are scanned themselves.
+        """
+        shards = [shard.to(device) for shard in self.shards]
+        return ShardedTable(shards, self.version, self.codes if shards[0].device == self.device else None)
+
+    def quantize(self, scheme: str = "int8") -> ShardedTable:
+        """The same rows, shared and not copied, with int8 codes that a search on the CPU scans instead.
+
+        Results are those of the rows themselves, bit for bit: the scan admits what the bound of its error
+        cannot exclude, and what it admits is scored from the rows, in memory or mapped from disk. A bound
+        that excludes little costs time only. The codes take one byte an element, a quarter of float32 rows.
+        When rows are written to, by a TableRefresher or in place, the next search encodes them anew; in a
+        compiled graph, which cannot, it scans the rows instead.
+
+        Raises ValueError for another scheme, for a table that is not on the CPU, has D above 16384 or was
+        made in inference mode, and where the C++ module is missing.
+        """
+        if scheme != "int8":
+            raise ValueError(f'{OP}.quantize: scheme must be "int8", got {describe(scheme)}')
+        reason = quantized.refuses(self.shards)
+        if reason is not None:
+            raise ValueError(f"{OP}.quantize: {reason}")
+        return ShardedTable(self.shards, self.version, quantized.Int8Codes.of(self.shards))
 
     def rows(self, indices: Tensor) -> Tensor:
         """The rows with these ids: zeros for -1. [...] int64 -> [..., D].
@@ -159,7 +186,8 @@ class ShardedTable:
     def __repr__(self) -> str:
         return (
             f"ShardedTable(num_rows={self.num_rows}, dim={self.dim}, dtype={dtype_name(self.dtype)}, "
-            f"shards={len(self.shards)}, device={self.device}, version={self.version})"
+            f"shards={len(self.shards)}, device={self.device}, version={self.version}"
+            f"{'' if self.codes is None else ', codes=int8'})"
         )
 
 
