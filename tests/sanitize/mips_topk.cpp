@@ -10,6 +10,10 @@
 namespace sanitize {
 namespace {
 
+using realm_kernels::code_panel_bytes;
+using realm_kernels::CodeBounds;
+using realm_kernels::EncodeParams;
+using realm_kernels::kCodeRows;
 using realm_kernels::MipsTopkParams;
 using realm_kernels::ScalarType;
 using realm_kernels::TableShard;
@@ -148,15 +152,20 @@ struct How {
   Isa isa;
 };
 
-Result search(const Problem& problem, const Layout& layout, How how) {
+ScalarType scalar_type(FloatType type) {
+  return type == FloatType::kBFloat16  ? ScalarType::kBFloat16
+         : type == FloatType::kFloat16 ? ScalarType::kFloat16
+                                       : ScalarType::kFloat32;
+}
+
+Result search(const Problem& problem, const std::vector<TableShard>& shards, const float* mean, How how) {
   Result result(problem.shape);
   MipsTopkParams params{};
   params.queries = static_cast<const float*>(problem.queries.data());
-  params.shards = layout.shards.data();
-  params.num_shards = static_cast<int64_t>(layout.shards.size());
-  params.table_type = problem.table.type() == FloatType::kBFloat16  ? ScalarType::kBFloat16
-                      : problem.table.type() == FloatType::kFloat16 ? ScalarType::kFloat16
-                                                                    : ScalarType::kFloat32;
+  params.shards = shards.data();
+  params.num_shards = static_cast<int64_t>(shards.size());
+  params.mean = mean;
+  params.table_type = scalar_type(problem.table.type());
   params.batch = problem.shape.batch;
   params.dim = problem.shape.dim;
   params.k = problem.shape.k;
@@ -171,12 +180,43 @@ Result search(const Problem& problem, const Layout& layout, How how) {
   return result;
 }
 
+Result search_rows(const Problem& problem, const Layout& layout, How how) {
+  return search(problem, layout.shards, nullptr, how);
+}
+
+// Encodes the shards, then searches by their codes. Any vector serves as the mean.
+Result search_codes(const Problem& problem, const Layout& layout, How how) {
+  const int64_t dim = problem.shape.dim;
+  const std::vector<float> mean(dim, 0.25f);
+  std::vector<TableShard> shards = layout.shards;
+  std::vector<std::unique_ptr<uint8_t[]>> codes;
+  std::vector<std::unique_ptr<CodeBounds[]>> bounds;
+  for (TableShard& shard : shards) {
+    const int64_t panels = (shard.num_rows + kCodeRows - 1) / kCodeRows;
+    EncodeParams params{};
+    params.rows = shard.rows;
+    params.num_rows = shard.num_rows;
+    params.row_stride = shard.row_stride;
+    params.mean = mean.data();
+    params.table_type = scalar_type(problem.table.type());
+    params.dim = dim;
+    params.codes = codes.emplace_back(new uint8_t[panels * code_panel_bytes(dim)]).get();
+    params.bounds = bounds.emplace_back(new CodeBounds[panels]).get();
+    params.num_threads = how.num_threads;
+    params.isa = how.isa;
+    launch_encode(params);
+    shard.codes = params.codes;
+    shard.bounds = params.bounds;
+  }
+  return search(problem, shards, mean.data(), how);
+}
+
 // Every road to a top-k: each must give the same ids and bits. A new launcher gets a line here.
 struct Launcher {
   const char* name;
   Result (*search)(const Problem&, const Layout&, How);
 };
-constexpr Launcher kLaunchers[] = {{"mips_topk", &search}};
+constexpr Launcher kLaunchers[] = {{"mips_topk rows", &search_rows}, {"mips_topk codes", &search_codes}};
 
 std::string describe(const Launcher& launcher, const Problem& problem, const std::string& isa) {
   const auto [batch, rows, dim, k] = problem.shape;
