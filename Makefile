@@ -1,15 +1,16 @@
 # make run     pre-train, evaluate and plot a small REALM     make test    every test
 # make bench   the benchmarks, beside their peers             make lint    every linter
 # make build   rebuild the compiled modules in place          make dist    sdist and wheel, installed and imported
-# make clean   remove everything made here
+# make clean   remove everything made here                   make sanitize   the CPU kernels, sanitizers on
 PYTHON ?= python3
 OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' \
+	'tests/sanitize/*' 2>/dev/null)
 
-.PHONY: run test bench lint build dist clean
+.PHONY: run test bench lint build dist sanitize clean
 
 run: $(READY)
 	$(BIN)/realm-model pretrain --out $(OUT)
@@ -36,6 +37,14 @@ $(READY): requirements-dev.txt pyproject.toml setup.py CMakeLists.txt
 
 build: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+
+# Bounds and undefined behaviour in one build, races in another: the two do not mix.
+sanitize: $(READY)
+	for kinds in address,undefined thread; do \
+	  folder=build/sanitize-$${kinds%%,*}; export PATH="$(CURDIR)/$(BIN):$$PATH" TSAN_OPTIONS=halt_on_error=1; \
+	  cmake -S . -B $$folder -G Ninja -DREALM_KERNELS_SANITIZE=$$kinds -DREALM_KERNELS_WERROR=ON >/dev/null \
+	  && cmake --build $$folder && $$folder/sanitize || exit 1; \
+	done
 
 dist: $(READY)
 	rm -rf dist

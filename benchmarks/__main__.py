@@ -16,7 +16,7 @@ OPS = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"
 
 def main(
     op: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(OPS)}; may be given again")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the JSON and the Markdown table")] = Path(
+    out: Annotated[Path, typer.Option(help="folder for the JSON, the Markdown tables and the plot")] = Path(
         "bench-results"
     ),
     select: Annotated[
@@ -49,7 +49,7 @@ def main(
     status = pytest.main(arguments + ["--quick"] * quick)
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"benchmarks failed ({status!r}): no speed is reported for an op that is wrong")
-    print(f"written: {json_path} and {write_report(json_path)}")
+    print("written: " + ", ".join(str(path) for path in [json_path, *write_report(json_path)]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import roofline
+from . import peers, roofline
 
 
 def pytest_addoption(parser):
@@ -17,12 +17,15 @@ def quick(request):
 
 @pytest.fixture
 def measure(benchmark, quick):
-    """measure(name, function, bytes=, flops=, dtype=): time it as one implementation of its group."""
+    """measure(name, function, bytes_moved=, flops=): time it as one implementation of its group.
 
-    def run(name, function, *, bytes_moved, flops, dtype=torch.float32):
-        benchmark.extra_info.update(
-            implementation=name, limit_seconds=roofline.limit_seconds(bytes_moved, flops, dtype)
-        )
+    The limit is that of a library's matrix product in `dtype`, unless the caller knows a nearer one.
+    """
+
+    def run(name, function, *, bytes_moved=0, flops=0, dtype=torch.float32, limit_seconds=None):
+        if limit_seconds is None:
+            limit_seconds = roofline.limit_seconds(bytes_moved, flops, dtype)
+        benchmark.extra_info.update(implementation=name, limit_seconds=limit_seconds)
         return benchmark.pedantic(function, rounds=2 if quick else 5, warmup_rounds=1)
 
     return run
@@ -32,4 +35,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["read_gigabytes_per_second"] = roofline.measure_bandwidth() / 1e9
     machine_info["float32_matrix_gigaflops"] = roofline.measure_matrix_rate(torch.float32) / 1e9
     machine_info["bfloat16_matrix_gigaflops"] = roofline.measure_matrix_rate(torch.bfloat16) / 1e9
+    for kind in ("float32", "bfloat16", "int8"):
+        machine_info[f"{kind}_multiply_add_gigaops"] = roofline.measure_multiply_adds(kind) / 1e9
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["missing_peers"] = peers.missing()

@@ -1,10 +1,15 @@
 // The one place that knows a threading runtime: OpenMP, whose shared runtime torch has loaded already.
+// REALM_KERNELS_STD_THREADS puts std::thread in its place for ThreadSanitizer, which cannot see what the
+// synchronisation inside libgomp orders (tests/sanitize).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#ifdef _OPENMP
+#if defined(REALM_KERNELS_STD_THREADS)
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -21,12 +26,23 @@ void parallel_for(int64_t count, int num_threads, const Body& body) {
     part(0);
     return;
   }
+#if defined(REALM_KERNELS_STD_THREADS)
+  std::vector<std::thread> threads;
+  for (int thread = 1; thread < parts; ++thread) {
+    threads.emplace_back(part, thread);
+  }
+  part(0);
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+#else
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
 #endif
   for (int thread = 0; thread < parts; ++thread) {
     part(thread);
   }
+#endif
 }
 
 }  // namespace realm_kernels
