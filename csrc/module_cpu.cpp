@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/fma_ceiling.h"
 #include "cpu/isa.h"
 #include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
@@ -180,6 +181,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("instruction_sets", &instruction_sets);
   m.def("compiler", &compiler);
   m.def("threading", &threading);
+  m.def("fma_ceiling", &fma_ceiling, py::call_guard<py::gil_scoped_release>());
   // The GIL is released: two Python threads may search at once.
   m.def("mips_topk", &mips_topk, py::call_guard<py::gil_scoped_release>());
   m.def("encode_rows", &encode_rows, py::call_guard<py::gil_scoped_release>());
