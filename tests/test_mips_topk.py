@@ -56,6 +56,7 @@ def integers(*shape, low=-2, high=3):
             (7, 64, 9, 64),
             (8, 33, 16, 5),
             (13, 100, 31, 1),
+            (30, 70, 33, 6),
         ]
     ],
 )
@@ -160,11 +161,13 @@ def test_minus_infinity_is_a_score_and_comes_before_the_padding(search):
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e15, 1e19, 3e38], ids=lambda s: f"scale{s:g}")
-def test_tiny_and_huge_values(search, scale):
+@pytest.mark.parametrize("B", [4, 30])
+def test_tiny_and_huge_values(search, scale, B):
     """Subnormal products, scores beyond float16, sums that overflow float32 on the way to a finite score."""
-    queries, table = torch.randn(4, 11), (torch.randn(120, 11).clamp(-1, 1) * scale)
+    queries, table = torch.randn(B, 11), (torch.randn(120, 11).clamp(-1, 1) * scale)
     queries[1] *= scale
-    assert_same_topk(search(queries, table, 9), oracle_mips_topk(queries, table, 9))
+    for rows in (table, table.bfloat16()):
+        assert_same_topk(search(queries, rows, 9), oracle_mips_topk(queries, rows, 9))
 
 
 def test_flushing_subnormals_changes_nothing(search):

@@ -16,6 +16,9 @@ std::vector<std::string> instruction_sets() {
       names.push_back("avx512");
       if (__builtin_cpu_supports("avx512vnni")) {
         names.push_back("avx512_vnni");
+        if (__builtin_cpu_supports("avx512bf16")) {
+          names.push_back("avx512_bf16");
+        }
       }
     }
   }
@@ -29,7 +32,8 @@ Isa choose_isa(const std::string& name) {
   if (std::find(names.begin(), names.end(), chosen) == names.end()) {
     throw std::invalid_argument("instruction set " + chosen + " does not run on this processor");
   }
-  return chosen == "avx512_vnni" ? Isa::kAvx512Vnni
+  return chosen == "avx512_bf16" ? Isa::kAvx512Bf16
+         : chosen == "avx512_vnni" ? Isa::kAvx512Vnni
          : chosen == "avx512"    ? Isa::kAvx512
          : chosen == "avx2"      ? Isa::kAvx2
                                  : Isa::kPortable;

@@ -7,9 +7,10 @@
 namespace realm_kernels {
 
 // In order: each runs what those before it run.
-enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni };
+enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 
-// Those compiled in that this processor runs, slowest first: "portable", "avx2", "avx512", "avx512_vnni".
+// Those compiled in that this processor runs, slowest first: "portable", "avx2", "avx512", "avx512_vnni",
+// "avx512_bf16".
 std::vector<std::string> instruction_sets();
 
 // The one named, or the fastest where the name is empty. Throws std::invalid_argument for one that does not

@@ -31,6 +31,8 @@ constexpr int64_t kWorkspaceBytes = int64_t{48} << 20;
 // Rows drawn at a time: long enough for the hardware's prefetcher, short enough to share out evenly.
 constexpr int64_t kMaxRowBlock = 1024;  // a multiple of every panel
 constexpr int64_t kRowBlocksPerThread = 16;
+// Of a row that is to be rescored: the rest comes by itself, line after line.
+constexpr int64_t kPrefetchBytes = 1024;
 
 struct Candidate {
   float score;
@@ -46,25 +48,24 @@ float round_up(double value) {
   return rounded < value ? std::nextafter(rounded, kInfinity) : rounded;
 }
 
-// A float32 sum of D products in any order is off by at most gamma times the sum of their magnitudes, gamma =
-// n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1); n leaves room for the last few
-// additions.
-double accumulation_gamma(int64_t dim) {
-  const double nu = std::ldexp(static_cast<double>(dim + 8), -24);
-  return nu < 1.0 ? nu / (1.0 - nu) * (1.0 + 0x1p-10) : std::numeric_limits<double>::infinity();
-}
-
 // A score of the scan, once its error is added, that lies below this cannot round to `kth` or more.
-float threshold_below(float kth, int64_t dim) {
+// `vanishing` is what products and sums too small for a float32 may add up to.
+float threshold_below(float kth, double vanishing) {
   if (kth == -kInfinity) {
     return -kInfinity;
   }
   const double highest = std::min<double>(kth, std::numeric_limits<float>::max());
-  // Half an ulp of kth, and the rounding of the cutoff itself; the last term covers sums of subnormal
-  // products.
-  const double below = highest - std::abs(highest) * 0x1p-22 - std::ldexp(static_cast<double>(dim + 8), -148);
+  // Half an ulp of kth, and the rounding of the cutoff itself.
+  const double below = highest - std::abs(highest) * 0x1p-22 - vanishing;
   return -round_up(-below);
 }
+
+// A row that a scan of codes could not exclude.
+struct Waiting {
+  int64_t query;
+  const char* row;
+  int64_t id;
+};
 
 struct RowBlock {
   const TableShard* shard;
@@ -130,6 +131,8 @@ class Worker {
     bound_ = {round_up(gamma / 4), round_up(1.0 + gamma + 0x1p-18),
               round_up(std::ldexp(static_cast<double>(params.dim), -148))};
     packed_ = queries.packed(thresholds_.data());
+    // Instructions for bfloat16 flush what is subnormal.
+    vanishing_ = std::ldexp(static_cast<double>(params.dim + 8), packed_.pairs ? -124 : -148);
     if (params.mean != nullptr) {
       cutoffs_.resize(queries.batch);
       codes_ = queries.codes(thresholds_.data(), cutoffs_.data());
@@ -147,16 +150,18 @@ class Worker {
     const int64_t panel_rows = params_.mean != nullptr ? kCodeRows : kernels_.panel_rows;
     for (int64_t r = 0; r < block.num_rows; r += panel_rows) {
       const int64_t first = block.first_row + r, n = std::min(panel_rows, block.num_rows - r);
-      if (all_masked(block.first_id + first, n)) {
+      const uint32_t keep = unmasked(block.first_id + first, n);
+      if (keep == 0) {
         continue;
       }
       const int64_t next = std::min(panel_rows, block.num_rows - r - n);
       if (params_.mean != nullptr) {
-        scan_codes(*block.shard, first, n, next, block.first_id);
+        scan_codes(*block.shard, first, keep, next, block.first_id);
       } else {
-        scan_rows(*block.shard, first, n, next, block.first_id);
+        scan_rows(*block.shard, first, n, keep, next, block.first_id);
       }
     }
+    admit_waiting();
   }
 
   const Candidate* candidates(int64_t query) const { return candidates_.data() + query * capacity_; }
@@ -164,68 +169,85 @@ class Worker {
   int64_t rescored() const { return rescored_; }
 
  private:
-  bool all_masked(int64_t first_id, int64_t n) const {
+  // Which of n rows may be returned, a bit each.
+  uint32_t unmasked(int64_t first_id, int64_t n) const {
     if (params_.row_mask == nullptr) {
-      return false;
+      return ~uint32_t{0} >> (32 - n);
     }
-    const bool* mask = params_.row_mask + first_id;
-    return std::none_of(mask, mask + n, [](bool kept) { return kept; });
+    uint32_t bits = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      bits |= static_cast<uint32_t>(params_.row_mask[first_id + r]) << r;
+    }
+    return bits;
   }
 
+  int64_t element_size() const { return params_.table_type == ScalarType::kFloat32 ? 4 : 2; }
+
   const char* row(const TableShard& shard, int64_t number) const {
-    const int64_t size = params_.table_type == ScalarType::kFloat32 ? 4 : 2;
-    return static_cast<const char*>(shard.rows) + number * shard.row_stride * size;
+    return static_cast<const char*>(shard.rows) + number * shard.row_stride * element_size();
   }
 
   // The n rows of one panel, before `next` rows of the next, by the kernel that fits the batch.
-  void scan_rows(const TableShard& shard, int64_t first, int64_t n, int64_t next, int64_t first_id) {
+  void scan_rows(const TableShard& shard, int64_t first, int64_t n, uint32_t keep, int64_t next,
+                 int64_t first_id) {
     const char* rows = row(shard, first);
     int64_t num_hits;
     if (panel_.empty()) {
-      num_hits = kernels_.scan_rows(rows, params_.table_type, shard.row_stride, n, params_.dim, packed_,
+      num_hits = kernels_.scan_rows(rows, params_.table_type, shard.row_stride, n, keep, params_.dim, packed_,
                                     bound_, hits_.data());
     } else {
-      const float square =
+      const PanelRows packed =
           kernels_.pack_panel(rows, params_.table_type, shard.row_stride, n, params_.dim, panel_.data());
-      const float norm = std::sqrt(square * bound_.norm_growth + bound_.norm_floor);
+      const float norm = std::sqrt(packed.square * bound_.norm_growth + bound_.norm_floor);
       const char* behind = row(shard, first + n);
       const NextRows ask = {behind,
                             shard.row_stride == params_.dim ? row(shard, first + n + next) - behind : 0};
-      num_hits = kernels_.scan_panel(panel_.data(), norm, params_.dim, packed_, bound_, ask, hits_.data());
+      num_hits =
+          kernels_.scan_panel(panel_.data(), norm, keep & ~packed.nan, packed_, bound_, ask, hits_.data());
     }
-    for_each_hit(num_hits, n,
+    for_each_hit(num_hits,
                  [&](int64_t q, int64_t r) { admit(q, row(shard, first + r), first_id + first + r); });
   }
 
-  // The same by codes; `first` is a multiple of kCodeRows.
-  void scan_codes(const TableShard& shard, int64_t first, int64_t n, int64_t next, int64_t first_id) {
+  // The same by codes; `first` is a multiple of kCodeRows. What must be rescored is asked for and waits until
+  // the next panel is scanned: its row is far away.
+  void scan_codes(const TableShard& shard, int64_t first, uint32_t keep, int64_t next, int64_t first_id) {
     const int64_t bytes = code_panel_bytes(params_.dim);
     const uint8_t* codes = shard.codes + first / kCodeRows * bytes;
     const CodeBounds& bounds = shard.bounds[first / kCodeRows];
     const int64_t num_hits =
-        kernels_.scan_codes(codes, bounds, params_.dim, codes_, next > 0 ? bytes : 0, hits_.data());
-    for_each_hit(num_hits, n, [&](int64_t q, int64_t r) {
+        kernels_.scan_codes(codes, bounds, keep, params_.dim, codes_, next > 0 ? bytes : 0, hits_.data());
+    admit_waiting();
+    for_each_hit(num_hits, [&](int64_t q, int64_t r) {
       if (kernels_.refine(codes, bounds, params_.dim, codes_, q, r)) {
-        admit(q, row(shard, first + r), first_id + first + r);
+        const char* begin = row(shard, first + r);
+        const char* end = begin + std::min<int64_t>(params_.dim * element_size(), kPrefetchBytes);
+        for (const char* line = begin; line < end; line += 64) {
+          __builtin_prefetch(line);
+        }
+        waiting_.push_back({q, begin, first_id + first + r});
       }
     });
   }
 
-  // Beyond n a panel is padding.
+  void admit_waiting() {
+    for (const Waiting& w : waiting_) {
+      admit(w.query, w.row, w.id);
+    }
+    waiting_.clear();
+  }
+
   template <class Visit>
-  void for_each_hit(int64_t num_hits, int64_t n, const Visit& visit) {
+  void for_each_hit(int64_t num_hits, const Visit& visit) {
     for (int64_t h = 0; h < num_hits; ++h) {
       for (uint32_t bits = hits_[h].rows; bits != 0; bits &= bits - 1) {
-        const int64_t r = __builtin_ctz(bits);
-        if (r < n) {
-          visit(hits_[h].query, r);
-        }
+        visit(hits_[h].query, __builtin_ctz(bits));
       }
     }
   }
 
   void admit(int64_t q, const void* row, int64_t id) {
-    if ((params_.row_mask != nullptr && !params_.row_mask[id]) || excluded(queries_.first + q, id)) {
+    if (excluded(queries_.first + q, id)) {
       return;
     }
     ++rescored_;
@@ -251,7 +273,7 @@ class Worker {
   void raise_threshold(int64_t q, float kth) {
     if (kth > kth_[q]) {
       kth_[q] = kth;
-      thresholds_[q] = threshold_below(kth, params_.dim);
+      thresholds_[q] = threshold_below(kth, vanishing_);
     }
   }
 
@@ -274,6 +296,8 @@ class Worker {
   std::vector<PanelHit> hits_;           // [batch of the block]
   std::vector<float> panel_;             // [D, panel_rows], where rows are packed
   std::vector<int32_t> cutoffs_;         // [batch of the block], where codes are scanned
+  std::vector<Waiting> waiting_;         // of the last panel of codes
+  double vanishing_;
   ScanBound bound_;
   PackedQueries packed_;
   QueryCodes codes_ = {};
@@ -332,6 +356,8 @@ int64_t search_block(const MipsTopkParams& params, const MipsTopkKernels& kernel
 const MipsTopkKernels& mips_topk_kernels(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return mips_topk_kernels_avx512_bf16();
     case Isa::kAvx512Vnni:
       return mips_topk_kernels_avx512_vnni();
     case Isa::kAvx512:

@@ -27,15 +27,25 @@ inline auto with_rows(const void* rows, ScalarType type, Function&& function) {
   }
 }
 
-float pack_panel(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
-                 float* panel) {
+PanelRows pack_panel(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
+                     float* panel) {
+  if (kBFloat16Pairs && type == ScalarType::kBFloat16) {
+    return pack_pairs(static_cast<const BFloat16*>(rows), row_stride, n, dim, panel);
+  }
   return with_rows(rows, type, [&](auto* typed) { return pack_panel_of(typed, row_stride, n, dim, panel); });
 }
 
-int64_t scan_rows(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
-                  const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
+int64_t scan_panel(const float* panel, float norm, uint32_t keep, const PackedQueries& queries,
+                   const ScanBound& bound, NextRows next, PanelHit* hits) {
+  return queries.pairs
+             ? scan_panel_by<TwoDimensions>(panel, norm, keep, queries.panel_dim, queries, bound, next, hits)
+             : scan_panel_by<OneDimension>(panel, norm, keep, queries.panel_dim, queries, bound, next, hits);
+}
+
+int64_t scan_rows(const void* rows, ScalarType type, int64_t row_stride, int64_t n, uint32_t keep,
+                  int64_t dim, const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
   return with_rows(rows, type, [&](auto* typed) {
-    return scan_any_rows_of(typed, row_stride, n, dim, queries, bound, hits);
+    return scan_any_rows_of(typed, row_stride, n, keep, dim, queries, bound, hits);
   });
 }
 
@@ -49,9 +59,9 @@ CodeBounds encode_panel(const void* rows, ScalarType type, int64_t row_stride, i
                    [&](auto* typed) { return encode_panel_of(typed, row_stride, n, dim, mean, codes); });
 }
 
-constexpr MipsTopkKernels kKernels = {kPanelRows,      kQueryGroup,  kDirectMax, kCodeGroup,
-                                      kQueryCodeMax,   pack_panel,   scan_panel, scan_rows,
-                                      canonical_score, encode_panel, scan_codes, refine};
+constexpr MipsTopkKernels kKernels = {kPanelRows,     kQueryGroup, kDirectMax, kCodeGroup, kQueryCodeMax,
+                                      kBFloat16Pairs, pack_panel,  scan_panel, scan_rows,  canonical_score,
+                                      encode_panel,   scan_codes,  refine};
 
 }  // namespace
 }  // namespace realm_kernels

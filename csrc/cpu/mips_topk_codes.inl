@@ -106,7 +106,7 @@ void write_cutoffs(const CodeBounds& bounds, const QueryCodes& queries) {
 }
 
 template <int kQueries>
-inline int64_t scan_code_group(const uint8_t* codes, int64_t quads, const int32_t* packed,
+inline int64_t scan_code_group(const uint8_t* codes, int64_t quads, uint32_t keep, const int32_t* packed,
                                int64_t first_query, const int32_t* cutoffs, const char* ask, int64_t lines,
                                PanelHit* hits) {
   constexpr int kPart = 2 * kWidth;  // rows
@@ -143,8 +143,8 @@ inline int64_t scan_code_group(const uint8_t* codes, int64_t quads, const int32_
   int64_t count = 0;
 #pragma GCC unroll 16
   for (int q = 0; q < kQueries; ++q) {
-    if (found[q] != 0) {
-      hits[count++] = {static_cast<int32_t>(first_query + q), found[q]};
+    if ((found[q] & keep) != 0) {
+      hits[count++] = {static_cast<int32_t>(first_query + q), found[q] & keep};
     }
   }
   return count;
@@ -152,23 +152,23 @@ inline int64_t scan_code_group(const uint8_t* codes, int64_t quads, const int32_
 
 // Counts down to the instantiation for the size of a group.
 template <int kQueries>
-inline int64_t scan_code_group_of(int64_t size, const uint8_t* codes, int64_t quads, const int32_t* packed,
-                                  int64_t first_query, const int32_t* cutoffs, const char* ask, int64_t lines,
-                                  PanelHit* hits) {
+inline int64_t scan_code_group_of(int64_t size, const uint8_t* codes, int64_t quads, uint32_t keep,
+                                  const int32_t* packed, int64_t first_query, const int32_t* cutoffs,
+                                  const char* ask, int64_t lines, PanelHit* hits) {
   if constexpr (kQueries > 0) {
     if (size == kQueries) {
-      return scan_code_group<kQueries>(codes, quads, packed, first_query, cutoffs, ask, lines, hits);
+      return scan_code_group<kQueries>(codes, quads, keep, packed, first_query, cutoffs, ask, lines, hits);
     }
-    return scan_code_group_of<kQueries - 1>(size, codes, quads, packed, first_query, cutoffs, ask, lines,
-                                            hits);
+    return scan_code_group_of<kQueries - 1>(size, codes, quads, keep, packed, first_query, cutoffs, ask,
+                                            lines, hits);
   }
   return 0;
 }
 
 int64_t quads_of(int64_t dim) { return (dim + 7) / 8 * 2; }
 
-int64_t scan_codes(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
-                   int64_t next, PanelHit* hits) {
+int64_t scan_codes(const uint8_t* codes, const CodeBounds& bounds, uint32_t keep, int64_t dim,
+                   const QueryCodes& queries, int64_t next, PanelHit* hits) {
   write_cutoffs(bounds, queries);
   const int64_t quads = quads_of(dim);
   const int64_t lines = (next / kLineBytes + queries.groups.count - 1) / queries.groups.count;
@@ -176,7 +176,7 @@ int64_t scan_codes(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, 
   int64_t count = 0, q = 0;
   for (int64_t g = 0; g < queries.groups.count; ++g, ask += lines * kLineBytes) {
     const int64_t size = queries.groups.size + (g < queries.groups.larger ? 1 : 0);
-    count += scan_code_group_of<kCodeGroup>(size, codes, quads, queries.packed + q * quads, q,
+    count += scan_code_group_of<kCodeGroup>(size, codes, quads, keep, queries.packed + q * quads, q,
                                             queries.cutoffs, ask, lines, hits + count);
     q += size;
   }
@@ -271,7 +271,13 @@ CodeBounds encode_panel_of(const T* rows, int64_t row_stride, int64_t n, int64_t
     for (int i = 0; i < 8; ++i) {
       sum += residuals[i];
     }
-    residual = sum > residual || sum != sum ? sum : residual;
+    if (sum != sum) {  // a row with NaN is never returned: codes of zero bring up few queries
+      for (int64_t quad = 0; quad < quads_of(dim); ++quad) {
+        __builtin_memset(codes + quad * kQuadBytes + 4 * r, 128, 4);
+      }
+      continue;
+    }
+    residual = sum > residual ? sum : residual;
     const float square = horizontal_sum(squares);
     code_square = square > code_square ? square : code_square;
   }

@@ -20,6 +20,8 @@ typedef float Vec8 __attribute__((vector_size(32)));
 typedef int32_t Int8 __attribute__((vector_size(32)));
 typedef uint32_t UInt8 __attribute__((vector_size(32)));
 typedef uint16_t Half8 __attribute__((vector_size(16)));
+typedef float Float4 __attribute__((vector_size(16)));
+typedef double Double4 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
 
 template <class V, class T>
@@ -140,15 +142,31 @@ inline float cutoff_of(const PackedQueries& queries, int64_t query, float norm, 
   return queries.thresholds[query] - bound.gamma_div4 * (queries.norms_x4[query] * norm);
 }
 
+// p_0 to p_3 and p_4 to p_7 of the canonical sum.
+struct CanonicalSum {
+  Double4 low = {}, high = {};
+
+  void add(Vec8 a, Vec8 b) {
+    Float4 x[2], y[2];
+    __builtin_memcpy(x, &a, sizeof a);
+    __builtin_memcpy(y, &b, sizeof b);
+    low += __builtin_convertvector(x[0], Double4) * __builtin_convertvector(y[0], Double4);
+    high += __builtin_convertvector(x[1], Double4) * __builtin_convertvector(y[1], Double4);
+  }
+};
+
 template <class T>
 float canonical_score_of(const float* query, const T* row, int64_t dim) {
-  Double8 p = {};
-  for (int64_t d = 0; d < dim; d += 8) {
-    p += __builtin_convertvector(load_any(query, d, dim), Double8) *
-         __builtin_convertvector(load_any(row, d, dim), Double8);
+  CanonicalSum sum;
+  int64_t d = 0;
+  for (; d + 8 <= dim; d += 8) {
+    sum.add(load8(query + d), load8(row + d));
   }
-  const double total = ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7]));
-  return static_cast<float>(total) + 0.0f;
+  if (d < dim) {
+    sum.add(load_tail(query, d, dim), load_tail(row, d, dim));
+  }
+  const Double4 p = sum.low + sum.high;
+  return static_cast<float>((p[0] + p[2]) + (p[1] + p[3])) + 0.0f;
 }
 
 }  // namespace

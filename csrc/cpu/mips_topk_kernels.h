@@ -18,7 +18,9 @@ struct QueryGroups {
 // Queries are kept twice: packed in groups for the register-blocked kernel, and row by row. A batch is
 // scanned by one of the two kernels, so only what that one reads is there.
 struct PackedQueries {
-  const float* packed;  // each group [D][its size]
+  const float* packed;  // each group [panel_dim][its size]
+  int64_t panel_dim;    // D, or half of it where pairs
+  bool pairs;           // of bfloat16, in the place of one float32
   QueryGroups groups;
   const float*
       padded;          // [B rounded up to a multiple of 4][padded_dim], zero-padded, in the order of load16()
@@ -28,9 +30,9 @@ struct PackedQueries {
   int64_t batch;
 };
 
-// A row may matter to a query when !(score < threshold - error), with error = gamma/4 * (4 ||q|| * ||x||).
-// The factor four makes the inner product overflow to infinity, and so admit the row, before any partial sum
-// of the scan can.
+// A row may matter to a query when !(score < threshold - error), with error = gamma/4 * (4 ||q|| * ||x||);
+// where the query was rounded, q = q^ + f, ||f|| / gamma is added to ||q||. The factor four makes the inner
+// product overflow to infinity, and so admit the row, before any partial sum of the scan can.
 struct ScanBound {
   float gamma_div4;
   float norm_growth;  // what rounding may have taken off a squared norm, as a factor ...
@@ -65,23 +67,30 @@ struct QueryCodes {
   int64_t batch;
 };
 
-struct MipsTopkKernels {
-  int panel_rows;      // rows of one packed panel, at most 32
-  int query_group;     // queries of one register block
-  int direct_max;      // up to this many queries rows are read as they lie
-  int code_group;      // queries of one register block of the scan of codes
-  int query_code_max;  // so that no sum of products saturates
+// Of the rows of a packed panel: the largest squared norm of those without NaN, and which have one, a bit
+// each. A row with NaN scores NaN whatever the query, and is never returned.
+struct PanelRows {
+  float square;
+  uint32_t nan;
+};
 
-  // Packs n <= panel_rows rows into panel[D][panel_rows], zeros beyond n. Returns the largest squared norm,
-  // or NaN.
-  float (*pack_panel)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
-                      float* panel);
-  // Writes the hits of one panel, at most one for each query; returns how many.
-  int64_t (*scan_panel)(const float* panel, float norm, int64_t dim, const PackedQueries& queries,
+struct MipsTopkKernels {
+  int panel_rows;       // rows of one packed panel, at most 32
+  int query_group;      // queries of one register block
+  int direct_max;       // up to this many queries rows are read as they lie
+  int code_group;       // queries of one register block of the scan of codes
+  int query_code_max;   // so that no sum of products saturates
+  bool bfloat16_pairs;  // panels of bfloat16 rows are packed in pairs
+
+  // Packs n <= panel_rows rows into panel[panel_dim][panel_rows], zeros beyond n.
+  PanelRows (*pack_panel)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
+                          float* panel);
+  // Writes the hits of one panel among the rows `keep`, at most one for each query; returns how many.
+  int64_t (*scan_panel)(const float* panel, float norm, uint32_t keep, const PackedQueries& queries,
                         const ScanBound& bound, NextRows next, PanelHit* hits);
   // The same for n <= panel_rows rows as they lie, for batch <= direct_max.
-  int64_t (*scan_rows)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
-                       const PackedQueries& queries, const ScanBound& bound, PanelHit* hits);
+  int64_t (*scan_rows)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, uint32_t keep,
+                       int64_t dim, const PackedQueries& queries, const ScanBound& bound, PanelHit* hits);
   // The canonical score of a query [D] and a row [D]: the contract of the library (docs/design.md, section
   // 4).
   float (*canonical_score)(const float* query, const void* row, ScalarType type, int64_t dim);
@@ -89,8 +98,8 @@ struct MipsTopkKernels {
   // Codes of n <= kCodeRows rows: one panel, and what bounds its error.
   CodeBounds (*encode_panel)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, int64_t dim,
                              const float* mean, uint8_t* codes);
-  // The hits of one panel of codes. `next` bytes behind it are fetched meanwhile.
-  int64_t (*scan_codes)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim,
+  // The hits of one panel of codes among the rows `keep`. `next` bytes behind it are fetched meanwhile.
+  int64_t (*scan_codes)(const uint8_t* codes, const CodeBounds& bounds, uint32_t keep, int64_t dim,
                         const QueryCodes& queries, int64_t next, PanelHit* hits);
   // Whether a hit still may matter by the query as it is: the half of the error that its own codes make is
   // gone.
@@ -103,6 +112,7 @@ const MipsTopkKernels& mips_topk_kernels_portable();
 const MipsTopkKernels& mips_topk_kernels_avx2();
 const MipsTopkKernels& mips_topk_kernels_avx512();
 const MipsTopkKernels& mips_topk_kernels_avx512_vnni();
+const MipsTopkKernels& mips_topk_kernels_avx512_bf16();
 #endif
 
 // Those of an instruction set.

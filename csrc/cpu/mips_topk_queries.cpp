@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace realm_kernels {
@@ -17,6 +18,19 @@ constexpr double kGreatestNorm = 0x1p100;
 float at_least(double value) {
   const float rounded = static_cast<float>(value * (1.0 + 0x1p-20));
   return std::isnan(rounded) ? kInfinity : std::nextafter(rounded, kInfinity);
+}
+
+// Rounded to nearest, ties to even; zero for what is subnormal or NaN.
+float as_bfloat16(float value) {
+  if (!(std::abs(value) >= std::numeric_limits<float>::min())) {
+    return 0.0f;
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+  float rounded;
+  std::memcpy(&rounded, &bits, sizeof rounded);
+  return rounded;
 }
 
 QueryGroups groups_of(int64_t batch, int64_t most) {
@@ -41,6 +55,11 @@ void for_each_query(const QueryGroups& groups, const Visit& visit) {
 
 }  // namespace
 
+double accumulation_gamma(int64_t dim) {
+  const double nu = std::ldexp(static_cast<double>(dim + 8), -24);
+  return nu < 1.0 ? nu / (1.0 - nu) * (1.0 + 0x1p-10) : std::numeric_limits<double>::infinity();
+}
+
 QueryBlock::QueryBlock(const MipsTopkParams& params, const MipsTopkKernels& kernels, int64_t first_query,
                        int64_t count)
     : first(first_query),
@@ -63,19 +82,40 @@ QueryBlock::QueryBlock(const MipsTopkParams& params, const MipsTopkKernels& kern
   if (batch <= kernels.direct_max) {
     pad((batch + 3) / 4 * 4, 16, params.table_type == ScalarType::kBFloat16);
   } else {
+    pairs_ = kernels.bfloat16_pairs && params.table_type == ScalarType::kBFloat16;
     pack(kernels);
   }
 }
 
 void QueryBlock::pack(const MipsTopkKernels& kernels) {
   groups_ = groups_of(batch, kernels.query_group);
-  packed_.resize(batch * dim_);
+  panel_dim_ = pairs_ ? (dim_ + 1) / 2 : dim_;
+  packed_.assign(batch * panel_dim_, 0.0f);
   for_each_query(groups_, [&](int64_t q, int64_t group, int64_t size, int64_t place) {
-    float* to = packed_.data() + group * dim_ + place;
-    for (int64_t d = 0; d < dim_; ++d) {
-      to[d * size] = query(q)[d];
+    float* to = packed_.data() + group * panel_dim_ + place;
+    if (pairs_) {
+      pack_pairs(q, size, to);
+    } else {
+      for (int64_t d = 0; d < dim_; ++d) {
+        to[d * size] = query(q)[d];
+      }
     }
   });
+}
+
+// The query rounded to bfloat16; what that took off it joins its norm, as the bound of the scan has it.
+void QueryBlock::pack_pairs(int64_t q, int64_t size, float* to) {
+  double residual = 0.0;
+  for (int64_t d = 0; d < dim_; ++d) {
+    const float value = query(q)[d], rounded = as_bfloat16(value);
+    residual += (static_cast<double>(value) - rounded) * (static_cast<double>(value) - rounded);
+    uint32_t bits, pair;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    std::memcpy(&pair, to + d / 2 * size, sizeof pair);
+    pair |= d % 2 == 0 ? bits >> 16 : bits;
+    std::memcpy(to + d / 2 * size, &pair, sizeof pair);
+  }
+  norms_x4_[q] = at_least(norms_x4_[q] + 4.0 * std::sqrt(residual) / accumulation_gamma(dim_));
 }
 
 void QueryBlock::pad(int64_t rows, int64_t multiple, bool even_first) {
@@ -131,7 +171,8 @@ void QueryBlock::encode(const MipsTopkKernels& kernels, const float* mean) {
 }
 
 PackedQueries QueryBlock::packed(const float* thresholds) const {
-  return {packed_.data(), groups_, padded_.data(), padded_dim_, norms_x4_.data(), thresholds, batch};
+  return {packed_.data(), panel_dim_,       pairs_,     groups_, padded_.data(),
+          padded_dim_,    norms_x4_.data(), thresholds, batch};
 }
 
 QueryCodes QueryBlock::codes(const float* thresholds, int32_t* cutoffs) const {

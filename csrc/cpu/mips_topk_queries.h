@@ -7,6 +7,11 @@
 
 namespace realm_kernels {
 
+// A float32 sum of D products in any order is off by at most gamma times the sum of their magnitudes, gamma =
+// n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1); n leaves room for the last few
+// additions.
+double accumulation_gamma(int64_t dim);
+
 class QueryBlock {
  public:
   QueryBlock(const MipsTopkParams& params, const MipsTopkKernels& kernels, int64_t first, int64_t batch);
@@ -21,12 +26,14 @@ class QueryBlock {
 
  private:
   void pack(const MipsTopkKernels& kernels);
+  void pack_pairs(int64_t q, int64_t size, float* to);
   void pad(int64_t rows, int64_t multiple, bool even_first);
   void encode(const MipsTopkKernels& kernels, const float* mean);
 
   const float* queries_;
   int64_t dim_;
-  int64_t padded_dim_ = 0;
+  int64_t padded_dim_ = 0, panel_dim_ = 0;
+  bool pairs_ = false;
   QueryGroups groups_ = {};
   std::vector<float> packed_, padded_, norms_x4_;
   std::vector<int32_t> codes_, code_sums_;

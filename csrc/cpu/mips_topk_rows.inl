@@ -128,8 +128,8 @@ inline Vec8 tile_products(const T* const (&row)[kRows], int64_t dim, const float
 
 // All queries of a batch against n rows, in tiles of kQueries x kRows; kQueries divides their padded number.
 template <int kQueries, int kRows, class T>
-int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, const PackedQueries& queries,
-                     const ScanBound& bound, PanelHit* hits) {
+int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, uint32_t keep, int64_t dim,
+                     const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
   uint32_t found[kDirectMax];
   for (int64_t q = 0; q < queries.batch; ++q) {
     found[q] = 0;
@@ -147,7 +147,8 @@ int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, 
         products = tile_products<kQueries, kRows, true>(row, dim, tile, queries.padded_dim, squares);
         float square = 0.0f;
         for (int r = 0; r < kRows; ++r) {
-          square = squares[r] > square || squares[r] != squares[r] ? squares[r] : square;
+          square = squares[r] > square ? squares[r] : square;
+          keep &= ~(static_cast<uint32_t>(squares[r] != squares[r]) << (first + r));
         }
         norm = __builtin_sqrtf(square * bound.norm_growth + bound.norm_floor);
       } else {
@@ -171,23 +172,23 @@ int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim, 
   }
   int64_t count = 0;
   for (int32_t q = 0; q < queries.batch; ++q) {
-    if (found[q] != 0) {
-      hits[count++] = {q, found[q]};
+    if ((found[q] & keep) != 0) {
+      hits[count++] = {q, found[q] & keep};
     }
   }
   return count;
 }
 
 template <class T>
-int64_t scan_any_rows_of(const T* rows, int64_t row_stride, int64_t n, int64_t dim,
+int64_t scan_any_rows_of(const T* rows, int64_t row_stride, int64_t n, uint32_t keep, int64_t dim,
                          const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
   if (queries.batch == 1) {
-    return scan_rows_of<1, 4>(rows, row_stride, n, dim, queries, bound, hits);
+    return scan_rows_of<1, 4>(rows, row_stride, n, keep, dim, queries, bound, hits);
   }
   if (queries.batch == 2) {
-    return scan_rows_of<2, 2>(rows, row_stride, n, dim, queries, bound, hits);
+    return scan_rows_of<2, 2>(rows, row_stride, n, keep, dim, queries, bound, hits);
   }
-  return scan_rows_of<kTileQueries, 2>(rows, row_stride, n, dim, queries, bound, hits);
+  return scan_rows_of<kTileQueries, 2>(rows, row_stride, n, keep, dim, queries, bound, hits);
 }
 
 }  // namespace
