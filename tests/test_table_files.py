@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import realm_kernels as rk
 from realm_kernels.table import manifest, shard_file
-from realm_kernels.table.writer import _PIECE_BYTES, _OpenShard
+from realm_kernels.table.shard_stream import PIECE_BYTES, OpenShard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -106,12 +106,12 @@ def test_an_empty_table_is_a_table(tmp_path):
 
 def test_appending_holds_one_piece_in_memory(tmp_path, monkeypatch):
     pieces = []
-    append = _OpenShard.append
+    append = OpenShard.append
     monkeypatch.setattr(
-        _OpenShard, "append", lambda self, rows: (pieces.append(rows.nbytes), append(self, rows))
+        OpenShard, "append", lambda self, rows, ids: (pieces.append(rows.nbytes), append(self, rows, ids))
     )
     write(tmp_path / "t", torch.zeros(1, 128).expand(100_000, 128))
-    assert sum(pieces) == 100_000 * 128 * 4 and max(pieces) <= _PIECE_BYTES
+    assert sum(pieces) == 100_000 * 128 * 4 and max(pieces) <= PIECE_BYTES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,8 +130,8 @@ def test_we_read_shards_of_the_safetensors_library(tmp_path, dtype, mmap):
     name = "shard-000001-00000000-00000.safetensors"
     safetensors.torch.save_file({"rows": rows}, tmp_path / name)
     raw = (tmp_path / name).read_bytes()
-    shard = manifest.Shard(name, 0, 7, len(raw), hashlib.sha256(raw).hexdigest())
-    (tmp_path / "manifest.json").write_bytes(manifest.encode(manifest.Manifest(1, 3, dtype, 7, (shard,))))
+    shard = manifest.Shard(name, 0, 7, len(raw), hashlib.sha256(raw).hexdigest(), 0, 7, 0)
+    (tmp_path / "manifest.json").write_bytes(manifest.encode(manifest.Manifest(1, 3, dtype, 7, 7, (shard,))))
     assert same_bits(rows_of(rk.ShardedTable.open(tmp_path, mmap=mmap, verify=True)), rows)
 
 
@@ -163,11 +163,15 @@ def test_search_over_a_mapped_table_gives_the_same_bits(tmp_path, dtype):
     assert torch.equal(found.indices, expected.indices) and same_bits(found.scores, expected.scores)
 
 
-def test_a_table_of_many_shards_keeps_no_file_open(tmp_path):
+def test_a_table_of_many_shards_keeps_one_file_open_and_one_in_memory_none(tmp_path):
     write(tmp_path / "t", torch.randn(40, 2), shard_rows=1)
     before = len(os.listdir("/dev/fd"))
     table = rk.ShardedTable.open(tmp_path / "t", verify=True)
-    assert len(table.shards) == 40 and len(os.listdir("/dev/fd")) == before
+    assert len(table.shards) == 40 and len(os.listdir("/dev/fd")) == before + 1  # the manifest, held
+    read = rk.ShardedTable.open(tmp_path / "t", mmap=False)
+    assert len(os.listdir("/dev/fd")) == before + 1
+    del table, read
+    assert len(os.listdir("/dev/fd")) == before
 
 
 @pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "read"])
@@ -205,10 +209,11 @@ def test_rows_lie_beyond_two_to_the_31(tmp_path):
             file.write(
                 torch.tensor([number + 1.0, -number - 1.0]).bfloat16().view(torch.uint8).numpy().tobytes()
             )
-            shards.append(manifest.Shard(name, first, rows, file.seek(0, os.SEEK_END), "0" * 64))
+            size = file.seek(0, os.SEEK_END)
+            shards.append(manifest.Shard(name, first, rows, size, "0" * 64, first, first + rows, 0))
         first += rows
     (tmp_path / "manifest.json").write_bytes(
-        manifest.encode(manifest.Manifest(1, 1, torch.bfloat16, first, tuple(shards)))
+        manifest.encode(manifest.Manifest(1, 1, torch.bfloat16, first, first, tuple(shards)))
     )
     table = rk.ShardedTable.open(tmp_path)
     indices = torch.tensor([2**30 - 1, 2**30 - 2, 2**31 - 1, 2**31 + 2, 2**31 + 1, 2**31, -1])
@@ -268,8 +273,8 @@ def test_no_bytes_at_all_make_a_table_open(tmp_path_factory, raw):
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        (lambda b: b.update(format=2), "format must be 1, the one this version reads, got 2"),
-        (lambda b: b.pop("format"), "format must be 1, the one this version reads, got None"),
+        (lambda b: b.update(format=3), "format must be 2, the one this version reads, got 3"),
+        (lambda b: b.pop("format"), "format must be 2, the one this version reads, got None"),
         (lambda b: b.update(version=-1), "version must be a whole number, got -1"),
         (lambda b: b.update(version=True), "version must be a whole number, got True"),
         (lambda b: b.update(dim=0), "dim must be at least 1, got 0"),
@@ -283,11 +288,19 @@ def test_no_bytes_at_all_make_a_table_open(tmp_path_factory, raw):
         (lambda b: b.update(shards={}), "shards must be a list, got {}"),
         (
             lambda b: b["shards"].append(7),
-            "shard 2 must have the fields file, first_row, rows, size, checksum, got 7",
+            "shard 2 must have the fields file, first_row, .*, first_id, after_id, tombstones, got 7",
         ),
         (lambda b: b["shards"][1].pop("size"), "shard 1 must have the fields"),
         (lambda b: b["shards"][1].update(mode="x"), "shard 1 must have the fields"),
         (lambda b: b["shards"][1].update(first_row=4), "shard 1 must begin at row 3, .* got 4"),
+        (lambda b: b["shards"][1].update(first_id=2), "shard 1 must hold 2 ids from 3 on, got first_id 2"),
+        (lambda b: b["shards"][1].update(after_id=4), "shard 1 must hold 2 ids from 3 on, got .*after_id 4"),
+        (lambda b: b["shards"][1].update(tombstones=3), "shard 1 must have at most 2 tombstones, .* got 3"),
+        (
+            lambda b: b["shards"][1].update(tombstones=1),
+            "one tensor, named 'rows', and the 'ids' of its rows",
+        ),
+        (lambda b: b.update(next_id=4), "next_id must be at least 5, where its last shard ends, got 4"),
         (lambda b: b["shards"][0].update(rows=-3), "rows of shard 0 must be a whole number, got -3"),
         (lambda b: b["shards"][0].update(size="9"), "size of shard 0 must be a whole number, got '9'"),
         (lambda b: b["shards"][0].update(checksum="0"), "checksum of shard 0 must be 64 hexadecimal digits"),
@@ -313,7 +326,13 @@ def test_a_shard_whose_size_lies_in_both_places_is_refused(tmp_path):
     write(tmp_path, torch.randn(5, 3))
     (path,) = shard_paths(tmp_path)
     path.write_bytes(shard_file.header(5000, 3, torch.float32) + path.read_bytes()[4096:])
-    reseal(tmp_path, lambda body: (body["shards"][0].update(rows=5000), body.update(rows=5000)))
+    reseal(
+        tmp_path,
+        lambda body: (
+            body["shards"][0].update(rows=5000, after_id=5000),
+            body.update(rows=5000, next_id=5000),
+        ),
+    )
     with pytest.raises(ValueError, match=path.name + ": header and rows must fill the file of 4156 bytes"):
         rk.ShardedTable.open(tmp_path)
 

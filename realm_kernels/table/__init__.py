@@ -1,6 +1,14 @@
 from .distributed import DistributedTable
+from .editor import TableEditor
 from .refresh import RefreshMetrics, TableRefresher
 from .sharded import ShardedTable
 from .writer import TableWriter
 
-__all__ = ["DistributedTable", "RefreshMetrics", "ShardedTable", "TableRefresher", "TableWriter"]
+__all__ = [
+    "DistributedTable",
+    "RefreshMetrics",
+    "ShardedTable",
+    "TableEditor",
+    "TableRefresher",
+    "TableWriter",
+]

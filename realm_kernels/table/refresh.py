@@ -83,7 +83,7 @@ class TableRefresher:
         _check_arguments(table, encode, mode, every, lag, attempts)
         self.table, self.mode, self.every, self.lag = table, mode, every, lag
         self.path = None if path is None else Path(path)
-        self._worker = Worker(table.shards, encode, path, attempts)
+        self._worker = Worker(table, encode, path, attempts)
         self._pending: Refresh | None = None
         self._current: Any = None  # snapshot that the table was encoded from; None: it came from elsewhere
         self._checksums: list[str] = []  # of the current table's commit
@@ -243,6 +243,7 @@ class TableRefresher:
         for shard in shards:
             target.write(shard)
         self.table.version = version
+        self.table.hold = None  # no row comes from the files any more that it was opened from
 
     def _read_back(self, checksums: list[str]) -> bool:
         """Fill the table from `path` if the very rows with these checksums are committed there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor, describe, dtype_name
 from . import manifest, shard_file
+from .row_ids import RowIds
 from .writer import SHARD_ROWS, TableWriter
 
 OP = "ShardedTable"
@@ -26,16 +28,28 @@ class ShardedTable:
     shards: tuple of tensors [n, D]; empty ones are allowed. A refresh writes into these same tensors.
     version: number of the commit these rows came from; 0 for rows that never came from a directory. A
         TableRefresher raises it with every swap.
+    row_mask: bool [N], False for tombstones, None where there are none. mips_topk never returns a tombstone,
+        whose row is NaN; given this mask it spends less time on them.
 
     >>> import torch, realm_kernels as rk
     >>> table = rk.ShardedTable.from_tensors([torch.randn(600, 128), torch.randn(400, 128)])
     >>> top = rk.mips_topk(torch.randn(4, 128), table, 8)
     """
 
-    def __init__(self, shards: Sequence[Tensor], version: int) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Tensor],
+        version: int,
+        row_ids: RowIds | None = None,
+        hold: manifest.Hold | None = None,
+    ) -> None:
         self.shards = tuple(shards)
         self.version = version
+        self.row_ids = row_ids  # None: row i has id i
+        self.hold = hold  # keeps the files in their places while they are mapped
         self.num_rows = sum(shard.shape[0] for shard in self.shards)
+        mask = None if row_ids is None else row_ids.mask()
+        self.row_mask = None if mask is None else mask.to(self.device)
 
     @staticmethod
     def from_tensors(shards: Sequence[Tensor]) -> ShardedTable:
@@ -87,33 +101,37 @@ class ShardedTable:
         is read.
         """
         directory = Path(path)
-        current = manifest.read(directory)
+        current, hold = manifest.read_and_hold(directory)
         while True:
             try:
                 shards = [
                     shard_file.read(directory, shard, current.dim, current.dtype, mmap=mmap, verify=verify)
                     for shard in current.shards
                 ]
+                row_ids = RowIds.read(directory, current)
                 break
             except FileNotFoundError:
-                # A writer that commits between our look at the manifest and at its shards removes the old
-                # ones.
-                newer = manifest.read(directory)
+                # Where the system has no locks a writer may remove the shards between our look at the
+                # manifest and at them.
+                newer, hold = manifest.read_and_hold(directory)
                 if newer == current:
                     raise
                 current = newer
         if not shards:
             shards = [torch.empty(0, current.dim, dtype=current.dtype)]
-        return ShardedTable([shard.to(device) for shard in shards], current.version)
+        moved = [shard.to(device) for shard in shards]
+        is_mapped = mmap and any(shard is there for shard, there in zip(shards, moved, strict=True))
+        return ShardedTable(moved, current.version, row_ids, hold if is_mapped else None)
 
     def save(self, path: str | os.PathLike[str], *, shard_rows: int = SHARD_ROWS) -> int:
         """Commit the rows to a table directory, whole or not at all; returns the version it got there.
 
-        The split on disk follows `shard_rows`, not the shards in memory. Errors as TableWriter's.
+        The split on disk follows `shard_rows`, not the shards in memory; ids and tombstones go along. Errors
+        as TableWriter's.
         """
         with TableWriter(path, dim=self.dim, dtype=self.dtype, shard_rows=shard_rows) as writer:
-            for shard in self.shards:
-                writer.append(shard)
+            for number, shard in enumerate(self.shards):
+                writer.append(shard, None if self.row_ids is None else self.row_ids.stored(number))
         return writer.version
 
     @property
@@ -130,10 +148,34 @@ class ShardedTable:
 
     def to(self, device: str | torch.device) -> ShardedTable:
         """The table with its shards on `device`; shards that are there already are shared, not copied."""
-        return ShardedTable([shard.to(device) for shard in self.shards], self.version)
+        return ShardedTable(
+            [shard.to(device) for shard in self.shards], self.version, self.row_ids, self.hold
+        )
+
+    def part(self, first: int, after: int) -> ShardedTable:
+        """The rows from `first` to `after` as a table of their own, which shares their storage."""
+        pieces = []
+        start = 0
+        for number, shard in enumerate(self.shards):
+            low, high = max(first - start, 0), min(after - start, shard.shape[0])
+            if low < high:
+                pieces.append((number, low, high))
+            start += shard.shape[0]
+        pieces = pieces or [(0, 0, 0)]
+        row_ids = None if first == 0 and self.row_ids is None else self._row_ids().slice(pieces)
+        shards = [self.shards[number][low:high] for number, low, high in pieces]
+        return ShardedTable(shards, self.version, row_ids, self.hold)
+
+    def ids(self, indices: Tensor) -> Tensor:
+        """The ids of these rows: what names a row in every version of its table. int64 [...] -> int64 [...].
+
+        A search returns row numbers of this version. They are the ids too until a compaction drops
+        tombstones, which moves rows up and leaves their ids as they were. -1 stays -1. On the CPU.
+        """
+        return self._row_ids().of(indices.cpu())
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The rows with these ids: zeros for -1. [...] int64 -> [..., D].
+        """The rows with these numbers: zeros for -1, NaN for a tombstone. [...] int64 -> [..., D].
 
         Raises TypeError or ValueError for indices that are not int64 on the table's device and, on the CPU,
         for an id outside [-1, N). On CUDA, where the look would cost a synchronisation, such an id gives a
@@ -152,6 +194,12 @@ class ShardedTable:
                     f"{OP}.rows: indices must be in [0, N={self.num_rows}) or -1, got {low} to {high}"
                 )
         return gather(self.shards, indices)
+
+    def _row_ids(self) -> RowIds:
+        if self.row_ids is not None:
+            return self.row_ids
+        sizes = [shard.shape[0] for shard in self.shards]
+        return RowIds([after - size for after, size in zip(accumulate(sizes), sizes, strict=True)], sizes)
 
     def __len__(self) -> int:
         return self.num_rows

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor
+from .sharded import ShardedTable
 from .writer import TableWriter
 
 OP = "TableRefresher"
@@ -44,16 +45,16 @@ class Worker:
 
     def __init__(
         self,
-        shards: Sequence[Tensor],
+        table: ShardedTable,
         encode: Callable[[Any], Iterable[Tensor]],
         path: str | os.PathLike[str] | None,
         attempts: int,
     ) -> None:
-        self.shards, self.encode, self.path, self.attempts = shards, encode, path, attempts
-        self.num_rows = sum(shard.shape[0] for shard in shards)
+        self.shards, self.row_ids, self.num_rows = table.shards, table.row_ids, table.num_rows
+        self.encode, self.path, self.attempts = encode, path, attempts
         self.buffer: list[Tensor] = []
         self._thread: threading.Thread | None = None
-        self._stream = torch.cuda.Stream(shards[0].device) if shards[0].is_cuda else None
+        self._stream = torch.cuda.Stream(table.device) if table.device.type == "cuda" else None
 
     def start(self, refresh: Refresh, version: int) -> None:
         """Begin; `version` is the least the commit may get. Every earlier refresh must be done."""
@@ -117,6 +118,8 @@ class Worker:
             target.write(chunk)
         if target.rows != self.num_rows:
             raise ValueError(f"{OP}: encode must yield N={self.num_rows} rows in all, got {target.rows}")
+        if self.row_ids is not None:
+            self.row_ids.bury(self.buffer)
 
     def _commit(self, refresh: Refresh, version: int) -> None:
         """Write the buffer to `path`. Failing costs durability only: the rows are good, and are used."""
@@ -125,10 +128,10 @@ class Worker:
         try:
             first = self.buffer[0]
             with TableWriter(self.path, dim=first.shape[1], dtype=first.dtype) as writer:
-                writer.version = max(writer.version, version)
-                for shard in self.buffer:
+                writer.at_least(version)
+                for number, shard in enumerate(self.buffer):
                     self._stop_if_unwanted(refresh)
-                    writer.append(shard)
+                    writer.append(shard, None if self.row_ids is None else self.row_ids.stored(number))
             refresh.version, refresh.checksums = writer.version, writer.committed().checksums
         except Cancelled:
             raise
