@@ -2,6 +2,7 @@ from .distributed import DistributedTable
 from .editor import TableEditor
 from .refresh import RefreshMetrics, TableRefresher
 from .sharded import ShardedTable
+from .verification import verify
 from .writer import TableWriter
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "TableEditor",
     "TableRefresher",
     "TableWriter",
+    "verify",
 ]

@@ -11,7 +11,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -54,13 +54,14 @@ def _entries(rows: int, dim: int, dtype: torch.dtype, holds_ids: bool) -> dict[s
     return entries
 
 
-def file_checksum(descriptor: int) -> str:
-    """SHA-256 of a whole open file, as sha256sum prints it."""
+def file_checksum(descriptor: int, seen: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a whole open file, as sha256sum prints it; `seen` is told of the bytes read."""
     digest = hashlib.sha256()
     offset = 0
     while block := os.pread(descriptor, _READ_BYTES, offset):
         digest.update(block)
         offset += len(block)
+        seen(len(block))
     return digest.hexdigest()
 
 
@@ -89,9 +90,11 @@ def opened(directory: Path, shard: Shard, dim: int, dtype: torch.dtype) -> Itera
         os.close(descriptor)
 
 
-def check_content(descriptor: int, path: Path, shard: Shard) -> None:
+def check_content(
+    descriptor: int, path: Path, shard: Shard, seen: Callable[[int], object] = lambda count: None
+) -> None:
     """Raise ValueError where the content is not what was committed."""
-    if file_checksum(descriptor) != shard.checksum:
+    if file_checksum(descriptor, seen) != shard.checksum:
         raise ValueError(f"{path}: the shard is damaged: its SHA-256 is not the manifest's")
 
 
