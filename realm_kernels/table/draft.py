@@ -70,7 +70,7 @@ class Draft:
     def finish(self) -> Shard:
         """Make it durable; its entry in the manifest."""
         shard = self._shard
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = self._open()
         try:
             head = shard_file.header(shard.rows, self.dim, self.dtype, shard.holds_ids)
             files.write_at(descriptor, head, 0, self._path)
@@ -80,9 +80,12 @@ class Draft:
             os.close(descriptor)
         return shard_file.sealed(shard, self.dim, self.dtype, checksum)
 
-    def _write(self, local: Tensor, rows: Tensor, ids: Tensor | None = None) -> None:
+    def _open(self) -> int:
         with files.naming(self._path, "open this file"):
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            return os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+
+    def _write(self, local: Tensor, rows: Tensor, ids: Tensor | None = None) -> None:
+        descriptor = self._open()
         try:
             # Neighbours in one write.
             ends = [*((local[1:] != local[:-1] + 1).nonzero().flatten() + 1).tolist(), len(local)]
