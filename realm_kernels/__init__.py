@@ -7,7 +7,7 @@ from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import TopK, mips_topk
 from .native import build_info
 from .span_marginal_loss import span_marginal_loss
-from .table import DistributedTable, ShardedTable, TableEditor, TableRefresher, TableWriter
+from .table import DistributedTable, ShardedTable, StreamedTable, TableEditor, TableRefresher, TableWriter
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,7 @@ __all__ = [
     "DistributedTable",
     "Posterior",
     "ShardedTable",
+    "StreamedTable",
     "TableEditor",
     "TableRefresher",
     "TableWriter",
