@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor
+from .encoders import Encoder
 from .sharded import ShardedTable
 from .writer import TableWriter
 
@@ -73,6 +74,17 @@ class Worker:
             self._thread.join()
             self._thread = None
 
+    def stop(self, refresh: Refresh) -> None:
+        """End it at its next chunk, or at once where its encoder can, and wait for that."""
+        refresh.cancelled.set()
+        if isinstance(self.encode, Encoder):
+            self.encode.interrupt()
+        self.join()
+
+    def close(self) -> None:
+        if isinstance(self.encode, Encoder):
+            self.encode.close()
+
     def _run(self, refresh: Refresh, version: int, ready: torch.cuda.Event | None) -> None:
         try:
             with torch.cuda.stream(self._stream), torch.no_grad():
@@ -98,6 +110,8 @@ class Worker:
             except Cancelled:
                 raise
             except Exception as error:
+                if refresh.cancelled.is_set():
+                    raise Cancelled(f"{OP}: the refresh of step {refresh.step} was cancelled") from error
                 refresh.failures += 1
                 logger.warning(
                     "refresh of step %d failed (attempt %d of %d), the table stays as it is: %s: %s",
@@ -110,12 +124,24 @@ class Worker:
         if not self.buffer:
             self.buffer = [torch.empty_like(shard) for shard in self.shards]
         target = RowCursor(self.buffer)
-        for chunk in self.encode(refresh.snapshot):
-            self._stop_if_unwanted(refresh)
-            check_tensor(
-                OP, "a chunk of encode", chunk, "[n, D]", (None, self.buffer[0].shape[1]), FLOAT_DTYPES
-            )
-            target.write(chunk)
+        chunks = self.encode(refresh.snapshot)
+        try:
+            for chunk in chunks:
+                self._stop_if_unwanted(refresh)
+                check_tensor(
+                    OP, "a chunk of encode", chunk, "[n, D]", (None, self.buffer[0].shape[1]), FLOAT_DTYPES
+                )
+                # A search never returns NaN: a broken encoder would empty the index without a word.
+                if not bool(chunk.isfinite().all()):
+                    after = target.rows + chunk.shape[0]
+                    raise ValueError(
+                        f"{OP}: encode must yield finite numbers, got NaN or infinity in rows "
+                        f"[{target.rows}, {after})"
+                    )
+                target.write(chunk)
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()
         if target.rows != self.num_rows:
             raise ValueError(f"{OP}: encode must yield N={self.num_rows} rows in all, got {target.rows}")
         if self.row_ids is not None:
