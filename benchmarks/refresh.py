@@ -5,12 +5,12 @@
 One trainer of one thread takes steps, a forward and a backward pass of a small transformer; the encoder is
 another one. The rows of the table, in this order:
   alone            the trainer, and nothing else
-  busy             the trainer beside a process that encodes and gives nothing to anybody: what two programs on
-                   this machine cost each other, whoever refreshes
+  busy             the trainer beside a process that encodes and gives nothing to anybody: what two programs
+                   on this machine cost each other, whoever refreshes
   thread, process  the trainer while a TableRefresher refreshes over and over in that worker
-Steps are told by their median and their 95th percentile; "x busy" is the median over that of "busy", the share
-that refreshing itself adds. A refresh's rows per second (RefreshMetrics) stand beside those of the encoder in a
-process of its own, of the row "busy" while the trainer steps, and below the table with nothing beside it.
+Steps are told by their median and their 95th percentile; "x busy" is the median over that of "busy", the
+share that refreshing itself adds. A refresh's rows per second (RefreshMetrics) stand beside those of the
+encoder in a process of its own: in the row "busy" while the trainer steps, below the table with nothing else.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 import realm_kernels as rk
 
-DIM, WIDTH, WORDS = 128, 128, 32
+DIM, WIDTH, WORDS = 128, 128, 16
 BATCH = 256  # documents that are encoded together
 
 
 class Embedder(nn.Module):
-    """Documents [n, M] of word numbers -> [n, D]: one layer of a transformer, its first position projected."""
+    """Documents [n, M] of word numbers -> [n, D]: a transformer layer, its first position projected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,8 @@ def main() -> None:
     for name, step, worst, rate in lines:
         speed = f"{rate:>10,.0f} {rate / busy_rate:>8.0%}" if rate else ""
         print(
-            f"{name:10} {step * 1e3:>8.2f} {worst * 1e3:>8.2f} {step / alone:>8.2f} {step / busy[0]:>8.2f} {speed}"
+            f"{name:10} {step * 1e3:>8.2f} {worst * 1e3:>8.2f} {step / alone:>8.2f} {step / busy[0]:>8.2f} "
+            + speed
         )
     print(f"the encoder with nothing beside it: {alone_rate:,.0f} rows/s")
 
@@ -123,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--refreshes", type=int, default=3, help="of each worker, one after another")
+    parser.add_argument("--refreshes", type=int, default=2, help="of each worker, one after another")
     parser.add_argument("--worker", nargs="+", choices=["thread", "process"], default=["thread", "process"])
     return parser.parse_args()
 

@@ -54,7 +54,8 @@ def test_a_process_refreshes_as_a_thread_does(process, tmp_path):
         with TableRefresher(table, encode, mode="fixed_lag", every=3, lag=2, path=tmp_path) as refresher:
             values.append([])
             for step in range(10):
-                refresher.step(step, lambda step=step: {"value": torch.tensor(step), "threads": threads})
+                snapshot = {"value": torch.tensor(step), "threads": threads}
+                refresher.step(step, lambda snapshot=snapshot: snapshot)
                 values[-1].append(value_of(table))
         assert refresher.metrics.failures == 0 and refresher.metrics.refreshes == 2
     assert values[0] == values[1] and values[0][-1] == 6.0

@@ -76,7 +76,7 @@ def test_an_old_version_goes_when_its_last_reader_does(tmp_path):
     assert not [name for name in os.listdir(tmp_path) if manifest.RETIRED_NAME.fullmatch(name)]
 
 
-def test_a_reader_that_lives_on_in_a_fork_or_a_view_of_its_table_holds_its_version(tmp_path):
+def test_a_part_of_a_table_holds_its_version_and_a_copy_of_it_does_not(tmp_path):
     write(tmp_path, 1)
     first = shards(tmp_path)
     table = rk.ShardedTable.open(tmp_path)

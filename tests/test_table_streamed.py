@@ -100,11 +100,11 @@ def test_bad_arguments_are_those_of_mips_topk(tmp_path):
 
 
 def test_a_table_four_times_the_memory_allowed_is_searched_within_it(tmp_path):
-    """Resident pages, anonymous and of files, as the kernel counts their peak."""
+    """By the kernel's count of resident pages, anonymous and of files; and under a limit that it enforces."""
     write(tmp_path, torch.randn(1 << 17, 128).half().float(), 1 << 15)  # 64 MiB
     program = """
-import sys, torch, realm_kernels as rk
-from benchmarks.memory import peak_of
+import resource, sys, torch, realm_kernels as rk
+from benchmarks.memory import peak_of, resident
 torch.set_num_threads(1)
 torch.manual_seed(0)
 table, queries = rk.StreamedTable(sys.argv[1], window_bytes=4 << 20), torch.randn(2, 128)
@@ -112,7 +112,15 @@ table.mips_topk(queries, 8)
 streamed, peak = peak_of(lambda: table.mips_topk(queries, 8))
 whole, peak_of_whole = peak_of(lambda: rk.mips_topk(queries, rk.ShardedTable.open(sys.argv[1]), 8))
 assert torch.equal(streamed.indices, whole.indices) and torch.equal(streamed.scores, whole.scores)
-print(peak, peak_of_whole)
+del whole
+resource.setrlimit(resource.RLIMIT_AS, (resident("VmSize") + (16 << 20), -1))
+limited = table.mips_topk(queries, 8)
+assert torch.equal(streamed.indices, limited.indices) and torch.equal(streamed.scores, limited.scores)
+try:
+    rk.ShardedTable.open(sys.argv[1])
+except OSError as error:
+    assert "cannot map this shard" in str(error)
+    print(peak, peak_of_whole)
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120

@@ -61,3 +61,15 @@ def test_a_writer_writes_once_and_inside_its_block(tmp_path):
         writer.append(torch.zeros(1, 3))
     with pytest.raises(RuntimeError, match="a writer writes once"), writer:
         pass
+
+
+def test_ids_of_a_copy_must_grow(tmp_path):
+    with rk.TableWriter(tmp_path / "t", dim=3, dtype=torch.float32) as writer:
+        writer.append(torch.ones(2, 3), torch.tensor([4, -7]))
+        with pytest.raises(ValueError, match="^TableWriter: ids must grow, from 7 on, got"):
+            writer.append(torch.ones(1, 3), torch.tensor([6]))
+        with pytest.raises(ValueError, match=r"ids must be \[n\] = \[1\]"):
+            writer.append(torch.ones(1, 3), torch.tensor([8, 9]))
+        writer.append(torch.ones(1, 3))
+    table = rk.ShardedTable.open(tmp_path / "t", verify=True)
+    assert table.ids(torch.arange(3)).tolist() == [4, 6, 7] and table.row_mask.tolist() == [True, False, True]

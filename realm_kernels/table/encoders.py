@@ -45,8 +45,9 @@ class ProcessEncoder(Encoder):
     """Run `encode` in a process of its own: it shares no interpreter lock with the trainer, and may crash.
 
     encode: as TableRefresher takes it, and importable from the process, as a function at the top of a module,
-        a functools.partial or an object of such a class is. A fresh process begins there, with
-        nothing of the trainer's memory, so a script that trains needs `if __name__ == "__main__":`. It encodes without gradients; torch's random state is its own.
+        a functools.partial or an object of such a class is. A fresh process begins there, with nothing of the
+        trainer's memory, so a script that trains needs `if __name__ == "__main__":`. It encodes without
+        gradients, and torch's random state is its own.
     threads: of torch there. On a CPU the trainer's and these together should be the cores.
     timeout: seconds to wait for a chunk before the process is given up; None waits for ever.
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,8 +150,8 @@ class Hold:
     def is_removed(self) -> bool:
         return os.fstat(self.descriptor).st_nlink == 0
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # at the end of a program os is gone
+        close(self.descriptor)
 
     def __reduce__(self) -> str | tuple[type, tuple[()]]:
         # A copy in another process has its rows in memory; the descriptor means nothing there.
