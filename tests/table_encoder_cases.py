@@ -45,7 +45,9 @@ def refresh_on_ranks(rank, size, trouble, folder):
         if trouble and rank == size - 1 and snapshot["value"] == 2 and not os.path.exists(once):
             open(once, "w").close()
             yield torch.zeros(1, D)
-            if trouble == "killed":
+            if trouble == "hangs":
+                time.sleep(5)
+            if trouble in ("killed", "hangs"):
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("boom")
         for n in (part[rank - 1] - part[rank - 1] // 2, part[rank - 1] // 2):
@@ -56,7 +58,7 @@ def refresh_on_ranks(rank, size, trouble, folder):
         return None
     table = rk.ShardedTable.from_tensors([torch.full((n, D), -1.0) for n in (4, 0, 6)])
     seen = []
-    encoder = rk.table.RanksEncoder(group)
+    encoder = rk.table.RanksEncoder(group, timeout=1.5 if trouble == "hangs" else None)
     with rk.TableRefresher(table, encoder, mode="fixed_lag", every=2, lag=1) as refresher:
         for step in range(8):
             refresher.step(step, lambda step=step: {"value": step, "weight": torch.ones(3)})

@@ -11,6 +11,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +65,7 @@ class ProcessEncoder(Encoder):
         if not callable(encode):
             raise TypeError(f"{op}: encode must be a function of a snapshot, got {describe(encode)}")
         check_count(op, "threads", threads)
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"{op}: timeout must be more than 0 seconds, or None, got {timeout!r}")
+        check_timeout(op, timeout)
         self.encode, self.threads, self.timeout = encode, threads, timeout
         self._process: Any = None
         self._connection: Connection | None = None
@@ -142,6 +142,7 @@ class RanksEncoder(Encoder):
     group: a gloo group for this alone, of this process, its rank 0, and of the ranks that encode, which call
         serve_encoder(encode, group) with an encode of their own part. Its timeout is how long they wait for
         each other: longer than the time between two refreshes.
+    timeout: seconds to wait for a chunk before a rank counts as lost; None is the group's.
 
     A rank that fails is an error of that call; one that is lost is an error of every later call, and the
     table stays as it is. Snapshots may hold tensors, numbers, strings, lists and dictionaries of them.
@@ -150,8 +151,9 @@ class RanksEncoder(Encoder):
     >>> refresher = rk.TableRefresher(table, rk.table.RanksEncoder(group), ...)       # doctest: +SKIP
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self._peers = Peers(type(self).__name__, group)
+    def __init__(self, group: ProcessGroup, *, timeout: float | None = None) -> None:
+        check_timeout(type(self).__name__, timeout)
+        self._peers = Peers(type(self).__name__, group, timeout)
         if self._peers.rank != 0:
             raise ValueError(
                 f"{type(self).__name__}: group must have this process as its rank 0, got {self._peers.rank}"
@@ -246,11 +248,11 @@ _STOP, _SNAPSHOT, _CHUNK, _END, _ERROR = range(5)
 class Peers:
     """Messages between two ranks of a group: a header (kind, rows, width, dtype), then the bytes."""
 
-    def __init__(self, op: str, group: ProcessGroup) -> None:
+    def __init__(self, op: str, group: ProcessGroup, timeout: float | None = None) -> None:
         dist = torch.distributed
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"{op}: group must be a ProcessGroup that holds this process, got {group!r}")
-        self.group = group
+        self.group, self.timeout = group, None if timeout is None else timedelta(seconds=timeout)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.size < 2:
             raise ValueError(
@@ -296,7 +298,17 @@ class Peers:
 
     def _receive(self, tensor: Tensor, rank: int) -> None:
         dist = torch.distributed
-        dist.recv(tensor, dist.get_global_rank(self.group, rank), group=self.group)
+        work = dist.irecv(tensor, dist.get_global_rank(self.group, rank), group=self.group)
+        assert work is not None  # as for a rank outside of the group
+        if self.timeout is None:
+            work.wait()
+        else:
+            work.wait(self.timeout)
+
+
+def check_timeout(op: str, timeout: float | None) -> None:
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"{op}: timeout must be more than 0 seconds, or None, got {timeout!r}")
 
 
 def _serve_pipe(connection: Connection, encode: Encode, threads: int) -> None:
