@@ -104,6 +104,19 @@ def test_a_reader_between_opening_and_locking_takes_the_newer_version(tmp_path, 
     assert table.version == 2 and torch.cat(list(table.shards)).eq(2.0).all()
 
 
+def test_a_held_manifest_that_was_damaged_stops_no_writer(tmp_path):
+    write(tmp_path, 1)
+    table = rk.ShardedTable.open(tmp_path)
+    write(tmp_path, 2)
+    (retired,) = (path for path in tmp_path.iterdir() if manifest.RETIRED_NAME.fullmatch(path.name))
+    retired.write_bytes(b"{")
+    write(tmp_path, 3)
+    assert shards(tmp_path) == named(tmp_path) and torch.cat(list(table.shards)).eq(1.0).all()
+    del table
+    write(tmp_path, 4)
+    assert not retired.exists()
+
+
 def test_a_filesystem_without_hard_links_still_commits(tmp_path, monkeypatch):
     write(tmp_path, 1)
     table = rk.ShardedTable.open(tmp_path)

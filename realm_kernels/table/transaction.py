@@ -164,7 +164,9 @@ def _still_read(retired: Path) -> set[str]:
             files.remove(retired)
             return set()
         except BlockingIOError:
-            return {shard.file for shard in manifest.read_from(descriptor, retired).shards}
+            with suppress(ValueError):  # damaged since: what its reader has mapped outlives the files
+                return {shard.file for shard in manifest.read_from(descriptor, retired).shards}
+            return set()
         finally:
             os.close(descriptor)
 
