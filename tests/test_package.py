@@ -15,6 +15,8 @@ PUBLIC_NAMES = {
     "DistributedTable",
     "Posterior",
     "ShardedTable",
+    "StreamedTable",
+    "TableEditor",
     "TableRefresher",
     "TableWriter",
     "TopK",

@@ -7,6 +7,7 @@ counts are the same for all three.
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -53,8 +54,8 @@ class ProcessEncoder(Encoder):
     timeout: seconds to wait for a chunk before the process is given up; None waits for ever.
 
     The process starts with the first call and stays for the next ones. One that dies or hangs is an error of
-    that call, which the refresher counts; the next call starts a new one. Snapshots and chunks travel through
-    a pipe, as CPU tensors.
+    that call, which the refresher counts; the next call starts a new one. Snapshots, of tensors, numbers,
+    strings, lists and dictionaries of them, and chunks travel through a pipe, on the CPU.
 
     >>> encoder = rk.table.ProcessEncoder(encode, threads=1)                          # doctest: +SKIP
     >>> refresher = rk.TableRefresher(table, encoder, mode="async", every=500)        # doctest: +SKIP
@@ -77,15 +78,13 @@ class ProcessEncoder(Encoder):
         try:
             connection.send_bytes(_to_bytes(snapshot))
             while True:
-                kind, *rest = self._received(connection)
-                if kind == "error":
-                    whole = True
-                    raise RuntimeError(f"encode failed in its process: {rest[0]}")
-                if kind == "end":
-                    whole = True
+                message = self._received(connection)
+                whole = "shape" not in message
+                if "error" in message:
+                    raise RuntimeError(f"encode failed in its process: {message['error']}")
+                if whole:
                     return
-                shape, dtype = rest
-                chunk = torch.empty(shape, dtype=dtype)
+                chunk = torch.empty(message["shape"], dtype=FLOAT_DTYPES[message["dtype"]])
                 if chunk.numel() > 0:
                     connection.recv_bytes_into(raw_bytes(chunk))
                 yield chunk
@@ -123,10 +122,11 @@ class ProcessEncoder(Encoder):
             assert self._connection is not None
             return self._connection
 
-    def _received(self, connection: Connection) -> Any:
+    def _received(self, connection: Connection) -> dict[str, Any]:
         if self.timeout is not None and not connection.poll(self.timeout):
             raise RuntimeError(f"the process of encode sent no chunk in {self.timeout:g} seconds: it hangs")
-        return connection.recv()
+        message: dict[str, Any] = json.loads(connection.recv_bytes())
+        return message
 
     def _exit(self) -> str:
         process = self._process
@@ -230,7 +230,7 @@ def serve_encoder(encode: Encode, group: ProcessGroup) -> None:
         sent = []  # not waited for: rank 0 takes the parts one after another
         try:
             with torch.no_grad():
-                for chunk in encode(_from_bytes(message.numpy().tobytes(), trusted=False)):
+                for chunk in encode(_from_bytes(message.numpy().tobytes())):
                     check_tensor("serve_encoder", "a chunk", chunk, "[n, D]", (None, None), FLOAT_DTYPES)
                     sent.append(peers.begin(0, _CHUNK, chunk))
             sent.append(peers.begin(0, _END))
@@ -313,10 +313,14 @@ def check_timeout(op: str, timeout: float | None) -> None:
 
 def _serve_pipe(connection: Connection, encode: Encode, threads: int) -> None:
     """What the process of a ProcessEncoder does until its pipe is closed."""
+
+    def tell(message: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(message).encode())
+
     torch.set_num_threads(threads)
     while True:
         try:
-            snapshot = _from_bytes(connection.recv_bytes(), trusted=True)
+            snapshot = _from_bytes(connection.recv_bytes())
         except EOFError:
             return
         try:
@@ -324,14 +328,14 @@ def _serve_pipe(connection: Connection, encode: Encode, threads: int) -> None:
                 for chunk in encode(snapshot):
                     check_tensor("ProcessEncoder", "a chunk", chunk, "[n, D]", (None, None), FLOAT_DTYPES)
                     chunk = chunk.detach().to("cpu").contiguous()
-                    connection.send(("chunk", tuple(chunk.shape), chunk.dtype))
+                    tell({"shape": list(chunk.shape), "dtype": FLOAT_DTYPES.index(chunk.dtype)})
                     if chunk.numel() > 0:
                         connection.send_bytes(raw_bytes(chunk))
-            connection.send(("end",))
+            tell({})
         except OSError:  # nobody listens any more
             return
         except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+            tell({"error": f"{type(error).__name__}: {error}"})
 
 
 def _to_bytes(snapshot: Any) -> bytes:
@@ -340,9 +344,8 @@ def _to_bytes(snapshot: Any) -> bytes:
     return file.getvalue()
 
 
-def _from_bytes(raw: bytes, *, trusted: bool) -> Any:
-    # From this very process's parent a snapshot may hold any object; from another rank, tensors and the like.
-    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=not trusted)
+def _from_bytes(raw: bytes) -> Any:
+    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
 def _as_tensor(raw: bytes) -> Tensor:

@@ -60,8 +60,8 @@ def open_source(path: str | os.PathLike[str], key: str | None = None) -> Source:
     if path.suffix in _PICKLES:
         raise ValueError(
             f"{path}: a pickle can run any program when it is read, so it never is; where you trust it, "
-            "write its vectors as an array first: of DPR's pairs (id, vector), rows = pickle.load(file), "
-            "by numpy.save('embeddings.npy', numpy.stack([vector for _, vector in rows]))"
+            "read it yourself and write its vectors as an array first: of DPR's pairs (id, vector), by "
+            "numpy.save('embeddings.npy', numpy.stack([vector for _, vector in pairs]))"
         )
     openers = {
         ".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors, ".bin": _open_bin,
