@@ -7,7 +7,7 @@ from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import SearchCounters, TopK, mips_topk, search_counters
 from .native import build_info
 from .span_marginal_loss import span_marginal_loss
-from .table import DistributedTable, ShardedTable, TableRefresher, TableWriter
+from .table import DistributedTable, ShardedTable, StreamedTable, TableEditor, TableRefresher, TableWriter
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,8 @@ __all__ = [
     "Posterior",
     "SearchCounters",
     "ShardedTable",
+    "StreamedTable",
+    "TableEditor",
     "TableRefresher",
     "TableWriter",
     "TopK",

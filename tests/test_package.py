@@ -16,6 +16,8 @@ PUBLIC_NAMES = {
     "Posterior",
     "SearchCounters",
     "ShardedTable",
+    "StreamedTable",
+    "TableEditor",
     "TableRefresher",
     "TableWriter",
     "TopK",

@@ -4,6 +4,10 @@ import copy
 import errno
 import io
 import os
+import random
+import signal
+import time
+import traceback
 
 import pytest
 import torch
@@ -200,3 +204,45 @@ def test_a_state_of_something_else_is_refused():
     refresher = TableRefresher(new_table(), encode, mode="async", every=4)
     with pytest.raises(ValueError, match=message):
         refresher.load_state_dict({"w": 1})
+
+
+def test_a_trainer_killed_while_it_refreshes_resumes_to_the_losses_of_an_undisturbed_run(tmp_path):
+    steps = 40
+    undisturbed = Trainer().begin()
+    expected = undisturbed.train(range(steps))
+    undisturbed.refresher.close()
+
+    def work():
+        """Train on from the last checkpoint, one after every step."""
+        torch.set_num_threads(1)
+        path, trainer, losses = tmp_path / "checkpoint", Trainer(path=tmp_path / "t"), []
+        if path.exists():
+            losses, state = torch.load(path, weights_only=True)
+            trainer.resume(state)
+        else:
+            trainer.begin()
+        for step in range(len(losses), steps):
+            losses += trainer.train([step])
+            torch.save([losses, trainer.checkpoint()], tmp_path / "new")
+            os.replace(tmp_path / "new", path)
+        trainer.refresher.close()
+
+    kills, draw = 0, random.Random(0)
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if kills < 25:
+            time.sleep(draw.uniform(0.02, 0.12))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if not os.WIFSIGNALED(status):
+            break
+        kills += 1
+    assert os.WEXITSTATUS(status) == 0 and kills > 4
+    assert torch.load(tmp_path / "checkpoint", weights_only=True)[0] == expected

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import explained_by
+from ..table.streamed import StreamedTable
 from . import distributed, plan
 from .checks import check, codes_of, is_across_ranks
 
@@ -27,7 +28,7 @@ class TopK(NamedTuple):
 @explained_by(plan.explain)
 def mips_topk(
     queries: Tensor,
-    table: Tensor | ShardedTable | DistributedTable,
+    table: Tensor | ShardedTable | StreamedTable | DistributedTable,
     k: int,
     *,
     exclude: Tensor | None = None,
@@ -42,7 +43,8 @@ def mips_topk(
     never held.
 
     queries: [B, D] float32, bfloat16 or float16.
-    table: [N, D] tensor of any of these dtypes on the same device, or a ShardedTable; or a DistributedTable
+    table: [N, D] tensor of any of these dtypes on the same device, or a ShardedTable, quantised or not, or
+        a StreamedTable, larger than memory and searched from its files; or a DistributedTable
         or a DTensor placed Shard(0), whose rows are spread over ranks. Then the call is collective: every
         rank brings queries of its own (B may differ and be 0) and gets their results as plain tensors.
     k: in [1, N].
@@ -60,6 +62,8 @@ def mips_topk(
     >>> import torch, realm_kernels as rk
     >>> scores, indices = rk.mips_topk(torch.randn(4, 128), torch.randn(1000, 128), 8)
     """
+    if isinstance(table, StreamedTable):
+        return table.mips_topk(queries, k, exclude=exclude, row_mask=row_mask)
     if is_across_ranks(table):
         return TopK(*distributed.search(queries, table, k, exclude, row_mask))
     shards = check(queries, table, k, exclude, row_mask)

@@ -76,7 +76,7 @@ class DistributedTable:
             table = ShardedTable.open(path, mmap=mmap)
             first = table.num_rows * ranks.rank // ranks.size
             after = table.num_rows * (ranks.rank + 1) // ranks.size
-            return ShardedTable(_slice(table.shards, first, after), table.version).to(device)
+            return table.part(first, after).to(device)
 
         return _agreed(ranks, share)
 
@@ -194,18 +194,6 @@ def _as_table(local: object) -> ShardedTable:
     except (TypeError, ValueError) as error:
         rule = str(error).partition(": ")[2].replace("shards[0]", "local")
         raise type(error)(f"{OP}: {rule}") from None
-
-
-def _slice(shards: Sequence[Tensor], first: int, after: int) -> list[Tensor]:
-    """Views of the rows from `first` to `after`; at least one, which may be empty."""
-    slices = []
-    start = 0
-    for shard in shards:
-        low, high = max(first - start, 0), min(after - start, shard.shape[0])
-        if low < high:
-            slices.append(shard[low:high])
-        start += shard.shape[0]
-    return slices or [shards[0][:0]]
 
 
 def _problem_with(indices: object, table: DistributedTable) -> Exception | None:

@@ -48,6 +48,15 @@ def write(descriptor: int, data: bytes | memoryview, path: Path) -> None:
             rest = rest[os.write(descriptor, rest) :]
 
 
+def write_at(descriptor: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """All of `data`, from byte `offset` of the file on."""
+    rest = memoryview(data)
+    with naming(path, "write this file"):
+        while len(rest) > 0:
+            count = os.pwrite(descriptor, rest, offset)
+            rest, offset = rest[count:], offset + count
+
+
 def flush(descriptor: int, path: Path) -> None:
     with naming(path, "flush this file to disk"):
         os.fsync(descriptor)
@@ -116,7 +125,7 @@ def lock(directory: Path) -> int:
                 except BlockingIOError as error:
                     raise BlockingIOError(error.errno, "another writer is at work on it") from None
             # A writer that gave up on a new directory removes its lock with it: then this one locks nothing.
-            if _is_same_file(descriptor, path):
+            if is_same_file(descriptor, path):
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -130,7 +139,7 @@ def unlock(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _is_same_file(descriptor: int, path: Path) -> bool:
+def is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

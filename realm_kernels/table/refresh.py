@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..validation import check_choice, describe
-from . import manifest
+from . import manifest, quantized
 from .sharded import ShardedTable
 from .worker import OP, Refresh, RowCursor, Worker
 
@@ -36,13 +36,14 @@ class RefreshMetrics:
 
 
 class TableRefresher:
-    """Keep a table fresh: every `every` steps a snapshot of the encoder re-encodes the corpus in a thread.
+    """Keep a table fresh: every `every` steps a snapshot of the encoder re-encodes the corpus in background.
 
     table: ShardedTable in contiguous memory. A swap copies the new rows into these same tensors, at a step
         boundary and in stream order, so captured graphs and compiled code stay valid.
     encode: called in the thread, without gradients, with a snapshot; yields row chunks [n, D] of a float
         dtype, in the order of the row ids, N rows in all. It must use a model of its own, in eval mode, and
-        draw no random numbers: torch's CPU generator is shared by all threads.
+        draw no random numbers: torch's CPU generator is shared by all threads. A ProcessEncoder or a
+        RanksEncoder runs it elsewhere.
     mode: "async": a finished refresh is swapped in at the next boundary; the trainer never waits, and the
         step of the swap depends on the clock. "fixed_lag": the swap comes exactly `lag` steps after the
         snapshot; the trainer waits if it must, and a resumed run has the losses of an undisturbed one.
@@ -56,6 +57,8 @@ class TableRefresher:
     and tried again, with the same snapshot up to `attempts` times, then with the next one. A commit that
     fails is counted and logged, and the rows are used all the same. Close it, or use it as a context manager:
     that joins the thread. Not for use from several threads.
+
+    Rows that are not finite are a failure too.
 
     Raises TypeError or ValueError for bad arguments.
 
@@ -83,7 +86,7 @@ class TableRefresher:
         _check_arguments(table, encode, mode, every, lag, attempts)
         self.table, self.mode, self.every, self.lag = table, mode, every, lag
         self.path = None if path is None else Path(path)
-        self._worker = Worker(table.shards, encode, path, attempts)
+        self._worker = Worker(table, encode, path, attempts)
         self._pending: Refresh | None = None
         self._current: Any = None  # snapshot that the table was encoded from; None: it came from elsewhere
         self._checksums: list[str] = []  # of the current table's commit
@@ -188,6 +191,7 @@ class TableRefresher:
     def close(self) -> None:
         """Drop a refresh under way and join its thread. The table stays; calling it twice is harmless."""
         self._drop()
+        self._worker.close()
         self._closed = True
 
     def __enter__(self) -> TableRefresher:
@@ -242,7 +246,10 @@ class TableRefresher:
         target = RowCursor(self.table.shards)
         for shard in shards:
             target.write(shard)
+        if self.table.codes is not None:
+            quantized.refresh(self.table.shards, self.table.codes.tensors())
         self.table.version = version
+        self.table.hold = None  # no row comes from the files any more that it was opened from
 
     def _read_back(self, checksums: list[str]) -> bool:
         """Fill the table from `path` if the very rows with these checksums are committed there."""
@@ -266,8 +273,7 @@ class TableRefresher:
     def _drop(self) -> None:
         """End the pending refresh, if there is one, at its next chunk, and forget it."""
         if self._pending is not None:
-            self._pending.cancelled.set()
-            self._worker.join()
+            self._worker.stop(self._pending)
             self._failures += self._pending.failures
             self._pending = None
 

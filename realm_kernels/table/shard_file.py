@@ -1,4 +1,4 @@
-"""One shard on disk: a safetensors file with a single tensor, "rows" [n, D].
+"""One shard on disk: a safetensors file with the tensor "rows" [n, D], and "ids" [n] where rows were removed.
 
 The format is 8 bytes (little-endian length of the header), the header in JSON, the raw rows. Ours pads the
 header with spaces to 4096 bytes, so that the rows begin on a page: aligned for any kernel that reads them
@@ -11,6 +11,9 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from . import files
 from .manifest import Shard
 
 TENSOR_NAME = "rows"
+IDS_NAME = "ids"  # int64, increasing; a tombstone's id i stands as -1 - i
 DATA_OFFSET = 4096
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 _READ_BYTES = 8 << 20
@@ -27,32 +31,50 @@ _READ_BYTES = 8 << 20
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def header(rows: int, dim: int, dtype: torch.dtype) -> bytes:
+def header(rows: int, dim: int, dtype: torch.dtype, holds_ids: bool = False) -> bytes:
     """The first DATA_OFFSET bytes of a shard of these sizes."""
-    entry = {
-        "dtype": SAFETENSORS_DTYPES[dtype],
-        "shape": [rows, dim],
-        "data_offsets": [0, rows * dim * dtype.itemsize],
-    }
-    text = json.dumps({"__metadata__": {"format": "pt"}, TENSOR_NAME: entry}).encode()
+    entries = _entries(rows, dim, dtype, holds_ids)
+    text = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
     return (DATA_OFFSET - 8).to_bytes(8, "little") + text.ljust(DATA_OFFSET - 8)
 
 
-def file_checksum(descriptor: int) -> str:
-    """SHA-256 of a whole open file, as sha256sum prints it."""
+def data_bytes(rows: int, dim: int, dtype: torch.dtype, holds_ids: bool = False) -> int:
+    """Of the rows and the ids behind them."""
+    return rows * (dim * dtype.itemsize + (8 if holds_ids else 0))
+
+
+def _entries(rows: int, dim: int, dtype: torch.dtype, holds_ids: bool) -> dict[str, object]:
+    """What the header says of each tensor. The ids come last, so that the rows begin on a page."""
+    end = data_bytes(rows, dim, dtype)
+    entries: dict[str, object] = {
+        TENSOR_NAME: {"dtype": SAFETENSORS_DTYPES[dtype], "shape": [rows, dim], "data_offsets": [0, end]}
+    }
+    if holds_ids:
+        entries[IDS_NAME] = {"dtype": "I64", "shape": [rows], "data_offsets": [end, end + 8 * rows]}
+    return entries
+
+
+def file_checksum(descriptor: int, seen: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a whole open file, as sha256sum prints it; `seen` is told of the bytes read."""
     digest = hashlib.sha256()
     offset = 0
     while block := os.pread(descriptor, _READ_BYTES, offset):
         digest.update(block)
         offset += len(block)
+        seen(len(block))
     return digest.hexdigest()
 
 
-def read(directory: Path, shard: Shard, dim: int, dtype: torch.dtype, *, mmap: bool, verify: bool) -> Tensor:
-    """The rows of one shard, [shard.rows, dim]: mapped copy-on-write, or read into memory.
+def sealed(shard: Shard, dim: int, dtype: torch.dtype, checksum: str) -> Shard:
+    """The entry of a shard that is written: with its size and checksum."""
+    size = DATA_OFFSET + data_bytes(shard.rows, dim, dtype, shard.holds_ids)
+    return replace(shard, size=size, checksum=checksum)
 
-    A mapping is private: what a program writes into the tensor stays in its own memory and never reaches the
-    file.
+
+@contextmanager
+def opened(directory: Path, shard: Shard, dim: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(descriptor, byte at which the rows begin) of a shard whose size and header are as they must be.
+
     Raises FileNotFoundError where the file is missing, ValueError naming the file where it is damaged.
     """
     path = directory / shard.file
@@ -63,12 +85,53 @@ def read(directory: Path, shard: Shard, dim: int, dtype: torch.dtype, *, mmap: b
         raise FileNotFoundError(errno.ENOENT, rule, str(path)) from None
     try:
         _check_size(path, os.fstat(descriptor).st_size, shard.size)
-        start = _data_start(path, descriptor, shard, dim, dtype)
-        if verify and file_checksum(descriptor) != shard.checksum:
-            raise ValueError(f"{path}: the shard is damaged: its SHA-256 is not the manifest's")
-        return _load(path, descriptor, start, shard.rows, dim, dtype, mmap)
+        yield descriptor, _data_start(path, descriptor, shard, dim, dtype)
     finally:
         os.close(descriptor)
+
+
+def check_content(
+    descriptor: int, path: Path, shard: Shard, seen: Callable[[int], object] = lambda count: None
+) -> None:
+    """Raise ValueError where the content is not what was committed."""
+    if file_checksum(descriptor, seen) != shard.checksum:
+        raise ValueError(f"{path}: the shard is damaged: its SHA-256 is not the manifest's")
+
+
+def read(directory: Path, shard: Shard, dim: int, dtype: torch.dtype, *, mmap: bool, verify: bool) -> Tensor:
+    """The rows of one shard, [shard.rows, dim]: mapped copy-on-write, or read into memory.
+
+    A mapping is private: what a program writes into the tensor stays in its own memory and never reaches the
+    file.
+    """
+    path = directory / shard.file
+    with opened(directory, shard, dim, dtype) as (descriptor, start):
+        if verify:
+            check_content(descriptor, path, shard)
+        return _load(path, descriptor, start, shard.rows, dim, dtype, mmap)
+
+
+def read_ids(directory: Path, shard: Shard, dim: int, dtype: torch.dtype) -> Tensor:
+    """The ids of a shard that holds them, int64 [shard.rows]; -1 - id for a tombstone."""
+    path = directory / shard.file
+    with opened(directory, shard, dim, dtype) as (descriptor, start):
+        ids = _load(
+            path, descriptor, start + data_bytes(shard.rows, dim, dtype), shard.rows, 1, torch.int64, False
+        ).flatten()
+    whole = torch.where(ids < 0, -1 - ids, ids)
+    fits = (
+        shard.rows > 0
+        and bool((whole[1:] > whole[:-1]).all())
+        and int(whole[0]) >= shard.first_id
+        and int(whole[-1]) < shard.after_id
+        and int((ids < 0).sum()) == shard.tombstones
+    )
+    if not fits:
+        raise ValueError(
+            f"{path}: ids must grow within [{shard.first_id}, {shard.after_id}) and have "
+            f"{shard.tombstones} tombstones, as the manifest says"
+        )
+    return ids
 
 
 def raw_bytes(rows: Tensor) -> memoryview:
@@ -82,7 +145,8 @@ def _load(
     if rows == 0:
         return torch.empty(0, dim, dtype=dtype)
     if mmap:
-        return _map(path, descriptor)[start:].view(dtype).view(rows, dim)
+        end = start + data_bytes(rows, dim, dtype)
+        return _map(path, descriptor)[start:end].view(dtype).view(rows, dim)
     tensor = torch.empty(rows, dim, dtype=dtype)
     target = raw_bytes(tensor)
     done = 0
@@ -128,21 +192,19 @@ def _data_start(path: Path, descriptor: int, shard: Shard, dim: int, dtype: torc
         names = json.loads(os.pread(descriptor, length, 8))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the safetensors header must be JSON: {error}") from None
+    entries = _entries(shard.rows, dim, dtype, shard.holds_ids)
     require(
-        isinstance(names, dict) and set(names) - {"__metadata__"} == {TENSOR_NAME},
-        f"a shard must hold one tensor, named {TENSOR_NAME!r}",
+        isinstance(names, dict) and set(names) - {"__metadata__"} == set(entries),
+        f"a shard must hold one tensor, named {TENSOR_NAME!r}"
+        + (f", and the {IDS_NAME!r} of its rows" if shard.holds_ids else ""),
     )
-    data_bytes = shard.rows * dim * dtype.itemsize
-    expected = {
-        "dtype": SAFETENSORS_DTYPES[dtype],
-        "shape": [shard.rows, dim],
-        "data_offsets": [0, data_bytes],
-    }
-    require(names[TENSOR_NAME] == expected, f"{TENSOR_NAME} must be {expected}, as the manifest says")
+    for name, expected in entries.items():
+        require(names[name] == expected, f"{name} must be {expected}, as the manifest says")
+    content = data_bytes(shard.rows, dim, dtype, shard.holds_ids)
     start = 8 + length
     require(
-        start + data_bytes == shard.size,
-        f"header and rows must fill the file of {shard.size} bytes, got {start} + {data_bytes}",
+        start + content == shard.size,
+        f"header and rows must fill the file of {shard.size} bytes, got {start} + {content}",
     )
     require(
         start % dtype.itemsize == 0, f"the rows must be aligned to {dtype.itemsize} bytes, got offset {start}"

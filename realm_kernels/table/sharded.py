@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor, describe, dtype_name
 from . import manifest, quantized, shard_file
+from .row_ids import RowIds
 from .writer import SHARD_ROWS, TableWriter
 
 OP = "ShardedTable"
@@ -27,6 +29,8 @@ class ShardedTable:
     codes: what quantize() added, or None.
     version: number of the commit these rows came from; 0 for rows that never came from a directory. A
         TableRefresher raises it with every swap.
+    row_mask: bool [N], False for tombstones, None where there are none. mips_topk never returns a tombstone,
+        whose row is NaN; given this mask it spends less time on them.
 
     >>> import torch, realm_kernels as rk
     >>> table = rk.ShardedTable.from_tensors([torch.randn(600, 128), torch.randn(400, 128)])
@@ -34,12 +38,21 @@ class ShardedTable:
     """
 
     def __init__(
-        self, shards: Sequence[Tensor], version: int, codes: quantized.Int8Codes | None = None
+        self,
+        shards: Sequence[Tensor],
+        version: int,
+        row_ids: RowIds | None = None,
+        hold: manifest.Hold | None = None,
+        codes: quantized.Int8Codes | None = None,
     ) -> None:
         self.shards = tuple(shards)
         self.version = version
+        self.row_ids = row_ids  # None: row i has id i
+        self.hold = hold  # keeps the files in their places while they are mapped
         self.codes = codes
         self.num_rows = sum(shard.shape[0] for shard in self.shards)
+        mask = None if row_ids is None else row_ids.mask()
+        self.row_mask = None if mask is None else mask.to(self.device)
 
     @staticmethod
     def from_tensors(shards: Sequence[Tensor]) -> ShardedTable:
@@ -91,33 +104,37 @@ class ShardedTable:
         is read.
         """
         directory = Path(path)
-        current = manifest.read(directory)
+        current, hold = manifest.read_and_hold(directory)
         while True:
             try:
                 shards = [
                     shard_file.read(directory, shard, current.dim, current.dtype, mmap=mmap, verify=verify)
                     for shard in current.shards
                 ]
+                row_ids = RowIds.read(directory, current)
                 break
             except FileNotFoundError:
-                # A writer that commits between our look at the manifest and at its shards removes the old
-                # ones.
-                newer = manifest.read(directory)
+                # Where the system has no locks a writer may remove the shards between our look at the
+                # manifest and at them.
+                newer, hold = manifest.read_and_hold(directory)
                 if newer == current:
                     raise
                 current = newer
         if not shards:
             shards = [torch.empty(0, current.dim, dtype=current.dtype)]
-        return ShardedTable([shard.to(device) for shard in shards], current.version)
+        moved = [shard.to(device) for shard in shards]
+        is_mapped = mmap and any(shard is there for shard, there in zip(shards, moved, strict=True))
+        return ShardedTable(moved, current.version, row_ids, hold if is_mapped else None)
 
     def save(self, path: str | os.PathLike[str], *, shard_rows: int = SHARD_ROWS) -> int:
         """Commit the rows to a table directory, whole or not at all; returns the version it got there.
 
-        The split on disk follows `shard_rows`, not the shards in memory. Errors as TableWriter's.
+        The split on disk follows `shard_rows`, not the shards in memory; ids and tombstones go along. Errors
+        as TableWriter's.
         """
         with TableWriter(path, dim=self.dim, dtype=self.dtype, shard_rows=shard_rows) as writer:
-            for shard in self.shards:
-                writer.append(shard)
+            for number, shard in enumerate(self.shards):
+                writer.append(shard, None if self.row_ids is None else self.row_ids.stored(number))
         return writer.version
 
     @property
@@ -138,7 +155,8 @@ class ShardedTable:
         Codes stay with a table that stays where it is; elsewhere rows are scanned themselves.
         """
         shards = [shard.to(device) for shard in self.shards]
-        return ShardedTable(shards, self.version, self.codes if shards[0].device == self.device else None)
+        codes = self.codes if shards[0].device == self.device else None
+        return ShardedTable(shards, self.version, self.row_ids, self.hold, codes)
 
     def quantize(self, scheme: str = "int8") -> ShardedTable:
         """The same rows, shared and not copied, with int8 codes that a search on the CPU scans instead.
@@ -147,7 +165,8 @@ class ShardedTable:
         cannot exclude, and what it admits is scored from the rows, in memory or mapped from disk. A bound
         that excludes little costs time only. The codes take one byte an element, a quarter of float32 rows.
         When rows are written to, by a TableRefresher or in place, the next search encodes them anew; in a
-        compiled graph, which cannot, it scans the rows instead.
+        compiled graph, which cannot, it scans the rows instead. A TableRefresher that is given the
+        quantised table encodes with every swap.
 
         Raises ValueError for another scheme, for a table that is not on the CPU, has D above 16384 or was
         made in inference mode, and where the C++ module is missing.
@@ -157,10 +176,33 @@ class ShardedTable:
         reason = quantized.refuses(self.shards)
         if reason is not None:
             raise ValueError(f"{OP}.quantize: {reason}")
-        return ShardedTable(self.shards, self.version, quantized.Int8Codes.of(self.shards))
+        codes = quantized.Int8Codes.of(self.shards)
+        return ShardedTable(self.shards, self.version, self.row_ids, self.hold, codes)
+
+    def part(self, first: int, after: int) -> ShardedTable:
+        """The rows from `first` to `after` as a table of their own, which shares their storage."""
+        pieces = []
+        start = 0
+        for number, shard in enumerate(self.shards):
+            low, high = max(first - start, 0), min(after - start, shard.shape[0])
+            if low < high:
+                pieces.append((number, low, high))
+            start += shard.shape[0]
+        pieces = pieces or [(0, 0, 0)]
+        row_ids = None if first == 0 and self.row_ids is None else self._row_ids().slice(pieces)
+        shards = [self.shards[number][low:high] for number, low, high in pieces]
+        return ShardedTable(shards, self.version, row_ids, self.hold)
+
+    def ids(self, indices: Tensor) -> Tensor:
+        """The ids of these rows: what names a row in every version of its table. int64 [...] -> int64 [...].
+
+        A search returns row numbers of this version. They are the ids too until a compaction drops
+        tombstones, which moves rows up and leaves their ids as they were. -1 stays -1. On the CPU.
+        """
+        return self._row_ids().of(indices.cpu())
 
     def rows(self, indices: Tensor) -> Tensor:
-        """The rows with these ids: zeros for -1. [...] int64 -> [..., D].
+        """The rows with these numbers: zeros for -1, NaN for a tombstone. [...] int64 -> [..., D].
 
         Raises TypeError or ValueError for indices that are not int64 on the table's device and, on the CPU,
         for an id outside [-1, N). On CUDA, where the look would cost a synchronisation, such an id gives a
@@ -179,6 +221,12 @@ class ShardedTable:
                     f"{OP}.rows: indices must be in [0, N={self.num_rows}) or -1, got {low} to {high}"
                 )
         return gather(self.shards, indices)
+
+    def _row_ids(self) -> RowIds:
+        if self.row_ids is not None:
+            return self.row_ids
+        sizes = [shard.shape[0] for shard in self.shards]
+        return RowIds([after - size for after, size in zip(accumulate(sizes), sizes, strict=True)], sizes)
 
     def __len__(self) -> int:
         return self.num_rows

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor
+from .encoders import Encoder
+from .sharded import ShardedTable
 from .writer import TableWriter
 
 OP = "TableRefresher"
@@ -44,16 +46,16 @@ class Worker:
 
     def __init__(
         self,
-        shards: Sequence[Tensor],
+        table: ShardedTable,
         encode: Callable[[Any], Iterable[Tensor]],
         path: str | os.PathLike[str] | None,
         attempts: int,
     ) -> None:
-        self.shards, self.encode, self.path, self.attempts = shards, encode, path, attempts
-        self.num_rows = sum(shard.shape[0] for shard in shards)
+        self.shards, self.row_ids, self.num_rows = table.shards, table.row_ids, table.num_rows
+        self.encode, self.path, self.attempts = encode, path, attempts
         self.buffer: list[Tensor] = []
         self._thread: threading.Thread | None = None
-        self._stream = torch.cuda.Stream(shards[0].device) if shards[0].is_cuda else None
+        self._stream = torch.cuda.Stream(table.device) if table.device.type == "cuda" else None
 
     def start(self, refresh: Refresh, version: int) -> None:
         """Begin; `version` is the least the commit may get. Every earlier refresh must be done."""
@@ -71,6 +73,17 @@ class Worker:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def stop(self, refresh: Refresh) -> None:
+        """End it at its next chunk, or at once where its encoder can, and wait for that."""
+        refresh.cancelled.set()
+        if isinstance(self.encode, Encoder):
+            self.encode.interrupt()
+        self.join()
+
+    def close(self) -> None:
+        if isinstance(self.encode, Encoder):
+            self.encode.close()
 
     def _run(self, refresh: Refresh, version: int, ready: torch.cuda.Event | None) -> None:
         try:
@@ -97,6 +110,8 @@ class Worker:
             except Cancelled:
                 raise
             except Exception as error:
+                if refresh.cancelled.is_set():
+                    raise Cancelled(f"{OP}: the refresh of step {refresh.step} was cancelled") from error
                 refresh.failures += 1
                 logger.warning(
                     "refresh of step %d failed (attempt %d of %d), the table stays as it is: %s: %s",
@@ -109,14 +124,28 @@ class Worker:
         if not self.buffer:
             self.buffer = [torch.empty_like(shard) for shard in self.shards]
         target = RowCursor(self.buffer)
-        for chunk in self.encode(refresh.snapshot):
-            self._stop_if_unwanted(refresh)
-            check_tensor(
-                OP, "a chunk of encode", chunk, "[n, D]", (None, self.buffer[0].shape[1]), FLOAT_DTYPES
-            )
-            target.write(chunk)
+        chunks = self.encode(refresh.snapshot)
+        try:
+            for chunk in chunks:
+                self._stop_if_unwanted(refresh)
+                check_tensor(
+                    OP, "a chunk of encode", chunk, "[n, D]", (None, self.buffer[0].shape[1]), FLOAT_DTYPES
+                )
+                # A search never returns NaN: a broken encoder would empty the index without a word.
+                if not bool(chunk.isfinite().all()):
+                    after = target.rows + chunk.shape[0]
+                    raise ValueError(
+                        f"{OP}: encode must yield finite numbers, got NaN or infinity in rows "
+                        f"[{target.rows}, {after})"
+                    )
+                target.write(chunk)
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()
         if target.rows != self.num_rows:
             raise ValueError(f"{OP}: encode must yield N={self.num_rows} rows in all, got {target.rows}")
+        if self.row_ids is not None:
+            self.row_ids.bury(self.buffer)
 
     def _commit(self, refresh: Refresh, version: int) -> None:
         """Write the buffer to `path`. Failing costs durability only: the rows are good, and are used."""
@@ -125,10 +154,10 @@ class Worker:
         try:
             first = self.buffer[0]
             with TableWriter(self.path, dim=first.shape[1], dtype=first.dtype) as writer:
-                writer.version = max(writer.version, version)
-                for shard in self.buffer:
+                writer.at_least(version)
+                for number, shard in enumerate(self.buffer):
                     self._stop_if_unwanted(refresh)
-                    writer.append(shard)
+                    writer.append(shard, None if self.row_ids is None else self.row_ids.stored(number))
             refresh.version, refresh.checksums = writer.version, writer.committed().checksums
         except Cancelled:
             raise

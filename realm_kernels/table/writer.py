@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import secrets
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from ..validation import FLOAT_DTYPES, check_tensor, dtype_name
-from . import files, manifest, shard_file
-from .manifest import Manifest, Shard
+from . import manifest
+from .manifest import Manifest
+from .shard_stream import ShardStream
+from .transaction import Transaction
 
 OP = "TableWriter"
 SHARD_ROWS = 1 << 20  # 512 MiB of float32 at D = 128: few files, each checked in about a second
-_PIECE_BYTES = 16 << 20  # of a large append, converted and written at a time
-_TEMPORARY = re.compile(r"manifest\.json\.[0-9a-f]{8}")
 
 
 class TableWriter:
     """Write a table directory as a stream of rows, committed whole when the `with` block ends.
 
     path: directory of the table; created with its parents where it is missing. A table that is there already
-        is replaced, as its next version.
+        is replaced, as its next version; TableEditor changes one instead.
     dim: D, columns of every row.
     dtype: torch.float32, bfloat16 or float16, of the rows on disk.
     shard_rows: rows per file. At most one piece of 16 MiB is held in memory, however many rows come.
@@ -48,54 +44,53 @@ class TableWriter:
     def __init__(
         self, path: str | os.PathLike[str], *, dim: int, dtype: torch.dtype, shard_rows: int = SHARD_ROWS
     ) -> None:
-        for name, value in (("dim", dim), ("shard_rows", shard_rows)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{OP}: {name} must be an int, got {type(value).__name__} {value!r}")
-            if value < 1:
-                raise ValueError(f"{OP}: {name} must be at least 1, got {value}")
+        check_count(OP, "dim", dim)
+        check_count(OP, "shard_rows", shard_rows)
         if dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{OP}: dtype must be one of {', '.join(map(dtype_name, FLOAT_DTYPES))}, got {dtype!r}"
             )
-        self.path = Path(path)
-        self.dim, self.dtype, self.shard_rows = dim, dtype, shard_rows
-        self.version = 0
+        self.dim, self.dtype = dim, dtype
         self.rows = 0
-        self._token = ""  # marks this writer's files
-        self._lock: int | None = None  # held inside the `with` block
-        self._created: list[Path] = []
-        self._old: Manifest | None = None
-        self._new: Manifest | None = None
-        self._shards: list[Shard] = []
-        self._file: _OpenShard | None = None
+        self._transaction = Transaction(path)
+        self._stream = ShardStream(self._transaction, dim, dtype, shard_rows)
+        self._next_id = 0
         self._broken = False
+
+    @property
+    def version(self) -> int:
+        return self._transaction.version
 
     def __enter__(self) -> TableWriter:
-        if self._token:
-            raise RuntimeError(f"{OP}: a writer writes once: make a new one for {self.path}")
-        self._created = files.make_directories(self.path)
-        try:
-            self._lock = files.lock(self.path)
-            self._old = _table_at(self.path)
-            self.version = (self._old.version if self._old else 0) + 1
-            self._token = secrets.token_hex(4)
-            # Nobody else writes while the lock is held: what no manifest names was left by a writer that
-            # died.
-            _sweep(self.path, self._old)
-        except BaseException:
-            self._release()
-            raise
+        if self._transaction.begun:
+            raise RuntimeError(f"{OP}: a writer writes once: make a new one for {self._transaction.path}")
+        self._transaction.begin(create=True)
         return self
 
-    def append(self, rows: Tensor) -> None:
-        """Add rows [n, dim] of a float dtype, from any device; they are converted to the table's dtype."""
-        if self._lock is None:
+    def at_least(self, version: int) -> None:
+        """Give the commit no smaller number than this; before the first append."""
+        self._transaction.version = max(self._transaction.version, version)
+
+    def append(self, rows: Tensor, ids: Tensor | None = None) -> None:
+        """Add rows [n, dim] of a float dtype, from any device; they are converted to the table's dtype.
+
+        ids: int64 [n], growing, for a copy of a table whose rows have names already (`table.ids`, as its rows
+            are appended); None counts on. -1 - i is the tombstone of row i.
+        """
+        if not self._transaction.is_open:
             raise RuntimeError(f"{OP}: append works inside the `with` block only")
         check_tensor(OP, "rows", rows, "[n, dim]", (None, self.dim), FLOAT_DTYPES)
+        if ids is None:
+            ids = torch.arange(self._next_id, self._next_id + rows.shape[0])
+        else:
+            ids = self._checked(ids, rows.shape[0])
+        if rows.shape[0] == 0:
+            return
         self._broken = True  # until all of the rows are written: a part of them must never be committed
-        for piece in rows.detach().split(max(1, _PIECE_BYTES // (4 * self.dim))):
-            self._write(piece.to("cpu", self.dtype).contiguous())
+        self._stream.append(rows, ids)
         self._broken = False
+        self.rows += rows.shape[0]
+        self._next_id = int(torch.where(ids[-1] < 0, -1 - ids[-1], ids[-1])) + 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -103,151 +98,38 @@ class TableWriter:
         whole = False
         try:
             if kind is None:
-                self._commit()
+                if self._broken:
+                    raise RuntimeError(
+                        f"{OP}: an append failed, so nothing is committed to {self._transaction.path}"
+                    )
+                shards = self._stream.finish()
+                self._transaction.commit(
+                    manifest.assemble(self.version, self.dim, self.dtype, shards, self._next_id)
+                )
                 whole = True
         finally:
-            try:
-                if not whole and not self._took_place():
-                    self._discard()
-            finally:
-                self._release()
+            self._stream.close()
+            self._transaction.end(whole)
 
     def committed(self) -> Manifest:
         """The manifest that was committed. RuntimeError before that."""
-        if self._new is None or self._lock is not None:
-            raise RuntimeError(f"{OP}: nothing is committed to {self.path} by this writer yet")
-        return self._new
+        if self._transaction.new is None or self._transaction.is_open:
+            path = self._transaction.path
+            raise RuntimeError(f"{OP}: nothing is committed to {path} by this writer yet")
+        return self._transaction.new
 
-    def _write(self, piece: Tensor) -> None:
-        while piece.shape[0] > 0:
-            if self._file is None:
-                name = f"shard-{self.version:06d}-{self._token}-{len(self._shards):05d}.safetensors"
-                self._file = _OpenShard(self.path / name, self.shard_rows, self.dim, self.dtype)
-            taken = piece[: self.shard_rows - self._file.rows]
-            self._file.append(taken)
-            self.rows += taken.shape[0]
-            piece = piece[taken.shape[0] :]
-            if self._file.rows == self.shard_rows:
-                self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        assert self._file is not None
-        file = self._file
-        size, checksum = file.finish()
-        self._shards.append(Shard(file.path.name, self.rows - file.rows, file.rows, size, checksum))
-        self._file = None
-
-    def _commit(self) -> None:
-        """Shards durable, then their names, then the manifest, then the rename, which is the commit."""
-        if self._broken:
-            raise RuntimeError(f"{OP}: an append failed, so nothing is committed to {self.path}")
-        if self._file is not None:
-            self._finish_shard()
-        self._new = Manifest(self.version, self.dim, self.dtype, self.rows, tuple(self._shards))
-        temporary = self._temporary()
-        descriptor = files.create(temporary)
-        try:
-            files.write(descriptor, manifest.encode(self._new), temporary)
-            files.flush(descriptor, temporary)
-        finally:
-            os.close(descriptor)
-        files.flush_directory(self.path)
-        with files.naming(temporary, f"rename this file to {manifest.FILE_NAME}"):
-            os.replace(temporary, self.path / manifest.FILE_NAME)
-        # The old shards go only when the rename is known to be on disk: before that a power failure may undo
-        # it.
-        files.flush_directory(self.path)
-        for shard in self._old.shards if self._old else ():
-            files.remove(self.path / shard.file)
-
-    def _took_place(self) -> bool:
-        """Whether the commit happened, asked of the disk: an interrupt may come right after the rename."""
-        if self._new is None:
-            return False
-        try:
-            return manifest.read(self.path) == self._new
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError):
-            return True  # unknown: the files stay, and the next writer sweeps them if no manifest names them
-
-    def _discard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            files.remove(self._file.path)
-        for shard in self._shards:
-            files.remove(self.path / shard.file)
-        files.remove(self._temporary())
-        self._new = None
-
-    def _release(self) -> None:
-        """Give the lock back; directories made for a table that was not committed go with it."""
-        abandoned = self._created if self._new is None else []
-        if abandoned and self._lock is not None:
-            files.remove(self.path / files.LOCK_NAME)
-        files.remove_directories(abandoned)
-        if self._lock is not None:
-            files.unlock(self._lock)
-            self._lock = None
-
-    def _temporary(self) -> Path:
-        return self.path / f"{manifest.FILE_NAME}.{self._token}"
+    def _checked(self, ids: Tensor, rows: int) -> Tensor:
+        check_tensor(OP, "ids", ids, "[n]", (rows,), (torch.int64,))
+        ids = ids.cpu()
+        whole = torch.where(ids < 0, -1 - ids, ids)
+        before = torch.cat([torch.tensor([self._next_id - 1]), whole[:-1]]) if rows > 0 else whole
+        if not bool((whole > before).all()):
+            raise ValueError(f"{OP}: ids must grow, from {self._next_id} on, got {ids.tolist()[:5]} ...")
+        return ids
 
 
-class _OpenShard:
-    """A shard being written. Its header and checksum are right from the start if it gets `capacity` rows."""
-
-    def __init__(self, path: Path, capacity: int, dim: int, dtype: torch.dtype) -> None:
-        self.path, self.capacity, self.dim, self.dtype = path, capacity, dim, dtype
-        self.rows = 0
-        self._digest = hashlib.sha256()
-        self._descriptor = files.create(path)
-        try:
-            self._write(memoryview(shard_file.header(capacity, dim, dtype)))
-        except BaseException:
-            self.close()
-            files.remove(path)
-            raise
-
-    def append(self, rows: Tensor) -> None:
-        self._write(shard_file.raw_bytes(rows))
-        self.rows += rows.shape[0]
-
-    def finish(self) -> tuple[int, str]:
-        """Correct the header, flush, close. Returns size and checksum."""
-        checksum = self._digest.hexdigest()
-        if self.rows < self.capacity:
-            os.lseek(self._descriptor, 0, os.SEEK_SET)
-            files.write(self._descriptor, shard_file.header(self.rows, self.dim, self.dtype), self.path)
-            checksum = shard_file.file_checksum(self._descriptor)
-        files.flush(self._descriptor, self.path)
-        self.close()
-        return shard_file.DATA_OFFSET + self.rows * self.dim * self.dtype.itemsize, checksum
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _write(self, data: memoryview) -> None:
-        files.write(self._descriptor, data, self.path)
-        self._digest.update(data)
-
-
-def _table_at(directory: Path) -> Manifest | None:
-    """The table that is there, or None. A damaged one is an error: nothing replaces it unasked."""
-    try:
-        return manifest.read(directory)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{error}; remove the folder to write a new table there") from None
-
-
-def _sweep(directory: Path, committed: Manifest | None) -> None:
-    kept = {shard.file for shard in committed.shards} if committed else set()
-    with files.naming(directory, "list this folder"):
-        names = os.listdir(directory)
-    for name in names:
-        if (manifest.SHARD_NAME.fullmatch(name) and name not in kept) or _TEMPORARY.fullmatch(name):
-            files.remove(directory / name)
+def check_count(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
