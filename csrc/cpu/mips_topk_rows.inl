@@ -14,7 +14,7 @@
 namespace realm_kernels {
 namespace {
 
-constexpr int kDirectMax = 24;
+constexpr int kDirectMax = 12;
 constexpr int kTileQueries = 4;
 
 // A bit for each lane that is not below its cutoff; NaN counts as not below.
@@ -131,8 +131,14 @@ template <int kQueries, int kRows, class T>
 int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, uint32_t keep, int64_t dim,
                      const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
   uint32_t found[kDirectMax];
+  // Of query q for row r of a tile at q * kRows + r: what a cutoff is made of.
+  float thresholds[kDirectMax * kRows + 8] = {}, norms_x4[kDirectMax * kRows + 8] = {};
   for (int64_t q = 0; q < queries.batch; ++q) {
     found[q] = 0;
+    for (int r = 0; r < kRows; ++r) {
+      thresholds[q * kRows + r] = queries.thresholds[q];
+      norms_x4[q * kRows + r] = queries.norms_x4[q];
+    }
   }
   for (int64_t first = 0; first < n; first += kRows) {
     const T* row[kRows];
@@ -154,13 +160,8 @@ int64_t scan_rows_of(const T* rows, int64_t row_stride, int64_t n, uint32_t keep
       } else {
         products = tile_products<kQueries, kRows, false>(row, dim, tile, queries.padded_dim, squares);
       }
-      Vec8 cutoffs = {};
-      for (int j = 0; j < kQueries && q + j < queries.batch; ++j) {
-        const float cutoff = cutoff_of(queries, q + j, norm, bound);
-        for (int r = 0; r < kRows; ++r) {
-          cutoffs[j * kRows + r] = cutoff;
-        }
-      }
+      const Vec8 cutoffs =
+          load<Vec8>(thresholds + q * kRows) - bound.gamma_div4 * (load<Vec8>(norms_x4 + q * kRows) * norm);
       const uint32_t bits = not_below8(products, cutoffs);
       constexpr uint32_t kRowBits = (1u << kRows) - 1;
       if (bits != 0) {
