@@ -12,8 +12,8 @@ CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'cs
 .PHONY: run test bench lint build dist clean
 
 run: $(READY)
-	$(BIN)/realm-model pretrain --out $(OUT)
-	$(BIN)/realm-model evaluate --run $(OUT)
+	$(BIN)/realm-model world pretrain --out $(OUT)
+	$(BIN)/realm-model world evaluate --run $(OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests

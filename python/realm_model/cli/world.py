@@ -1,29 +1,22 @@
-"""realm-model: pre-train a small REALM, evaluate it, ask it. Every run lives in a folder of its own."""
+"""A world of facts: pre-train a small REALM on it, evaluate it, ask it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
-from .config import RunConfig, preset
-
-# torch and transformers take seconds to import: the commands import what needs them, so that --help is at
-# once.
+from ..config import RunConfig, preset
+from .common import console, one_clear_line
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
-console = Console()
-errors = Console(stderr=True)
 
 RunFolder = Annotated[Path, typer.Option("--run", help="A run folder that `pretrain` wrote.")]
 
@@ -50,12 +43,6 @@ class Refresh(str, Enum):
     asynchronous = "async"
 
 
-class Index(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="The run folder; a run that was killed goes on from here.")],
@@ -80,7 +67,7 @@ def pretrain(
     Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
     run that was stopped.
 
-    Example: `realm-model pretrain --out runs/demo --world easy --seed 0`
+    Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
     """
     base = preset(world.value, None if data is None else str(data))
     config = replace(
@@ -89,7 +76,7 @@ def pretrain(
         threads=threads,
         marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
     )
-    with _one_clear_line():
+    with one_clear_line():
         if fresh:
             _drop_run(out)
         _pretrain(config, out)
@@ -100,12 +87,12 @@ def evaluate(run: RunFolder) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
-    Example: `realm-model evaluate --run runs/demo`
+    Example: `realm-model world evaluate --run runs/demo`
     """
-    with _one_clear_line():
-        from . import report
-        from .evaluate import evaluate as evaluate_model
-        from .pretrain import load_run
+    with one_clear_line():
+        from .. import report
+        from ..evaluate import evaluate as evaluate_model
+        from ..pretrain import load_run
 
         setting, model = load_run(run)
         with console.status("evaluating"):
@@ -115,7 +102,9 @@ def evaluate(run: RunFolder) -> None:
         console.print("plots: " + ", ".join(str(path) for path in report.plot(run)))
         query = setting.world.held_out_queries[0]
         question = f"{query.text[: query.start]}[MASK]{query.text[query.end :]}"
-        console.print(f'ask it: realm-model answer "{question}" --run {run}', markup=False, soft_wrap=True)
+        console.print(
+            f'ask it: realm-model world answer "{question}" --run {run}', markup=False, soft_wrap=True
+        )
 
 
 @app.command()
@@ -125,42 +114,19 @@ def answer(
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
 
-    Example: `realm-model answer "Fene Zaband works as a [MASK]." --run runs/demo`
+    Example: `realm-model world answer "Fene Zaband works as a [MASK]." --run runs/demo`
     """
-    with _one_clear_line():
-        from . import report
-        from .answer import answer as answer_question
-        from .pretrain import load_run
+    with one_clear_line():
+        from .. import report
+        from ..answer import answer as answer_question
+        from ..pretrain import load_run
 
         console.print(report.answer_table(answer_question(*load_run(run), question)))
 
 
-@app.command()
-def convert(
-    directory: Annotated[Path, typer.Argument(help="A published REALM, with config.json.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    dtype: Annotated[Index, typer.Option(help="Of the index's rows; bfloat16 halves it.")] = Index.float32,
-) -> None:
-    """Write a published checkpoint as safetensors, its Open-QA index as a sharded table, without loading
-    either.
-
-    Example: `realm-model convert realm-orqa-nq-openqa --out nq --dtype bfloat16`
-    """
-    with _one_clear_line():
-        from .published import convert as convert_directory
-
-        with console.status("converting"):
-            kind = convert_directory(directory, out, dtype=dtype.value)
-        console.print(f"{out}: realm_model.published.{kind}", markup=False, soft_wrap=True)
-
-
-def main() -> None:
-    app()
-
-
 def _pretrain(config: RunConfig, out: Path) -> None:
-    from . import report
-    from .pretrain import pretrain as run
+    from .. import report
+    from ..pretrain import pretrain as run
 
     # A refresh that fails is the refresher's to log; the run goes on with the index it has.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
@@ -180,13 +146,3 @@ def _drop_run(out: Path) -> None:
     if any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"{out} is not a run folder: it has no config.json, so --fresh leaves it alone")
     shutil.rmtree(out)
-
-
-@contextmanager
-def _one_clear_line() -> Iterator[None]:
-    """Errors a user can mend are one line, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        errors.print(f"realm-model: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from None

@@ -1,0 +1,18 @@
+"""realm-model: a whole REALM, command by command. Every run lives in a folder of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from . import published, world
+
+# torch and transformers take seconds to import: the commands import what needs them, so that --help is at
+# once.
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
+app.add_typer(world.app, name="world")
+app.command()(published.convert)
+
+
+def main() -> None:
+    app()
