@@ -10,6 +10,7 @@ Shapes: B examples, N documents, L wordpieces, M target tokens.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from .world import Statement, World
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 IGNORE = -100  # a target that is not scored
+MAX_LETTERS = 1000  # of a vocabulary that is learned, as in BERT's
+MAX_WORDS = 5_000_000  # that are counted at a time
 
 
 def wordpiece(vocabulary: list[str]) -> Tokenizer:
@@ -41,9 +44,10 @@ def learn_vocabulary(texts: Iterable[str], size: int, whole_words: Iterable[str]
 
     The trainer of `tokenizers` breaks ties by the order of a hash map, differently in every process; here
     ties go to the alphabetically smaller pair, so that a seed gives one run. `whole_words` (the objects)
-    become one piece each, as names that are frequent in a real corpus are.
+    become one piece each, as names that are frequent in a real corpus are. Of the letters the most frequent
+    MAX_LETTERS count, and a word with another one is unknown.
     """
-    words = Counter(word for text in texts for word in _words(text))
+    words = _count_words(texts)
     whole = sorted({word for text in whole_words for word in _words(text)})
     pieces = {word: [word[0], *(f"##{c}" for c in word[1:])] for word in [*words, *whole]}
     letters = sorted({letter for word in pieces for letter in word})
@@ -56,20 +60,29 @@ def learn_vocabulary(texts: Iterable[str], size: int, whole_words: Iterable[str]
         for pair in zip(pieces[word], pieces[word][1:], strict=False):
             counts[pair] += count
             holders[pair].add(word)
-    while len(vocabulary) + len(whole) < size and counts:
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        if counts[best] <= 0:
-            break
+    # The most frequent pair first. Entries whose count has changed since are passed over.
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    while len(vocabulary) + len(whole) < size and heap:
+        count, best = heapq.heappop(heap)
+        if count == 0 or counts.get(best) != -count:
+            continue
         merged = best[0] + best[1].removeprefix("##")
         vocabulary[merged] = None
+        changed: set[tuple[str, str]] = set()
         for word in holders.pop(best):
-            for pair in zip(pieces[word], pieces[word][1:], strict=False):
+            before = pieces[word]
+            pieces[word] = _merge(before, best, merged)
+            for pair in zip(before, before[1:], strict=False):
                 counts[pair] -= words[word]
-            pieces[word] = _merge(pieces[word], best, merged)
+                changed.add(pair)
             for pair in zip(pieces[word], pieces[word][1:], strict=False):
                 counts[pair] += words[word]
                 holders[pair].add(word)
+                changed.add(pair)
         del counts[best]
+        for pair in changed - {best}:
+            heapq.heappush(heap, (-counts[pair], pair))
     vocabulary.update(dict.fromkeys(whole))
     return list(vocabulary)
 
@@ -228,6 +241,21 @@ def close_gaps(ids: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Ten
 
 _NORMALIZE = normalizers.BertNormalizer(lowercase=True)
 _SPLIT = pre_tokenizers.BertPreTokenizer()
+
+
+def _count_words(texts: Iterable[str]) -> Counter[str]:
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(_words(text))
+        if len(words) > MAX_WORDS:
+            # Words of a single place are most of them; memory stays bounded.
+            words = Counter({word: count for word, count in words.items() if count > 1})
+    letters: Counter[str] = Counter()
+    for word, count in words.items():
+        for letter in word:
+            letters[letter] += count
+    kept = set(sorted(letters, key=lambda letter: (-letters[letter], letter))[:MAX_LETTERS])
+    return Counter({word: count for word, count in words.items() if kept.issuperset(word)})
 
 
 def _words(text: str) -> list[str]:
