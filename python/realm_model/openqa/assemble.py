@@ -1,0 +1,99 @@
+"""One OpenQA from three folders: a model, a corpus, and the index of that corpus by that model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import overload
+
+from ..corpus.store import BlockStore
+from ..published import OpenQA
+from .folder import has_reader, index_identity, load_embedder, load_reader, require_same_vocabulary
+from .index import Identity, open_index
+
+# What the embedder and the reader of one OpenQA must share: OpenQA has one config for both.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How many blocks are retrieved in fine-tuning and how many are read, and how long a join may be: the
+    defaults are the released ones. Each is cut to what the corpus and the model have.
+    """
+
+    searcher: int = 5000
+    reader: int = 5
+    length: int = 320
+
+
+RELEASED = Beams()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model and what it was put together from."""
+
+    model: OpenQA
+    identity: Identity  # of the index
+    store: BlockStore
+    can_read: bool  # whether its reader was trained to read answers
+
+
+class BlockTexts(Sequence[bytes]):
+    """The texts of a corpus's blocks, read when they are asked for: the records of an OpenQA."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.store[index].text.encode()
+
+
+def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, seed: int = 0) -> Parts:
+    """Open the three folders and make sure that they belong together.
+
+    A model without a reader gets a fresh one by the seed, on its encoder where it has one. Raises ValueError
+    naming the folder, the rule and what was found.
+    """
+    store = BlockStore.open(corpus)
+    embedder = load_embedder(model)
+    require_same_vocabulary(model, store, embedder.config)
+    table, identity = open_index(index)
+    identity.require(index, index_identity(model, store, embedder), corpus, model)
+    reader = load_reader(model, seed, embedder.config)
+    for name in _SHARED:
+        own, other = getattr(embedder.config, name), getattr(reader.config, name)
+        if own != other:
+            raise ValueError(f"{model}: embedder and reader must have one {name}, got {own} and {other}")
+    config = replace(
+        embedder.config,
+        **{name: getattr(reader.config, name) for name in ("span_hidden_size", "max_span_width")},
+        reader_layer_norm_eps=reader.config.reader_layer_norm_eps,
+        num_block_records=len(store),
+        searcher_beam_size=min(beams.searcher, len(store)),
+        reader_beam_size=min(beams.reader, len(store)),
+        reader_seq_len=min(beams.length, embedder.config.max_position_embeddings),
+    )
+    qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
+    qa.embedder, qa.reader = embedder, reader
+    return Parts(qa.eval(), identity, store, has_reader(model))
