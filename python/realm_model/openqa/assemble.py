@@ -95,5 +95,6 @@ def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, se
         reader_seq_len=min(beams.length, embedder.config.max_position_embeddings),
     )
     qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
+    # A twin embedder serves as the published one does.
     qa.embedder, qa.reader = embedder, reader
     return Parts(qa.eval(), identity, store, has_reader(model))

@@ -116,7 +116,7 @@ class Finetuner:
 
     @property
     def _device_type(self) -> str:
-        return self.model.embedder.cls.dense.weight.device.type
+        return next(self.model.parameters()).device.type
 
     def _batch(self, number: int) -> list[Question]:
         """Batch `number` of the run: the questions are gone through in a new order every epoch."""

@@ -21,6 +21,9 @@ import realm_kernels as rk
 from ..corpus.store import BlockStore
 from ..inputs import padded
 from ..published import Embedder
+from .twin import TwinEmbedder
+
+AnyEmbedder = Embedder | TwinEmbedder
 
 ENCODE_ROWS = 512  # blocks at a time; the embedder sorts them by length
 SHOWN = 12  # digits of a fingerprint in an error
@@ -62,11 +65,11 @@ class Identity:
                 )
 
 
-def fingerprint(embedder: Embedder) -> str:
+def fingerprint(embedder: AnyEmbedder) -> str:
     """SHA-256 of all that an embedding depends on; the MLM head, which is unused, is left out."""
     digest = hashlib.sha256()
     config = embedder.config
-    shape = (config.num_attention_heads, config.hidden_act, config.layer_norm_eps)
+    shape = (config.num_attention_heads, config.hidden_act, config.layer_norm_eps, embedder.document_length)
     digest.update(json.dumps(shape).encode())
     for name, tensor in sorted(embedder.state_dict().items()):
         if not name.startswith("cls.predictions."):
@@ -77,7 +80,7 @@ def fingerprint(embedder: Embedder) -> str:
 
 @torch.no_grad()
 def build_index(
-    embedder: Embedder,
+    embedder: AnyEmbedder,
     store: BlockStore,
     out: Path,
     *,
@@ -86,8 +89,8 @@ def build_index(
 ) -> Identity:
     """Encode every block, `[CLS] title [SEP] body [SEP]`, into a table, committed whole or not at all.
 
-    report sees the number of blocks encoded so far. Blocks longer than the encoder's positions lose their
-    end.
+    report sees the number of blocks encoded so far. Blocks longer than the embedder's document_length
+    lose their end.
     An index that is there already is replaced. Raises ValueError where the vocabulary is larger than the
     embedder's, OSError where the disk is full.
     """
@@ -95,13 +98,13 @@ def build_index(
     identity = Identity(store.fingerprint, fingerprint(embedder))
     was_training = embedder.training
     embedder.eval()
-    device = embedder.cls.dense.weight.device
+    device = next(embedder.parameters()).device
     try:
         with rk.TableWriter(out, dim=embedder.config.retriever_proj_size, dtype=dtype) as writer:
             for first in range(0, len(store), ENCODE_ROWS):
                 rows = range(first, min(first + ENCODE_ROWS, len(store)))
-                ids, segments = block_inputs(store, rows, embedder.config.max_position_embeddings)
-                writer.append(embedder(ids.to(device), segments.to(device)))
+                ids, segments = block_inputs(store, rows, embedder.document_length)
+                writer.append(embedder.documents(ids.to(device), segments.to(device)))
                 report(rows.stop)
             identity.write(_identity_path(out, writer.version))
     finally:

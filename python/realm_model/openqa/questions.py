@@ -4,8 +4,8 @@
                  "paragraph", the id of the document that holds the answer, where they are known
     .json        {"data": [{"title": ..., "paragraphs": [{"context": ..., "qas": [...]}]}]}, as SQuAD's
 
-CuratedTREC's answers are regular expressions in files of the first form; nothing in a file says so, the caller
-does.
+CuratedTREC's answers are regular expressions in files of the first form; nothing in a file says so, the
+caller does.
 """
 
 from __future__ import annotations

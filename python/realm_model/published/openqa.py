@@ -123,6 +123,9 @@ class OpenQA(Published):
 
     def save_pretrained(self, directory: str | Path, *, safe_serialization: bool = True) -> None:
         """Write config.json, weights, block_records.npy and the tokenizer's files; a sharded table as one."""
+        if not isinstance(self.embedder, Embedder):
+            kind = type(self.embedder).__name__
+            raise ValueError(f"OpenQA.save_pretrained: embedder must be a published Embedder, got a {kind}")
         super().save_pretrained(directory, safe_serialization=safe_serialization)
         if isinstance(self.block_emb, rk.ShardedTable):
             self.block_emb.save(Path(directory) / TABLE)
@@ -273,7 +276,7 @@ class OpenQA(Published):
     @property
     def _device(self) -> torch.device:
         """Of the encoders; the index may lie elsewhere, and a sharded table does not follow `to`."""
-        return self.embedder.cls.dense.weight.device
+        return next(self.embedder.parameters()).device
 
     def _retrieve(self, questions: Sequence[str], beam: int) -> tuple[list[list[int]], rk.TopK]:
         """The questions' wordpieces and the top blocks of each, [B, R], best first."""

@@ -1,0 +1,70 @@
+"""The embedder of a pre-training run, in the place of a published one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import model
+from ..config import ModelConfig
+from ..published import PublishedConfig
+from ..published.models import Published
+
+
+class TwinEmbedder(Published):
+    """model.Embedder: one transformer with a head for each side, over [CLS] itself, without BERT's pooler.
+
+    The factor of the relevance goes into the queries: f(x, z) is then a plain inner product, as the index and
+    the released reader want it.
+    """
+
+    architecture = "TwinEmbedder"
+
+    def __init__(self, config: PublishedConfig) -> None:
+        super().__init__(config)
+        self.net = model.Embedder(config.bert(), config.retriever_proj_size)
+        lacking = [name for name in ("score_scale", "document_length") if name not in config.other]
+        if lacking:
+            raise ValueError(f"{self.architecture}: the configuration must have {lacking[0]}, which lacks")
+        self.score_scale: float = config.other["score_scale"]
+        self.document_length: int = config.other["document_length"]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Queries `[CLS] x [SEP]`, int64 [B, L] -> [B, D]."""
+        return self.score_scale * self.net.queries(ids)
+
+    def documents(self, ids: Tensor, segments: Tensor) -> Tensor:
+        """`[CLS] title [SEP] body [SEP]`, int64 [N, L] -> [N, D]."""
+        return self.net.documents(ids, segments)
+
+    @staticmethod
+    def of(trained: model.Realm, config: ModelConfig, vocab_size: int) -> TwinEmbedder:
+        """With the weights of a run."""
+        twin = TwinEmbedder(published_config(config, vocab_size))
+        with torch.no_grad():
+            for name, target in twin.net.state_dict().items():
+                target.copy_(trained.retriever.state_dict()[name])
+        return twin
+
+
+def published_config(config: ModelConfig, vocab_size: int) -> PublishedConfig:
+    """The sizes of a run's networks, by the published names."""
+    bert = model.bert_config(config, vocab_size)
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "max_position_embeddings",
+        "initializer_range",
+        "layer_norm_eps",
+    )
+    return PublishedConfig(
+        **{name: getattr(bert, name) for name in names},
+        retriever_proj_size=config.projection,
+        other={"score_scale": config.score_scale, "document_length": config.document_length},
+    )
