@@ -112,7 +112,7 @@ def test_a_published_checkpoint_is_converted(call, tmp_path):
 def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monkeypatch):
     from realm_model import stages
 
-    embed, calls = stages.embed_documents, []
+    embed, calls = stages.embed_all, []
 
     def fails_once_started(*arguments):
         calls.append(1)
@@ -120,7 +120,7 @@ def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monke
             raise RuntimeError("killed")
         return embed(*arguments)
 
-    monkeypatch.setattr(stages, "embed_documents", fails_once_started)
+    monkeypatch.setattr(stages, "embed_all", fails_once_started)
     run = tmp_path / "run"
     result = call("world", "pretrain", "--out", run, "--threads", 1)
     assert result.exit_code == 0, result.output

@@ -29,7 +29,7 @@ def recall_at_5(trainer):
     corpus, model = trainer.setting.corpus, trainer.model
     with torch.no_grad():
         ids, _, _ = mask_statements(corpus.held_out, "salient", torch.Generator())
-        top = rk.mips_topk(model.retriever.queries(ids), build_table(model, corpus), 5).indices
+        top = rk.mips_topk(model.retriever.queries(ids), build_table(model, corpus.documents), 5).indices
     return (top == corpus.held_out.fact[:, None]).any(1).double().mean().item()
 
 
@@ -56,7 +56,7 @@ def test_the_retriever_learns_from_likelihoods_alone(warm_start, mode):
     for step in range(STEPS):
         if step % REFRESH == 0:
             with torch.no_grad():
-                table = build_table(model, corpus)
+                table = build_table(model, corpus.documents)
         statements = corpus.train[torch.randint(len(corpus.train), (BATCH,), generator=generator)]
         ids, _, targets = mask_statements(statements, "salient", generator)
         queries = model.retriever.queries(ids)

@@ -31,6 +31,15 @@ class WorldConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """A corpus of text in the place of the world."""
+
+    directory: str  # a corpus, as `realm-model corpus` writes it
+    held_out: float = 0.05  # of the blocks; their sentences are for evaluation only
+    ict: Literal["sentence", "span"] = "sentence"  # what looks for the rest of its block
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Two small BERTs, one for the retriever and one for the reader."""
 
@@ -38,6 +47,8 @@ class ModelConfig:
     hidden: int = 64
     layers: int = 2
     heads: int = 2
+    intermediate: int = 0  # the width of the feed-forward layers; 0: four times `hidden`
+    activation: str = "gelu_pytorch_tanh"  # BERT's gelu_new as one fused op
     projection: int = 64  # the width of an embedding
     query_length: int = 22  # wordpieces, [CLS] and [SEP] included
     document_length: int = 40
@@ -58,9 +69,12 @@ class StageConfig:
 
     steps: int
     batch: int
+    accumulate: int = (
+        1  # batches whose gradients are averaged in one step; the ICT's negatives are of one batch
+    )
     retriever_lr: float = 0.0  # 0: the retriever is not trained in this stage
     reader_lr: float = 0.0
-    warmup: float = 0.1  # of the steps
+    warmup: float = 0.1  # of the steps; 0: as released, min(10000, max(100, steps / 10)) steps
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,8 @@ class RealmConfig:
     mode: Literal["sequence", "token"] = "sequence"
     masks: Literal["salient", "token", "span"] = "salient"
     candidates: int = 8  # the null document and the top 7, as in the paper
-    # Queries that are sentences of the corpus itself. Their document may not be retrieved, and as no other
-    # states the fact, the null document has something to explain.
+    # Queries that are sentences of the corpus itself: all of them where it is text. Their document may not be
+    # retrieved; as no other of a world states the fact, the null document has something to explain.
     corpus_share: float = 0.0625
     refresh: Literal["async", "fixed_lag"] = "fixed_lag"
     refresh_every: int = 50
@@ -85,6 +99,9 @@ class RunConfig:
     seed: int = 0
     threads: int = 2
     world: WorldConfig = field(default_factory=WorldConfig)
+    text: TextConfig | None = None  # where given, there is no world
+    start: str | None = None  # a BERT-like checkpoint that both networks begin as
+    bfloat16: bool = False  # forward passes under autocast
     model: ModelConfig = field(default_factory=ModelConfig)
     # A short start: it finds the subject and leaves the relation, which the ICT does not teach, to REALM.
     ict: StageConfig = StageConfig(steps=150, batch=128, retriever_lr=2e-3)
@@ -134,13 +151,14 @@ def from_json(text: str) -> RunConfig:
     values: dict[str, Any] = json.loads(text)
     parts = {
         "world": WorldConfig,
+        "text": TextConfig,
         "model": ModelConfig,
         "ict": StageConfig,
         "reader": StageConfig,
         "realm": StageConfig,
         "marginal": RealmConfig,
     }
-    return RunConfig(**{name: parts[name](**v) if name in parts else v for name, v in values.items()})
+    return RunConfig(**{name: parts[name](**v) if name in parts and v else v for name, v in values.items()})
 
 
 def read_config(run: Path) -> RunConfig:

@@ -6,6 +6,8 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from .config import ModelConfig
 from .inputs import PAD, Documents, join, trim
 
+ENCODE_ROWS = 1024  # documents at a time, where all are embedded
 CHUNK_ROWS = 64  # sequences at a time; on the CPU their activations stay in the cache
 LAYER_NORM_EPS = 1e-12  # BERT's, and of the embedder's head in the released model
 
@@ -23,8 +26,8 @@ def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
         hidden_size=config.hidden,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        intermediate_size=4 * config.hidden,
-        hidden_act="gelu_pytorch_tanh",  # BERT's gelu_new as one fused op
+        intermediate_size=config.intermediate or 4 * config.hidden,
+        hidden_act=config.activation,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         initializer_range=config.initializer_range,
@@ -106,7 +109,14 @@ class Realm(nn.Module):
 
     def relevance(self, queries: Tensor, documents: Tensor) -> Tensor:
         """f(x, z) of each query [B, D] and its own candidates [B, K, D]: [B, K]."""
-        return self.score_scale * torch.einsum("bd,bkd->bk", queries, documents)
+        # Scores are differences of large sums: autocast would round them to three digits.
+        with torch.autocast(queries.device.type, enabled=False):
+            return self.score_scale * torch.einsum("bd,bkd->bk", queries.float(), documents.float())
+
+    def relevance_of_all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """f(x, z) of queries [B, D] and documents [N, D]: [B, N]."""
+        with torch.autocast(queries.device.type, enabled=False):
+            return self.score_scale * queries.float() @ documents.float().T
 
     def read(self, queries: Tensor, positions: Tensor, bodies: Tensor) -> Tensor:
         """The decoder's inputs for each query [B, Lq] joined with each of its bodies [B, K, Lb]: [B, K, M,
@@ -141,6 +151,12 @@ def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) ->
 def embed_documents(embedder: Embedder, documents: Documents, rows: Tensor) -> Tensor:
     """Embeddings of documents by row: [len(rows), D]."""
     return embedder.documents(*documents.inputs(rows))
+
+
+def embed_all(embedder: Embedder, documents: Documents) -> Iterator[Tensor]:
+    """Embeddings of all documents, in chunks [n, D] in the order of their rows."""
+    for rows in torch.arange(documents.num_documents).split(ENCODE_ROWS):
+        yield embed_documents(embedder, documents, rows)
 
 
 def _head(hidden: int, projection: int) -> nn.Sequential:

@@ -24,7 +24,7 @@ def ict_loss(model: Realm, documents: Documents, rows: Tensor, spans: Tensor, re
     """
     queries = model.retriever.queries(query_inputs(spans))  # [B, D]
     contexts = model.retriever.documents(*documents.inputs(rows, rest))  # [B, D]
-    scores = model.score_scale * queries @ contexts.T  # [B, B]
+    scores = model.relevance_of_all(queries, contexts)  # [B, B]
     return F.cross_entropy(scores, torch.arange(scores.shape[0]))
 
 
@@ -82,7 +82,7 @@ def realm_loss(
     queries = model.retriever.queries(ids)  # [B, D]
     rows, found = retrieve(queries, table, documents, config.candidates, exclude)
     scores = fresh_scores(model, documents, queries, rows)  # [B, K]
-    hidden = model.read(ids, positions, documents.bodies[rows])  # [B, K, M, H]
+    hidden = model.read(ids, positions, documents.read(rows))  # [B, K, M, H]
     return rk.linear_marginal_loss(
         scores,
         hidden,

@@ -24,7 +24,8 @@ from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
 from .model import Realm
 from .stages import IctStage, ReaderStage, RealmStage, Stage
-from .world import World, draw_world, generate_source, load_source
+from .start import load_start
+from .world import draw_world, generate_source, load_source
 
 STAGES = ("ict", "reader", "realm")
 CLIP = 1.0  # of the gradient's norm, for each network (released code)
@@ -38,17 +39,21 @@ class Setting:
     """What a run trains and is tested on."""
 
     config: RunConfig
-    world: World
     tokenizer: Tokenizer
     corpus: Corpus
 
 
 def make_setting(config: RunConfig, tokenizer: Tokenizer | None = None) -> Setting:
-    """Draw the world of a configuration. Raises ValueError where its data are missing or too few."""
+    """Open the corpus of a configuration, or draw its world. ValueError where data are missing or too few."""
+    if config.text is not None:
+        from .corpus.statements import open_text
+
+        store, corpus = open_text(config.text, config.model, config.seed)
+        return Setting(config, store.tokenizer, corpus)
     source = generate_source() if config.world.data is None else load_source(Path(config.world.data))
     world = draw_world(source, config.world, config.seed)
     tokenizer = tokenizer or world_tokenizer(world, config.model.vocab_size)
-    return Setting(config, world, tokenizer, prepare(world, tokenizer, config.model))
+    return Setting(config, tokenizer, prepare(world, tokenizer, config.model))
 
 
 def make_model(setting: Setting) -> Realm:
@@ -61,7 +66,8 @@ class Optimizer:
 
     def __init__(self, model: Realm, config: StageConfig) -> None:
         self.config = config
-        self.warmup = max(1, round(config.warmup * config.steps))
+        released = min(10_000, max(100, config.steps // 10))
+        self.warmup = max(1, round(config.warmup * config.steps)) if config.warmup else released
         groups = [
             {"params": list(net.parameters()), "lr": lr, "peak": lr}
             for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
@@ -69,9 +75,11 @@ class Optimizer:
         ]
         self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS)
 
-    def step(self, loss: torch.Tensor, step: int) -> None:
+    def zero_grad(self) -> None:
         self.adamw.zero_grad()
-        loss.backward()
+
+    def step(self, step: int) -> None:
+        """Step number `step` on the gradients as they are."""
         up = (step + 1) / self.warmup
         down = (self.config.steps - step) / max(1, self.config.steps - self.warmup)
         for group in self.adamw.param_groups:
@@ -83,15 +91,21 @@ class Optimizer:
 class Trainer:
     """A run in memory."""
 
-    def __init__(self, setting: Setting, index: Path | None = None) -> None:
+    def __init__(self, setting: Setting, index: Path | None = None, fresh: bool = True) -> None:
+        """fresh: begin as the configuration says; a state_dict to be loaded needs no such start."""
         torch.set_num_threads(setting.config.threads)
         self.setting, self.index = setting, index
         self.model = make_model(setting)
+        if fresh and setting.config.start is not None:
+            load_start(self.model, Path(setting.config.start), setting.tokenizer)
         self.generator = torch.Generator().manual_seed(setting.config.seed)  # draws all batches
         self.enter(0)
 
     def enter(self, number: int) -> None:
-        """Begin stage `number`; past the last one there is nothing to do."""
+        """Begin stage `number`, or the next one that has steps; past the last one there is nothing to do."""
+        steps = stage_steps(self.setting.config)
+        while number < len(STAGES) and steps[number] == 0:
+            number += 1
         self.number, self.step = number, 0
         self.stage: Stage | None = None
         self.optimizer: Optimizer | None = None
@@ -111,9 +125,15 @@ class Trainer:
         """One step of training."""
         assert self.stage is not None and self.optimizer is not None
         self.stage.begin_step(self.step)
-        loss, metrics = self.stage.loss(self.generator)
-        self.optimizer.step(loss, self.step)
-        record = {"stage": self.name, "step": self.step, "loss": loss.item(), **metrics}
+        self.optimizer.zero_grad()
+        total, batches = 0.0, self.stage.config.accumulate
+        for _ in range(batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.config.bfloat16):
+                loss, metrics = self.stage.loss(self.generator)
+            (loss / batches).backward()
+            total += loss.item() / batches
+        self.optimizer.step(self.step)
+        record = {"stage": self.name, "step": self.step, "loss": total, **metrics}
         self.step += 1
         return record
 
@@ -138,6 +158,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
             "stage": {} if self.stage is None else self.stage.state_dict(),
+            "corpus": self.setting.corpus.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,8 +192,10 @@ def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> 
     """
     checkpoint = checkpoints.load(out / "checkpoints")
     setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
+    trainer = Trainer(setting, out / "index", fresh=checkpoint is None)
+    if checkpoint is not None:
+        _check_corpus(setting, checkpoint, out)
     _claim(config, out)
-    trainer = Trainer(setting, out / "index")
     log = MetricsLog(out / "metrics.jsonl")
     try:
         if checkpoint is not None:
@@ -193,14 +216,14 @@ def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record]
 
     def commit() -> None:
         state = trainer.state_dict() | {"metrics_bytes": log.size()}
-        number = sum(_stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
+        number = sum(stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
         checkpoints.save(
             out / "checkpoints", number, checkpoints.Checkpoint(state, trainer.setting.tokenizer)
         )
 
     started = time.monotonic()
     while not trainer.done:
-        stage, steps = trainer.name, _stage_steps(config)[trainer.number]
+        stage, steps = trainer.name, stage_steps(config)[trainer.number]
         while trainer.step < steps:
             write(trainer.advance())
             due = stage == "realm" and trainer.step % config.evaluate_every == 0
@@ -248,6 +271,7 @@ def load_run(run: Path) -> tuple[Setting, Realm]:
         raise ValueError(f"{run} has no checkpoint yet")
     torch.set_num_threads(config.threads)
     setting = make_setting(config, checkpoint.tokenizer)
+    _check_corpus(setting, checkpoint, run)
     model = make_model(setting)
     model.load_state_dict(checkpoint.state["model"])
     return setting, model.eval()
@@ -268,5 +292,15 @@ def _claim(config: RunConfig, out: Path) -> None:
         )
 
 
-def _stage_steps(config: RunConfig) -> tuple[int, int, int]:
+def _check_corpus(setting: Setting, checkpoint: checkpoints.Checkpoint, run: Path) -> None:
+    """The corpus of a checkpoint, told by its fingerprint."""
+    then, now = checkpoint.state["corpus"], setting.corpus.fingerprint
+    if then != now:
+        where = "a world" if setting.config.text is None else setting.config.text.directory
+        raise ValueError(
+            f"{run} was trained on the corpus of fingerprint {then[:12]!r}, got {now[:12]!r} from {where}"
+        )
+
+
+def stage_steps(config: RunConfig) -> tuple[int, int, int]:
     return config.ict.steps, config.reader.steps, config.realm.steps

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,6 +17,9 @@ from rich.table import Table
 
 from .answer import Answer
 from .config import RunConfig
+from .inputs import CLS, PAD, SEP
+from .masking import mask_statements
+from .pretrain import Setting
 
 SMOOTHING = 0.95  # of the loss that is shown
 STAGE_TITLES = {"ict": "ICT warm start", "reader": "copy start", "realm": "REALM"}
@@ -95,6 +99,13 @@ def answer_table(answer: Answer) -> Table:
     return table
 
 
+def question_text(setting: Setting) -> str:
+    """The first held-out statement, masked."""
+    ids, _, _ = mask_statements(setting.corpus.held_out[torch.tensor([0])], "salient", torch.Generator())
+    words = [i for i in ids[0].tolist() if i not in (CLS, SEP, PAD)]
+    return setting.tokenizer.decode(words, skip_special_tokens=False)
+
+
 def read_metrics(run: Path) -> list[Record]:
     """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
@@ -155,7 +166,7 @@ def _draw(
 
 
 def _cells(values: dict[str, float]) -> list[str]:
-    return [f"{values[name]:.3f}" for name in COLUMNS]
+    return [f"{values[name]:.3f}" if name in values else "" for name in COLUMNS]
 
 
 def _evaluation_line(record: Record) -> str:

@@ -100,8 +100,7 @@ def evaluate(run: RunFolder) -> None:
         (run / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
         console.print(report.evaluations_table(report.read_metrics(run), result.as_dict()))
         console.print("plots: " + ", ".join(str(path) for path in report.plot(run)))
-        query = setting.world.held_out_queries[0]
-        question = f"{query.text[: query.start]}[MASK]{query.text[query.end :]}"
+        question = report.question_text(setting)
         console.print(
             f'ask it: realm-model world answer "{question}" --run {run}', markup=False, soft_wrap=True
         )
