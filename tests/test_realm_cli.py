@@ -49,7 +49,9 @@ def one_line(result):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", ["world pretrain", "world evaluate", "world answer", "convert"])
+@pytest.mark.parametrize(
+    "command", ["world pretrain", "world evaluate", "world swap", "world answer", "convert"]
+)
 def test_every_command_shows_an_example(call, command):
     result = call(*command.split(), "--help")
     assert result.exit_code == 0
@@ -72,6 +74,11 @@ def test_a_run_from_pretrain_to_answer(call, tmp_path):
     result = call("world", "answer", question, "--run", run)
     assert result.exit_code == 0, result.output
     assert "(null document)" in result.stdout and "utility" in result.stdout
+
+    result = call("world", "swap", "--run", run)
+    assert result.exit_code == 0, result.output
+    assert "after: the new object" in result.stdout
+    assert 0 <= json.loads((run / "swap.json").read_text())["held-out subjects"]["stays"]["accuracy"] <= 1
 
     assert "must hold [MASK]" in one_line(call("world", "answer", "no mask here", "--run", run))
     assert "another configuration" in one_line(call("world", "pretrain", "--out", run, "--seed", 5))

@@ -16,6 +16,7 @@ from realm_model.evaluate import build_table
 from realm_model.masking import mask_statements
 from realm_model.objectives import fresh_scores, retrieve
 from realm_model.pretrain import Trainer, make_setting
+from realm_model.swap import corpus_swap
 
 # A minute or two of one processor; a busy machine needs more of the clock.
 pytestmark = pytest.mark.timeout(1200)
@@ -84,3 +85,6 @@ def test_a_whole_run_learns_to_retrieve_and_to_answer():
     assert stages["reader"].recall == stages["ict"].recall  # the copy start leaves the retriever alone
     assert stages["realm"].recall[1] > 0.6 and stages["realm"].accuracy > 0.6
     assert stages["realm"].utility > 2.0
+    # Appendix C: the facts of the corpus change, and the answers with them, without a step of training.
+    for swap in corpus_swap(trainer.setting, trainer.model, seed=1).values():
+        assert swap.follows.accuracy > 0.6 * swap.before.accuracy > 5 * swap.stays.accuracy

@@ -25,7 +25,7 @@ from .inputs import Corpus, prepare, world_tokenizer
 from .model import Realm
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
-from .world import draw_world, generate_source, load_source
+from .world import World, draw_world, generate_source, load_source
 
 STAGES = ("ict", "reader", "realm")
 CLIP = 1.0  # of the gradient's norm, for each network (released code)
@@ -50,10 +50,15 @@ def make_setting(config: RunConfig, tokenizer: Tokenizer | None = None) -> Setti
 
         store, corpus = open_text(config.text, config.model, config.seed)
         return Setting(config, store.tokenizer, corpus)
-    source = generate_source() if config.world.data is None else load_source(Path(config.world.data))
-    world = draw_world(source, config.world, config.seed)
+    world = world_of(config)
     tokenizer = tokenizer or world_tokenizer(world, config.model.vocab_size)
     return Setting(config, tokenizer, prepare(world, tokenizer, config.model))
+
+
+def world_of(config: RunConfig) -> World:
+    """The world that a run draws. ValueError where its data are missing or too few."""
+    source = generate_source() if config.world.data is None else load_source(Path(config.world.data))
+    return draw_world(source, config.world, config.seed)
 
 
 def make_model(setting: Setting) -> Realm:

@@ -85,6 +85,17 @@ def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
     return table
 
 
+def swap_table(swaps: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Of swap.Swap by kind of query, as dicts."""
+    table = Table(title="accuracy when the facts of the corpus are swapped", title_justify="left")
+    for title in ("queries", "before", "after: the new object", "after: the old object", "recall@5 after"):
+        table.add_column(title, justify="left" if title == "queries" else "right")
+    for who, swap in swaps.items():
+        values = [swap[when]["accuracy"] for when in ("before", "follows", "stays")]
+        table.add_row(who, *(f"{value:.3f}" for value in (*values, swap["follows"]["recall@5"])))
+    return table
+
+
 def answer_table(answer: Answer) -> Table:
     title = f'answer: "{answer.text}"   log p(y|x) = {answer.log_marginal:.3f}'
     table = Table(title=title, title_justify="left")

@@ -107,6 +107,30 @@ def evaluate(run: RunFolder) -> None:
 
 
 @app.command()
+def swap(run: RunFolder, seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1) -> None:
+    """Swap the facts of the corpus, make the index again, train nothing: do the answers follow (Appendix C)?
+
+    Prints a table and writes swap.json.
+
+    Example: `realm-model world swap --run runs/demo`
+    """
+    with one_clear_line():
+        from .. import report
+        from ..pretrain import load_run
+        from ..swap import corpus_swap
+
+        setting, model = load_run(run)
+        with console.status("evaluating"):
+            swaps = corpus_swap(setting, model, seed)
+        values = {
+            who: {when: result.as_dict() for when, result in vars(swap).items()}
+            for who, swap in swaps.items()
+        }
+        (run / "swap.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        console.print(report.swap_table(values))
+
+
+@app.command()
 def answer(
     question: Annotated[str, typer.Argument(help="A sentence of the world with [MASK] for the answer.")],
     run: RunFolder = Path("runs/demo"),
