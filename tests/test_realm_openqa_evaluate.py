@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from realm_model import checkpoints
 from realm_model.cli import app, common
 from realm_model.config import ModelConfig, RunConfig, to_json
 from realm_model.model import Realm
-from realm_model.openqa.assemble import Beams, assemble
+from realm_model.openqa.assemble import Beams, BlockTexts, assemble
 from realm_model.openqa.evaluate import evaluate, evaluate_bm25, recalls
 from realm_model.openqa.folder import load_embedder
 from realm_model.openqa.index import block_inputs, build_index
@@ -48,11 +50,12 @@ def test_recall_counts_the_first_block_that_answers_by_hand(folders):
             "c", "?", (r"is the city of O\w+",), "Spain#0", is_regex=True
         ),  # nowhere, yet document first
     ]
-    recall, gold = recalls(rows, questions, folders.store)
+    texts = BlockTexts(folders.store)
+    recall, gold = recalls(rows, questions, texts, folders.store)
     assert recall == {1: 1 / 3, 5: 2 / 3, 20: 2 / 3, 100: 2 / 3}
     assert gold == {1: 2 / 3, 5: 1.0, 20: 1.0, 100: 1.0}
     unknown = Question("d", "?", ("Lima",))
-    assert recalls(rows[:1], [unknown], folders.store) == ({k: 0.0 for k in (1, 5, 20, 100)}, None)
+    assert recalls(rows[:1], [unknown], texts, folders.store) == ({k: 0.0 for k in (1, 5, 20, 100)}, None)
 
 
 def test_evaluation_is_that_of_the_answers_one_by_one(folders):
@@ -66,7 +69,7 @@ def test_evaluation_is_that_of_the_answers_one_by_one(folders):
         Question(q.id, q.question, (a.text,) if i % 2 else q.answers, q.document_id)
         for i, (q, a) in enumerate(zip(questions, answers, strict=True))
     ]
-    parts = type(parts)(parts.model, parts.identity, parts.store, can_read=True)
+    parts = replace(parts, can_read=True)
     seen = []
     result = evaluate(parts, known, seen.append)
     expected = [question.exact_match(a.text) for question, a in zip(known, answers, strict=True)]
@@ -145,6 +148,20 @@ def test_the_walk_from_an_index_to_an_answer(call, folders, tmp_path):
     assert "p(z|x,y)" in out and "reader logit" in out and any(land in out for land in CAPITALS)
     out = told("answer", *three, input=f"what is the capital of Peru\n{'why ' * 60}\nand of Spain\n\n")
     assert out.count("reader logit") == 2
+
+
+def test_a_whole_published_open_qa_needs_no_corpus(call, tmp_path):
+    published = Path(__file__).parent / "goldens" / "realm" / "openqa"
+    (case, *_) = json.loads((published.parent / "openqa.json").read_text())["cases"]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": case["question"], "answer": [case["answer"]]}))
+    arguments = ["--questions", questions, "--length", 18, "--reader-beam", 2, "--out", tmp_path / "out.json"]
+    result = call("evaluate", "--model", published, *arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["exact_match"] == 1.0 and row["recall@100"] == 1.0 and row["document@1"] is None
+    result = call("answer", case["question"], "--model", published)
+    assert result.exit_code == 0 and case["answer"] in result.stdout.lower()
 
 
 def test_what_does_not_belong_together_is_one_line(call, folders, tmp_path):

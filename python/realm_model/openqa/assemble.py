@@ -40,12 +40,16 @@ RELEASED = Beams()
 
 @dataclass(frozen=True)
 class Parts:
-    """The model and what it was put together from."""
+    """The model and what it was put together from; a whole published Open-QA has neither of the two."""
 
     model: OpenQA
-    identity: Identity  # of the index
-    store: BlockStore
     can_read: bool  # whether its reader was trained to read answers
+    identity: Identity | None = None  # of the index
+    store: BlockStore | None = None
+
+    def title(self, row: int) -> str:
+        """Of a block; published blocks have none."""
+        return "" if self.store is None else self.store[row].title_text
 
 
 class BlockTexts(Sequence[bytes]):
@@ -97,4 +101,13 @@ def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, se
     qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
     # A twin embedder serves as the published one does.
     qa.embedder, qa.reader = embedder, reader
-    return Parts(qa.eval(), identity, store, has_reader(model))
+    return Parts(qa.eval(), has_reader(model), identity, store)
+
+
+def open_openqa(model: Path, corpus: Path | None, index: Path | None, beams: Beams = RELEASED) -> Parts:
+    """assemble(), or a whole published Open-QA with its own blocks and index where neither is given."""
+    if (corpus is None) != (index is None):
+        raise ValueError("--corpus and --index go together; a whole published Open-QA needs neither")
+    if corpus is None or index is None:
+        return Parts(OpenQA.from_pretrained(model), can_read=True)
+    return assemble(model, corpus, index, beams)
