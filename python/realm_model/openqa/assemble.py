@@ -70,7 +70,7 @@ class BlockTexts(Sequence[bytes]):
     def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.store[index].text.encode()
+        return self.store.text(index)
 
 
 def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, seed: int = 0) -> Parts:

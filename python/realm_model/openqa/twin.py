@@ -66,5 +66,7 @@ def published_config(config: ModelConfig, vocab_size: int) -> PublishedConfig:
     return PublishedConfig(
         **{name: getattr(bert, name) for name in names},
         retriever_proj_size=config.projection,
+        # A third of the width, as the released 256 is of 768.
+        span_hidden_size=max(32, config.hidden // 3),
         other={"score_scale": config.score_scale, "document_length": config.document_length},
     )
