@@ -50,6 +50,7 @@ class ModelConfig:
     intermediate: int = 0  # the width of the feed-forward layers; 0: four times `hidden`
     activation: str = "gelu_pytorch_tanh"  # BERT's gelu_new as one fused op
     projection: int = 64  # the width of an embedding
+    shared_head: bool = False  # one projection for queries and documents (released), or one for each
     query_length: int = 22  # wordpieces, [CLS] and [SEP] included
     document_length: int = 40
     # f(x, z) is the inner product of two layer-normalised vectors times this. The paper has no factor; with
@@ -117,8 +118,43 @@ class RunConfig:
 GENERATED_VOCABULARY = 1000
 
 
+def text_preset(name: str, corpus: str) -> RunConfig:
+    """For the corpus of text in a folder: "squad" is small and starts from nothing, as docs/results.md tells;
+    "bert" has the lengths and rates of the paper, to start from a checkpoint.
+    """
+    text = TextConfig(corpus)
+    if name == "squad":
+        return RunConfig(
+            text=text,
+            model=ModelConfig(hidden=128, layers=1, projection=128, query_length=64, document_length=160),
+            ict=StageConfig(steps=400, batch=64, retriever_lr=2e-3),
+            reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
+            realm=StageConfig(steps=100, batch=16, retriever_lr=3e-4, reader_lr=5e-4, warmup=0.2),
+            marginal=RealmConfig(corpus_share=1.0),
+        )
+    if name == "bert":
+        return RunConfig(
+            text=text,
+            # The released retriever has no factor; inner products of vectors of norm 11 are one-hot at once.
+            model=ModelConfig(projection=128, query_length=96, document_length=304, dropout=0.1),
+            ict=StageConfig(steps=100_000, batch=64, retriever_lr=1e-4, warmup=0.0),
+            reader=StageConfig(steps=0, batch=1),
+            realm=StageConfig(steps=200_000, batch=8, retriever_lr=3e-5, reader_lr=3e-5, warmup=0.0),
+            marginal=RealmConfig(corpus_share=1.0, refresh="async", refresh_every=500),
+            evaluate_every=1000,
+            checkpoint_every=1000,
+        )
+    raise ValueError(f"preset must be squad or bert, got {name!r}")
+
+
 def preset(name: str, data: str | None = None) -> RunConfig:
-    """The worlds of docs/results.md: "easy" and "hard"; "tiny" is for tests. `data` as in WorldConfig."""
+    """The worlds of docs/results.md: "easy" and "hard"; "tiny" is for tests. `data` as in WorldConfig. Of the
+    presets for text (text_preset) `data` is the corpus.
+    """
+    if name in ("squad", "bert"):
+        if data is None:
+            raise ValueError(f"preset {name} needs the folder of a corpus")
+        return text_preset(name, data)
     base = RunConfig(world=WorldConfig(data=data))
     if data is None:
         base = replace(base, model=replace(base.model, vocab_size=GENERATED_VOCABULARY))
@@ -139,7 +175,7 @@ def preset(name: str, data: str | None = None) -> RunConfig:
             realm=replace(base.realm, steps=100, batch=16),
             marginal=replace(base.marginal, refresh_every=25, refresh_lag=5),
         )
-    raise ValueError(f"preset must be easy, hard or tiny, got {name!r}")
+    raise ValueError(f"preset must be easy, hard, tiny, squad or bert, got {name!r}")
 
 
 def to_json(config: RunConfig) -> str:

@@ -38,16 +38,16 @@ def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
 
 
 class Embedder(nn.Module):
-    """Embed_input and Embed_doc (section 3.1): one transformer, a head of its own for each side.
+    """Embed_input and Embed_doc (section 3.1): one transformer, and a head for each side or one for both.
 
     Embed(x) = LayerNorm(W BERT_CLS(x)), the LayerNorm as in the released code.
     """
 
-    def __init__(self, config: BertConfig, projection: int) -> None:
+    def __init__(self, config: BertConfig, projection: int, shared_head: bool = False) -> None:
         super().__init__()
         self.bert = BertModel(config, add_pooling_layer=False)
         self.query_head = _head(config.hidden_size, projection)
-        self.document_head = _head(config.hidden_size, projection)
+        self.document_head = self.query_head if shared_head else _head(config.hidden_size, projection)
 
     def queries(self, ids: Tensor) -> Tensor:
         """`[CLS] x [SEP]`, int64 [B, L] -> [B, D]."""
@@ -100,7 +100,7 @@ class Realm(nn.Module):
         super().__init__()
         bert = bert_config(config, vocab_size)
         self.score_scale = config.score_scale
-        self.retriever = Embedder(bert, config.projection)
+        self.retriever = Embedder(bert, config.projection, config.shared_head)
         self.reader = KnowledgeAugmentedEncoder(bert)
         for network in (self.retriever.bert, self.reader.lm.bert):
             embeddings = network.embeddings
@@ -126,7 +126,8 @@ class Realm(nn.Module):
         hidden = self.reader(
             queries.repeat_interleave(K, 0), bodies.flatten(0, 1), positions.repeat_interleave(K, 0)
         )
-        return hidden.unflatten(0, (B, K))
+        # linear_marginal_loss wants one dtype for hidden states and weight, and under autocast casts both.
+        return hidden.unflatten(0, (B, K)).to(self.reader.weight.dtype)
 
 
 def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:

@@ -188,8 +188,10 @@ class Trainer:
         return RealmStage(config, self.model, corpus, self.index)
 
 
-def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> None:
-    """Train into the run folder `out`, from its last checkpoint where it has one.
+def pretrain(
+    config: RunConfig, out: Path, report: Callable[[Record], object], last: str = STAGES[-1]
+) -> None:
+    """Train into the run folder `out` to the end of stage `last`, from its last checkpoint where it has one.
 
     Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
     sees each line. Raises ValueError for data that are missing, a folder that is another run's or a damaged
@@ -206,13 +208,13 @@ def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> 
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
         log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
-        _run(trainer, out, log, report)
+        _run(trainer, out, log, report, STAGES.index(last))
     finally:
         trainer.close()
         log.close()
 
 
-def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], None]) -> None:
+def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], object], last: int) -> None:
     config = trainer.setting.config
 
     def write(record: Record) -> None:
@@ -227,7 +229,7 @@ def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record]
         )
 
     started = time.monotonic()
-    while not trainer.done:
+    while not trainer.done and trainer.number <= last:
         stage, steps = trainer.name, stage_steps(config)[trainer.number]
         while trainer.step < steps:
             write(trainer.advance())

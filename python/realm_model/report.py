@@ -6,20 +6,28 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .answer import Answer
 from .config import RunConfig
 from .inputs import CLS, PAD, SEP
 from .masking import mask_statements
-from .pretrain import Setting
+from .pretrain import STAGES, Setting, stage_steps
 
 SMOOTHING = 0.95  # of the loss that is shown
 STAGE_TITLES = {"ict": "ICT warm start", "reader": "copy start", "realm": "REALM"}
@@ -45,6 +53,7 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bars:
         steps = {"ict": config.ict.steps, "reader": config.reader.steps, "realm": config.realm.steps}
@@ -71,9 +80,38 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
         yield see
 
 
+@contextmanager
+def tensorboard(folder: Path, config: RunConfig) -> Iterator[Callable[[Record], None]]:
+    """Every number of every record, by the step of the whole run; what a resumed run redoes goes first."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "TensorBoard's files need the package tensorboard, which is not installed"
+        ) from error
+    before = dict(zip(STAGES, accumulate((0, *stage_steps(config))), strict=False))
+    writers: list[Any] = []
+
+    def see(record: Record) -> None:
+        step = before[record["stage"]] + record["step"]
+        if not writers:
+            writers.append(SummaryWriter(str(folder), purge_step=step))
+        values = record.get("evaluation", record)
+        group = "held_out" if "evaluation" in record else record["stage"]
+        for name, value in values.items():
+            if name not in ("stage", "step") and isinstance(value, int | float):
+                writers[0].add_scalar(f"{group}/{name}", value, step)
+
+    try:
+        yield see
+    finally:
+        for writer in writers:
+            writer.close()
+
+
 def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
     """After the warm starts, and now; evaluate.Evaluation explains the columns."""
-    table = Table(title="held-out subjects, over all documents", title_justify="left", padding=(0, 0))
+    table = Table(title="held-out statements, over all documents", title_justify="left", padding=(0, 0))
     table.add_column("model", no_wrap=True)
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
@@ -143,7 +181,7 @@ def plot(run: Path) -> list[Path]:
     utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain")}
     return [
         _draw(run / "loss.png", "loss, smoothed", losses, ends),
-        _draw(run / "recall.png", "recall on held-out subjects", recalls, ends),
+        _draw(run / "recall.png", "recall on held-out statements", recalls, ends),
         _draw(run / "utility.png", "nats", utilities, ends),
     ]
 

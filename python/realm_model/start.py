@@ -1,7 +1,8 @@
-"""Begin as a BERT: the sizes and the weights of any BERT-like checkpoint directory for both networks.
+"""Begin as another model: the sizes and weights of a BERT-like checkpoint, or of another run.
 
-It holds config.json, model.safetensors or pytorch_model.bin, and the tokenizer's files, as BERT's own and the
-published REALMs do. What it lacks (the heads of the embedder; often BERT's MLM head) begins at random.
+A checkpoint holds config.json, model.safetensors or pytorch_model.bin, and the tokenizer's files, as BERT's
+own and the published REALMs do; both networks begin as it. What it lacks (the heads of the embedder; often
+BERT's MLM head) begins at random.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .config import RunConfig
+from . import checkpoints
+from .config import RunConfig, read_config
 from .model import LAYER_NORM_EPS, Realm
 from .published.files import read_weights
 from .published.tokenizer import read_tokenizer
@@ -25,7 +27,13 @@ MLM_HEAD = "cls.predictions."
 
 
 def start_from(config: RunConfig, directory: Path) -> RunConfig:
-    """The configuration with the sizes of a checkpoint. ValueError where it is none that can serve."""
+    """The configuration with the sizes of a checkpoint, or of a run, whose ICT then stands for this one's.
+
+    Raises ValueError where the directory is neither or cannot serve.
+    """
+    if _is_run(directory):
+        run = read_config(directory)
+        return replace(config, start=str(directory), model=run.model, ict=replace(config.ict, steps=0))
     values = _read_config(directory)
     model = config.model
     activation = values.get("hidden_act", "gelu")
@@ -51,8 +59,12 @@ def start_from(config: RunConfig, directory: Path) -> RunConfig:
 def load_start(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
     """Fill both networks. Rows of the vocabulary go by the word, so its order need not be the checkpoint's.
 
-    Raises ValueError for a checkpoint that lacks words or weights, or has another shape.
+    Raises ValueError for a checkpoint that lacks words or weights, or has another shape, and for a run with
+    another vocabulary.
     """
+    if _is_run(directory):
+        _load_run(model, directory, tokenizer)
+        return
     values = _read_config(directory)
     weights, path = read_weights(directory, "")
     weights = {key.replace("gamma", "weight").replace("beta", "bias"): w for key, w in weights.items()}
@@ -76,6 +88,21 @@ def load_start(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
     for key, target in head.transform.state_dict().items():
         name = f"{start}{MLM_HEAD}transform.{key}"
         _copy(target, weights.get(name), path, name)
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "checkpoints").is_dir()
+
+
+def _load_run(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
+    checkpoint = checkpoints.load(directory / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{directory} has no checkpoint yet")
+    if checkpoint.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{directory} and the corpus have different vocabularies: build the corpus with its own"
+        )
+    model.load_state_dict(checkpoint.state["model"])
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
-from ..config import RunConfig, preset
+from ..config import preset
 from .common import console, one_clear_line
+from .training import Masks, Mode, Refresh, drop_run, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -25,22 +23,6 @@ class World(str, Enum):
     easy = "easy"
     hard = "hard"
     tiny = "tiny"
-
-
-class Mode(str, Enum):
-    sequence = "sequence"
-    token = "token"
-
-
-class Masks(str, Enum):
-    salient = "salient"
-    token = "token"
-    span = "span"
-
-
-class Refresh(str, Enum):
-    fixed_lag = "fixed_lag"
-    asynchronous = "async"
 
 
 @app.command()
@@ -78,8 +60,8 @@ def pretrain(
     )
     with one_clear_line():
         if fresh:
-            _drop_run(out)
-        _pretrain(config, out)
+            drop_run(out)
+        train(config, out)
 
 
 @app.command()
@@ -145,27 +127,3 @@ def answer(
         from ..pretrain import load_run
 
         console.print(report.answer_table(answer_question(*load_run(run), question)))
-
-
-def _pretrain(config: RunConfig, out: Path) -> None:
-    from .. import report
-    from ..pretrain import pretrain as run
-
-    # A refresh that fails is the refresher's to log; the run goes on with the index it has.
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
-    try:
-        with report.progress(console, config) as see:
-            run(config, out, see)
-    except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
-        raise typer.Exit(130) from None
-    console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
-
-
-def _drop_run(out: Path) -> None:
-    """Remove a run folder; nothing that is not one."""
-    if not out.exists():
-        return
-    if any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(f"{out} is not a run folder: it has no config.json, so --fresh leaves it alone")
-    shutil.rmtree(out)
