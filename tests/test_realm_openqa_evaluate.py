@@ -20,7 +20,7 @@ from realm_model.config import ModelConfig, RunConfig, to_json
 from realm_model.model import Realm
 from realm_model.openqa.assemble import Beams, BlockTexts, assemble
 from realm_model.openqa.evaluate import evaluate, evaluate_bm25, recalls
-from realm_model.openqa.folder import load_embedder
+from realm_model.openqa.folder import load_embedder, save_tuned
 from realm_model.openqa.index import block_inputs, build_index
 from realm_model.openqa.questions import Question, read_questions
 
@@ -86,9 +86,12 @@ def test_bm25_finds_what_shares_the_rare_word(folders):
     assert result.recall[1] == result.gold[1] == 1.0 and result.exact_match is None
 
 
-def test_a_run_of_pre_training_is_a_model(folders, tmp_path):
+@pytest.mark.parametrize("shared", [False, True], ids=["two heads", "one head"])
+def test_a_run_of_pre_training_is_a_model(folders, tmp_path, shared):
     """Its last checkpoint: both heads, and the factor of the relevance in the queries."""
-    sizes = ModelConfig(hidden=16, layers=1, projection=8, query_length=24, document_length=24)
+    sizes = ModelConfig(
+        hidden=16, layers=1, projection=8, query_length=24, document_length=24, shared_head=shared
+    )
     tokenizer = folders.store.tokenizer
     realm = Realm(sizes, tokenizer.get_vocab_size()).eval()
     run = tmp_path / "run"
@@ -104,6 +107,9 @@ def test_a_run_of_pre_training_is_a_model(folders, tmp_path):
     documents = realm.retriever.documents(*block_inputs(folders.store, range(5), 24))
     expected = realm.relevance(realm.retriever.queries(asked), documents[None])
     torch.testing.assert_close(top.scores[0], expected[0, top.indices[0]].detach(), rtol=0, atol=1e-5)
+    save_tuned(parts.model, parts.identity, tmp_path / "tuned")
+    again = assemble(tmp_path / "tuned", folders.corpus, tmp_path / "index").model
+    assert torch.equal(again.retrieve(questions, 5).scores, parts.model.retrieve(questions, 5).scores)
     assert not parts.can_read
     body = parts.model.reader.realm.embeddings.word_embeddings.weight
     assert torch.equal(body, realm.reader.lm.bert.embeddings.word_embeddings.weight)
