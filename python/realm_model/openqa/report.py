@@ -23,7 +23,8 @@ def evaluations_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", padding=(0, 0))
     table.add_column("model", no_wrap=True)
     for name in shown:
-        table.add_column(name.replace("_", " "), justify="right")
+        # On two lines, so that all of them fit into 80 columns.
+        table.add_column(name.replace("_", " ").replace("@", "\n@"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["name"], *(_number(row.get(name)) for name in shown))
     return table
