@@ -144,13 +144,14 @@ def test_the_walk_from_an_index_to_an_answer(call, folders, tmp_path):
          "--config", settings)  # fmt: skip
     config = json.loads((tuned / "config.json").read_text())
     assert config["steps"] == 4 and config["lr"] == 1e-3  # the file's, and the flag's before the file's
+    assert {"loss.png", "found.png", "metrics.jsonl"} <= {path.name for path in tuned.iterdir()}
     three[3] = tuned
     out = told("evaluate", *three, "--questions", held_out, "--out", tmp_path / "after.json", "--bm25",
                "--beside", tmp_path / "before.json")  # fmt: skip
     assert [name in out for name in ("before", "BM25", "tuned", "@100", "exact match")] == [True] * 5
     rows = json.loads((tmp_path / "after.json").read_text())
     assert [row["name"] for row in rows] == ["BM25", "tuned"] and rows[1]["exact_match"] is not None
-    out = told("answer", "what is the capital of Peru", *three)
+    out = told("answer", "what is the capital of Peru", "--model", tuned)  # a run knows its own corpus
     assert "p(z|x,y)" in out and "reader logit" in out and any(land in out for land in CAPITALS)
     out = told("answer", *three, input=f"what is the capital of Peru\n{'why ' * 60}\nand of Spain\n\n")
     assert out.count("reader logit") == 2
@@ -188,6 +189,11 @@ def test_what_does_not_belong_together_is_one_line(call, folders, tmp_path):
     assert "do not belong together" in line("answer", "who", *three)
     assert "fine-tune it first" in line("answer", "who", *three[2:], "--corpus", folders.corpus)
     assert "go together" in line("answer", "who", *three[:4])
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "a", "question": "why " * 60, "answer": ["x"]}))
+    for command in ("finetune", "evaluate"):
+        asked = ["--questions", tmp_path / "long.jsonl", "--out", tmp_path / "out"]
+        told = line(command, *three[2:], "--corpus", folders.corpus, *asked)
+        assert "question a: it may have 46 wordpieces, got 180" in told
     (tmp_path / "bad.json").write_text('{"stepz": 3}')
     assert "finetune has no option 'stepz'" in line(
         "finetune", *three, *asked, "--config", tmp_path / "bad.json"

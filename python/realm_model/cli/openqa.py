@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ Model = Annotated[
 IndexFolder = Annotated[Path, typer.Option("--index", help="A folder that `index` wrote.")]
 MaybeCorpus = Annotated[
     Path | None,
-    typer.Option("--corpus", help="A folder that `corpus` wrote; a whole published Open-QA needs none."),
+    typer.Option("--corpus", help="A folder that `corpus` wrote; a fine-tuned run knows its own."),
 ]
 MaybeIndex = Annotated[Path | None, typer.Option("--index", help="A folder that `index` wrote.")]
 Questions = Annotated[
@@ -133,19 +133,24 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Draws the span head, the batches and dropout.")] = 0,
     threads: Threads = 2,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 100,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write its files beside metrics.jsonl.")
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Fine-tune the embedder of questions and the reader; the index is fixed.
 
-    Writes config.json, metrics.jsonl, checkpoints and at the end the model into the run folder. The same
-    command continues a run that was stopped.
+    Writes config.json, metrics.jsonl, checkpoints and at the end the model and plots into the run folder. The
+    same command continues a run that was stopped.
 
     Example: `realm-model finetune --corpus runs/squad/corpus --model runs/squad/pretrained
     --index runs/squad/index --questions runs/squad/train.jsonl --out runs/squad/tuned`
     """
     with one_clear_line():
+        from ..openqa import report
         from ..openqa.finetune import FinetuneConfig
         from ..openqa.finetune import finetune as run
+        from ..report import tensorboard_of
 
         settings = FinetuneConfig(
             model=str(model),
@@ -167,12 +172,17 @@ def finetune(
             checkpoint_every=checkpoint_every,
         )
         try:
-            with _bar("fine-tuning", steps, unit="steps") as see:
-                run(settings, out, lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}"))
+            with ExitStack() as stack:
+                see = stack.enter_context(_bar("fine-tuning", steps, unit="steps"))
+                sinks = [lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}")]
+                if tensorboard:
+                    sinks.append(stack.enter_context(tensorboard_of(out / "tensorboard", {"finetune": 0})))
+                run(settings, out, lambda record: [sink(record) for sink in sinks])
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
             raise typer.Exit(130) from None
-        console.print(f"{out}: a model for `evaluate` and `answer`", markup=False, soft_wrap=True)
+        console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
+        console.print(f"ask it: realm-model answer --model {out}", markup=False, soft_wrap=True)
 
 
 def evaluate(
@@ -236,8 +246,7 @@ def answer(
 ) -> None:
     """Answer a question and show why: what was read, and what each document was worth for the answer.
 
-    Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned --corpus runs/squad/corpus
-    --index runs/squad/index`
+    Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned`
     """
     with one_clear_line():
         import torch

@@ -37,8 +37,9 @@ class Evaluation:
 def evaluate(parts: Parts, questions: Sequence[Question], report: Report = lambda done: None) -> Evaluation:
     """Recall of the retriever; exact match and F1 where the model has a reader that was trained to answer.
 
-    F1 is None for regular expressions.
+    F1 is None for regular expressions. Raises ValueError for a question that is too long.
     """
+    parts.check(questions)
     k = min(max(RECALL_AT), len(parts.model.records))
     rows = parts.model.retrieve([question.question for question in questions], k).indices.numpy()
     matches: list[bool] = []
