@@ -126,7 +126,15 @@ def text_preset(name: str, corpus: str) -> RunConfig:
     if name == "squad":
         return RunConfig(
             text=text,
-            model=ModelConfig(hidden=128, layers=1, projection=128, query_length=64, document_length=160),
+            model=ModelConfig(
+                hidden=128,
+                layers=1,
+                projection=128,
+                query_length=64,
+                document_length=160,
+                shared_head=True,
+                score_scale=0.5,
+            ),
             ict=StageConfig(steps=400, batch=64, retriever_lr=2e-3),
             reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
             realm=StageConfig(steps=100, batch=16, retriever_lr=3e-4, reader_lr=5e-4, warmup=0.2),
