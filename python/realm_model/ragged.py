@@ -114,5 +114,5 @@ def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     if size != count * dtype.itemsize:
         found = f"{size} bytes" if size >= 0 else "no such file"
         raise ValueError(f"{path} must hold {count * dtype.itemsize} bytes, got {found}")
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, "r") if count else np.empty(0, dtype)
+    # An empty file cannot be mapped. As a plain array a map is read several times faster, row by row.
+    return np.asarray(np.memmap(path, dtype, "r")) if count else np.empty(0, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,21 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
         yield see
 
 
+def tensorboard(folder: Path, config: RunConfig) -> AbstractContextManager[Callable[[Record], None]]:
+    """Every number of every record of pre-training, by the step of the whole run."""
+    before = zip(STAGES, accumulate((0, *stage_steps(config))), strict=False)
+    return tensorboard_of(folder, dict(before))
+
+
 @contextmanager
-def tensorboard(folder: Path, config: RunConfig) -> Iterator[Callable[[Record], None]]:
-    """Every number of every record, by the step of the whole run; what a resumed run redoes goes first."""
+def tensorboard_of(folder: Path, before: dict[str, int]) -> Iterator[Callable[[Record], None]]:
+    """Every number of every record; before: the steps before each stage. What is redone goes first."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
             "TensorBoard's files need the package tensorboard, which is not installed"
         ) from error
-    before = dict(zip(STAGES, accumulate((0, *stage_steps(config))), strict=False))
     writers: list[Any] = []
 
     def see(record: Record) -> None:
@@ -180,9 +185,9 @@ def plot(run: Path) -> list[Path]:
     recalls = {name: curves[name] for name in ("recall@1", "recall@5", "recall@20")}
     utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain")}
     return [
-        _draw(run / "loss.png", "loss, smoothed", losses, ends),
-        _draw(run / "recall.png", "recall on held-out statements", recalls, ends),
-        _draw(run / "utility.png", "nats", utilities, ends),
+        draw(run / "loss.png", "loss, smoothed", losses, ends),
+        draw(run / "recall.png", "recall on held-out statements", recalls, ends),
+        draw(run / "utility.png", "nats", utilities, ends),
     ]
 
 
@@ -196,9 +201,10 @@ def _stage_ends(records: list[Record]) -> dict[str, int]:
     return before
 
 
-def _draw(
+def draw(
     path: Path, title: str, curves: dict[str, tuple[list[float], list[float]]], ends: dict[str, int]
 ) -> Path:
+    """A PNG of curves by step; a line where each stage begins, by its number of steps before."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, (xs, ys) in curves.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,11 @@ Model = Annotated[
     Path, typer.Option("--model", help="A run folder with an embedder, or a published directory.")
 ]
 IndexFolder = Annotated[Path, typer.Option("--index", help="A folder that `index` wrote.")]
+MaybeCorpus = Annotated[
+    Path | None,
+    typer.Option("--corpus", help="A folder that `corpus` wrote; a fine-tuned run knows its own."),
+]
+MaybeIndex = Annotated[Path | None, typer.Option("--index", help="A folder that `index` wrote.")]
 Questions = Annotated[
     Path, typer.Option("--questions", help="JSON lines (question, answers or answer), or a SQuAD file.")
 ]
@@ -128,19 +133,24 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Draws the span head, the batches and dropout.")] = 0,
     threads: Threads = 2,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 100,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write its files beside metrics.jsonl.")
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
     """Fine-tune the embedder of questions and the reader; the index is fixed.
 
-    Writes config.json, metrics.jsonl, checkpoints and at the end the model into the run folder. The same
-    command continues a run that was stopped.
+    Writes config.json, metrics.jsonl, checkpoints and at the end the model and plots into the run folder. The
+    same command continues a run that was stopped.
 
     Example: `realm-model finetune --corpus runs/squad/corpus --model runs/squad/pretrained
     --index runs/squad/index --questions runs/squad/train.jsonl --out runs/squad/tuned`
     """
     with one_clear_line():
+        from ..openqa import report
         from ..openqa.finetune import FinetuneConfig
         from ..openqa.finetune import finetune as run
+        from ..report import tensorboard_of
 
         settings = FinetuneConfig(
             model=str(model),
@@ -162,20 +172,25 @@ def finetune(
             checkpoint_every=checkpoint_every,
         )
         try:
-            with _bar("fine-tuning", steps, unit="steps") as see:
-                run(settings, out, lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}"))
+            with ExitStack() as stack:
+                see = stack.enter_context(_bar("fine-tuning", steps, unit="steps"))
+                sinks = [lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}")]
+                if tensorboard:
+                    sinks.append(stack.enter_context(tensorboard_of(out / "tensorboard", {"finetune": 0})))
+                run(settings, out, lambda record: [sink(record) for sink in sinks])
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
             raise typer.Exit(130) from None
-        console.print(f"{out}: a model for `evaluate` and `answer`", markup=False, soft_wrap=True)
+        console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
+        console.print(f"ask it: realm-model answer --model {out}", markup=False, soft_wrap=True)
 
 
 def evaluate(
-    corpus: Corpus,
     model: Model,
-    index: IndexFolder,
     questions: Questions,
     out: Annotated[Path, typer.Option(help="The JSON file to write.")],
+    corpus: MaybeCorpus = None,
+    index: MaybeIndex = None,
     name: Annotated[
         str | None, typer.Option(help="Of the row in the table; else the model's folder.")
     ] = None,
@@ -198,7 +213,7 @@ def evaluate(
         import torch
 
         from ..openqa import report
-        from ..openqa.assemble import Beams, assemble
+        from ..openqa.assemble import Beams, open_openqa
         from ..openqa.evaluate import evaluate as evaluate_model
         from ..openqa.evaluate import evaluate_bm25
         from ..openqa.questions import read_questions
@@ -206,9 +221,11 @@ def evaluate(
         torch.set_num_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
         asked: list[Question] = list(read_questions(questions, is_regex=regex))
-        parts = assemble(model, corpus, index, Beams(reader=reader_beam, length=length))
+        parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
         own: list[dict[str, Any]] = []
         if bm25:
+            if parts.store is None:
+                raise ValueError("--bm25 needs --corpus")
             own.append({"name": "BM25", **evaluate_bm25(parts.store, asked).as_dict()})
         with _bar("answering" if parts.can_read else "retrieving", len(asked), unit="questions") as see:
             result = evaluate_model(parts, asked, see)
@@ -220,10 +237,8 @@ def evaluate(
 def answer(
     question: Annotated[str | None, typer.Argument(help="Without one the command is a prompt.")] = None,
     model: Model = Path("runs/squad/tuned"),
-    corpus: Annotated[
-        Path | None, typer.Option(help="A folder that `corpus` wrote; a whole published Open-QA needs none.")
-    ] = None,
-    index: Annotated[Path | None, typer.Option(help="A folder that `index` wrote.")] = None,
+    corpus: MaybeCorpus = None,
+    index: MaybeIndex = None,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
     length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
     threads: Threads = 2,
@@ -231,48 +246,33 @@ def answer(
 ) -> None:
     """Answer a question and show why: what was read, and what each document was worth for the answer.
 
-    Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned --corpus runs/squad/corpus
-    --index runs/squad/index`
+    Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned`
     """
     with one_clear_line():
         import torch
 
+        from ..openqa import report
+        from ..openqa.assemble import Beams, open_openqa
+
         torch.set_num_threads(threads)
-        answers = _answers(model, corpus, index, reader_beam, length)
+        parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
+        if not parts.can_read:
+            raise ValueError(f"{model} has no reader that was trained to answer: fine-tune it first")
+
+        def show(asked: str) -> None:
+            found = parts.model.answer([asked])[0]
+            titles = {block.block: parts.title(block.block) for block in found.read}
+            console.print(report.answer_view(found, titles))
+
         if question is not None:
-            console.print(answers(question))
+            show(question)
             return
         console.print("a question, or an empty line to stop")
         while line := _ask():
             try:
-                console.print(answers(line))
+                show(line)
             except ValueError as error:
                 errors.print(str(error), style="red", markup=False, soft_wrap=True)
-
-
-def _answers(
-    model: Path, corpus: Path | None, index: Path | None, reader_beam: int, length: int
-) -> Callable[[str], Any]:
-    """What turns a question into what is shown."""
-    from ..openqa import report
-    from ..openqa.assemble import Beams, assemble
-    from ..published import OpenQA
-
-    if (corpus is None) != (index is None):
-        raise ValueError("answer: --corpus and --index go together")
-    if corpus is None or index is None:
-        published = OpenQA.from_pretrained(model)
-        return lambda question: report.answer_view(published.answer([question])[0], {})
-    parts = assemble(model, corpus, index, Beams(reader=reader_beam, length=length))
-    if not parts.can_read:
-        raise ValueError(f"{model} has no reader that was trained to answer: fine-tune it first")
-
-    def show(question: str) -> Any:
-        answer = parts.model.answer([question])[0]
-        titles = {block.block: parts.store[block.block].title_text for block in answer.read}
-        return report.answer_view(answer, titles)
-
-    return show
 
 
 def _ask() -> str:

@@ -104,6 +104,10 @@ class BlockStore:
         text, title_text, document_id = (column[row].tobytes().decode("utf-8") for column in texts)
         return Block(self.titles[row], self.bodies[row], text, title_text, document_id)
 
+    def text(self, row: int) -> bytes:
+        """What the body was made of, as UTF-8."""
+        return self._texts[row].tobytes()
+
     def spans(self, row: int) -> np.ndarray:
         """Salient spans of a body, int32 [n, 2]: wordpieces [begin, end), in reading order."""
         return self.salient[row]

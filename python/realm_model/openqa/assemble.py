@@ -9,8 +9,16 @@ from typing import overload
 
 from ..corpus.store import BlockStore
 from ..published import OpenQA
-from .folder import has_reader, index_identity, load_embedder, load_reader, require_same_vocabulary
+from .folder import (
+    has_reader,
+    index_identity,
+    load_embedder,
+    load_reader,
+    require_same_vocabulary,
+    tuned_with,
+)
 from .index import Identity, open_index
+from .questions import Question
 
 # What the embedder and the reader of one OpenQA must share: OpenQA has one config for both.
 _SHARED = (
@@ -40,12 +48,26 @@ RELEASED = Beams()
 
 @dataclass(frozen=True)
 class Parts:
-    """The model and what it was put together from."""
+    """The model and what it was put together from; a whole published Open-QA has neither of the two."""
 
     model: OpenQA
-    identity: Identity  # of the index
-    store: BlockStore
     can_read: bool  # whether its reader was trained to read answers
+    identity: Identity | None = None  # of the index
+    store: BlockStore | None = None
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raise ValueError for the first question that is longer than the encoders read."""
+        most = self.model.config.max_position_embeddings
+        encodings = self.model.tokenizer.encode_batch([question.question for question in questions])
+        for question, encoding in zip(questions, encodings, strict=True):
+            if len(encoding) > most:
+                raise ValueError(
+                    f"question {question.id}: it may have {most - 2} wordpieces, got {len(encoding) - 2}"
+                )
+
+    def title(self, row: int) -> str:
+        """Of a block; published blocks have none."""
+        return "" if self.store is None else self.store[row].title_text
 
 
 class BlockTexts(Sequence[bytes]):
@@ -66,7 +88,7 @@ class BlockTexts(Sequence[bytes]):
     def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.store[index].text.encode()
+        return self.store.text(index)
 
 
 def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, seed: int = 0) -> Parts:
@@ -97,4 +119,17 @@ def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, se
     qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
     # A twin embedder serves as the published one does.
     qa.embedder, qa.reader = embedder, reader
-    return Parts(qa.eval(), identity, store, has_reader(model))
+    return Parts(qa.eval(), has_reader(model), identity, store)
+
+
+def open_openqa(model: Path, corpus: Path | None, index: Path | None, beams: Beams = RELEASED) -> Parts:
+    """assemble(). Where neither is given, the corpus and the index of a run of fine-tuning, or the blocks and
+    the index of a whole published Open-QA.
+    """
+    if (corpus is None) != (index is None):
+        raise ValueError("--corpus and --index go together; a run of fine-tuning knows its own")
+    if corpus is None or index is None:
+        corpus, index = tuned_with(model)
+    if corpus is None or index is None:
+        return Parts(OpenQA.from_pretrained(model), can_read=True)
+    return assemble(model, corpus, index, beams)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..corpus.store import BlockStore
-from .assemble import Parts
+from .assemble import BlockTexts, Parts
 from .questions import Question
 
 RECALL_AT = (1, 5, 20, 100)
@@ -37,9 +37,10 @@ class Evaluation:
 def evaluate(parts: Parts, questions: Sequence[Question], report: Report = lambda done: None) -> Evaluation:
     """Recall of the retriever; exact match and F1 where the model has a reader that was trained to answer.
 
-    F1 is None for regular expressions.
+    F1 is None for regular expressions. Raises ValueError for a question that is too long.
     """
-    k = min(max(RECALL_AT), len(parts.store))
+    parts.check(questions)
+    k = min(max(RECALL_AT), len(parts.model.records))
     rows = parts.model.retrieve([question.question for question in questions], k).indices.numpy()
     matches: list[bool] = []
     overlaps: list[float | None] = []
@@ -52,7 +53,7 @@ def evaluate(parts: Parts, questions: Sequence[Question], report: Report = lambd
                 overlaps.append(question.f1(answer.text))
             report(first + len(batch))
     found = [overlap for overlap in overlaps if overlap is not None]
-    recall, gold = recalls(rows, questions, parts.store)
+    recall, gold = recalls(rows, questions, parts.model.records, parts.store)
     return Evaluation(
         questions=len(questions),
         recall=recall,
@@ -76,25 +77,25 @@ def evaluate_bm25(store: BlockStore, questions: Sequence[Question]) -> Evaluatio
     index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
     asked = bm25s.tokenize([question.question for question in questions], stopwords="en", show_progress=False)
     rows, _ = index.retrieve(asked, k=min(max(RECALL_AT), len(store)), show_progress=False)
-    recall, gold = recalls(np.asarray(rows), questions, store)
+    recall, gold = recalls(np.asarray(rows), questions, BlockTexts(store), store)
     return Evaluation(len(questions), recall, gold, None, None)
 
 
 def recalls(
-    rows: np.ndarray, questions: Sequence[Question], store: BlockStore
+    rows: np.ndarray, questions: Sequence[Question], records: Sequence[bytes], store: BlockStore | None
 ) -> tuple[dict[int, float], dict[int, float] | None]:
-    """By answer and by document, at every k: rows int64 [B, R], best first. The second is None where a
-    question does not name its document.
+    """By answer and by document, at every k: rows int64 [B, R] of the records, best first.
+
+    The second is None where a question does not name its document, or no store tells whose block it is.
     """
     answered = {k: 0 for k in RECALL_AT}
     documents = {k: 0 for k in RECALL_AT}
-    texts: dict[int, tuple[bytes, str]] = {}
+    texts: dict[int, tuple[bytes, str | None]] = {}
     for ranked, question in zip(rows.tolist(), questions, strict=True):
         first_answer = first_document = len(ranked)
         for place, row in enumerate(ranked):
             if row not in texts:
-                block = store[row]
-                texts[row] = (block.text.encode(), block.document_id)
+                texts[row] = (records[row], None if store is None else store[row].document_id)
             text, document_id = texts[row]
             if first_answer > place and question.is_answered_by(text):
                 first_answer = place
@@ -105,5 +106,5 @@ def recalls(
             documents[k] += first_document < min(k, len(ranked))
     n = max(len(questions), 1)
     gold = {k: count / n for k, count in documents.items()}
-    known = all(question.document_id is not None for question in questions)
+    known = store is not None and all(question.document_id is not None for question in questions)
     return {k: count / n for k, count in answered.items()}, gold if known else None

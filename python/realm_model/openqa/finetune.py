@@ -130,7 +130,7 @@ class Finetuner:
         return torch.randperm(len(self.questions), generator=generator).tolist()
 
 
-def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], None]) -> None:
+def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], object]) -> None:
     """Fine-tune into the run folder `out`, from its last checkpoint where it has one.
 
     Writes config.json, metrics.jsonl, checkpoints/ and, at the end, the model: embedder/, reader/ and
@@ -141,6 +141,7 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], None]
     questions = list(read_questions(config.questions))
     beams = Beams(config.searcher_beam, config.reader_beam, config.length)
     parts = assemble(Path(config.model), Path(config.corpus), Path(config.index), beams, config.seed)
+    parts.check(questions)
     checkpoint = checkpoints.load(out / "checkpoints")
     _claim(config, parts, out)
     tuner = Finetuner(config, parts, questions)
@@ -159,11 +160,13 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], None]
                 checkpoints.save(out / "checkpoints", tuner.step, saved)
     finally:
         log.close()
+    assert parts.identity is not None
     save_tuned(parts.model, parts.identity, out)
 
 
 def _claim(config: FinetuneConfig, parts: Parts, out: Path) -> None:
     """Write config.json; where one is, it must be the same, of the same index."""
+    assert parts.identity is not None
     values = asdict(config) | {"fingerprints": asdict(parts.identity)}
     path = out / "config.json"
     try:

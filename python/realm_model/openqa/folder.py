@@ -8,6 +8,7 @@ a run of fine-tuning      embedder/, reader/ and index.json: whose index it was 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -86,6 +87,18 @@ def index_identity(directory: Path, store: BlockStore, embedder: AnyEmbedder) ->
     if (directory / INDEX).is_file():
         return Identity(store.fingerprint, Identity.read(directory / INDEX).model)
     return Identity(store.fingerprint, fingerprint(embedder))
+
+
+def tuned_with(directory: Path) -> tuple[Path | None, Path | None]:
+    """The corpus and the index of a run of fine-tuning, as its config.json names them; else None twice."""
+    if not (directory / INDEX).is_file():
+        return None, None
+    path = directory / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Path(values["corpus"]), Path(values["index"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must name the corpus and the index of the run: {error!r}") from error
 
 
 def save_tuned(model: OpenQA, identity: Identity, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -9,8 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..published import Answer, ReadBlock
+from ..report import SMOOTHING, draw, read_metrics
 from .evaluate import RECALL_AT
 
+_PLOTTED = {
+    "loss": "loss",
+    "retrieved": "a retrieved block holds an answer",
+    "read": "a block that is read does",
+}
 AROUND = 160  # characters of a block that are shown on either side of the answer
 
 
@@ -23,10 +30,27 @@ def evaluations_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", padding=(0, 0))
     table.add_column("model", no_wrap=True)
     for name in shown:
-        table.add_column(name.replace("_", " "), justify="right")
+        # On two lines, so that all of them fit into 80 columns.
+        table.add_column(name.replace("_", " ").replace("@", "\n@"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["name"], *(_number(row.get(name)) for name in shown))
     return table
+
+
+def plot(run: Path) -> list[Path]:
+    """loss.png and found.png of a run of fine-tuning: its loss, and how often a block held an answer."""
+    smooth: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in _PLOTTED}
+    for record in read_metrics(run):
+        for name, (xs, ys) in smooth.items():
+            value = record[name]
+            xs.append(record["step"])
+            ys.append(SMOOTHING * ys[-1] + (1 - SMOOTHING) * value if ys else value)
+    curves = {_PLOTTED[name]: curve for name, curve in smooth.items()}
+    loss = {"fine-tuning": curves.pop(_PLOTTED["loss"])}
+    return [
+        draw(run / "loss.png", "loss, smoothed", loss, {}),
+        draw(run / "found.png", "share of the questions, smoothed", curves, {}),
+    ]
 
 
 def answer_view(answer: Answer, titles: dict[int, str]) -> Group:

@@ -10,9 +10,11 @@ from ..config import ModelConfig
 from ..published import PublishedConfig
 from ..published.models import Published
 
+_OTHER = ("score_scale", "document_length", "shared_head")  # what a published configuration does not know
+
 
 class TwinEmbedder(Published):
-    """model.Embedder: one transformer with a head for each side, over [CLS] itself, without BERT's pooler.
+    """model.Embedder: its heads, one for each side or one for both, read [CLS] itself, without BERT's pooler.
 
     The factor of the relevance goes into the queries: f(x, z) is then a plain inner product, as the index and
     the released reader want it.
@@ -22,10 +24,10 @@ class TwinEmbedder(Published):
 
     def __init__(self, config: PublishedConfig) -> None:
         super().__init__(config)
-        self.net = model.Embedder(config.bert(), config.retriever_proj_size)
-        lacking = [name for name in ("score_scale", "document_length") if name not in config.other]
+        lacking = [name for name in _OTHER if name not in config.other]
         if lacking:
             raise ValueError(f"{self.architecture}: the configuration must have {lacking[0]}, which lacks")
+        self.net = model.Embedder(config.bert(), config.retriever_proj_size, config.other["shared_head"])
         self.score_scale: float = config.other["score_scale"]
         self.document_length: int = config.other["document_length"]
 
@@ -66,5 +68,7 @@ def published_config(config: ModelConfig, vocab_size: int) -> PublishedConfig:
     return PublishedConfig(
         **{name: getattr(bert, name) for name in names},
         retriever_proj_size=config.projection,
-        other={"score_scale": config.score_scale, "document_length": config.document_length},
+        # A third of the width, as the released 256 is of 768.
+        span_hidden_size=max(32, config.hidden // 3),
+        other={name: getattr(config, name) for name in _OTHER},
     )
