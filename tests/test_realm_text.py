@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -264,3 +266,36 @@ def test_both_networks_begin_as_a_bert_and_words_go_by_their_name(store, tmp_pat
     write_tokenizer(wordpiece([*words[:20], *(f"x{i}" for i in range(len(words) - 20))]), tmp_path / "bert")
     with pytest.raises(ValueError, match="must know the words of the corpus, lacks"):
         Trainer(make_setting(config))
+
+
+def test_two_ranks_have_the_losses_of_one(store, tmp_path):
+    """Each takes half of every batch and holds half of the index; what differs is the rounding of sums."""
+    config = config_for(store)
+    config = replace(
+        config,
+        model=replace(config.model, dropout=0.0),
+        # Small enough that rounding does not grow into another ranking within the run.
+        ict=replace(config.ict, retriever_lr=1e-3),
+        reader=replace(config.reader, reader_lr=1e-3),
+        realm=replace(config.realm, retriever_lr=1e-3, reader_lr=1e-3),
+    )
+    for mode in ("sequence", "token"):
+        config = replace(config, marginal=replace(config.marginal, mode=mode))
+        pretrain(config, tmp_path / f"one-{mode}", ignore)
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""
+from pathlib import Path
+from realm_model.config import read_config
+from realm_model.pretrain import pretrain
+from realm_model.ranks import Ranks
+out = Path({str(tmp_path)!r})
+assert Ranks.join().size == 2
+for mode in ("sequence", "token"):
+    pretrain(read_config(out / f"one-{{mode}}"), out / f"two-{{mode}}", lambda record: None)
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    for mode in ("sequence", "token"):
+        one, two = losses(tmp_path / f"one-{mode}"), losses(tmp_path / f"two-{mode}")
+        assert [line[:2] for line in one] == [line[:2] for line in two] and len(one) == 16
+        torch.testing.assert_close([line[2] for line in one], [line[2] for line in two], rtol=1e-4, atol=0)

@@ -126,16 +126,17 @@ def text_preset(name: str, corpus: str) -> RunConfig:
     if name == "squad":
         return RunConfig(
             text=text,
+            # With one projection for both sides a query already lies near the documents that share its words.
             model=ModelConfig(
                 hidden=128,
                 layers=1,
                 projection=128,
+                shared_head=True,
                 query_length=64,
                 document_length=160,
-                shared_head=True,
                 score_scale=0.5,
             ),
-            ict=StageConfig(steps=400, batch=64, retriever_lr=2e-3),
+            ict=StageConfig(steps=600, batch=64, retriever_lr=2e-3),
             reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
             realm=StageConfig(steps=100, batch=16, retriever_lr=3e-4, reader_lr=5e-4, warmup=0.2),
             marginal=RealmConfig(corpus_share=1.0),

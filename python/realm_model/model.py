@@ -154,10 +154,11 @@ def embed_documents(embedder: Embedder, documents: Documents, rows: Tensor) -> T
     return embedder.documents(*documents.inputs(rows))
 
 
-def embed_all(embedder: Embedder, documents: Documents) -> Iterator[Tensor]:
-    """Embeddings of all documents, in chunks [n, D] in the order of their rows."""
-    for rows in torch.arange(documents.num_documents).split(ENCODE_ROWS):
-        yield embed_documents(embedder, documents, rows)
+def embed_all(embedder: Embedder, documents: Documents, rows: Tensor | None = None) -> Iterator[Tensor]:
+    """Embeddings of documents by row, of all where None, in chunks [n, D] in the order of the rows."""
+    rows = torch.arange(documents.num_documents) if rows is None else rows
+    for chunk in rows.split(ENCODE_ROWS):
+        yield embed_documents(embedder, documents, chunk)
 
 
 def _head(hidden: int, projection: int) -> nn.Sequential:

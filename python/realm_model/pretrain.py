@@ -23,6 +23,7 @@ from .config import RunConfig, StageConfig, read_config, to_json
 from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
 from .model import Realm
+from .ranks import Ranks
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
@@ -99,7 +100,8 @@ class Trainer:
     def __init__(self, setting: Setting, index: Path | None = None, fresh: bool = True) -> None:
         """fresh: begin as the configuration says; a state_dict to be loaded needs no such start."""
         torch.set_num_threads(setting.config.threads)
-        self.setting, self.index = setting, index
+        self.setting, self.index, self.ranks = setting, index, Ranks.current()
+        _check_batches(setting.config, self.ranks)
         self.model = make_model(setting)
         if fresh and setting.config.start is not None:
             load_start(self.model, Path(setting.config.start), setting.tokenizer)
@@ -129,16 +131,23 @@ class Trainer:
     def advance(self) -> Record:
         """One step of training."""
         assert self.stage is not None and self.optimizer is not None
+        config = self.setting.config
+        # What the networks draw (dropout) depends on the step and the rank, not on what was drawn before.
+        torch.manual_seed(
+            ((config.seed * 4 + self.number) * 10**8 + self.step) * self.ranks.size + self.ranks.rank
+        )
         self.stage.begin_step(self.step)
         self.optimizer.zero_grad()
         total, batches = 0.0, self.stage.config.accumulate
         for _ in range(batches):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.setting.config.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
                 loss, metrics = self.stage.loss(self.generator)
             (loss / batches).backward()
             total += loss.item() / batches
+        for group in self.optimizer.adamw.param_groups:
+            self.ranks.average_gradients(group["params"])
         self.optimizer.step(self.step)
-        record = {"stage": self.name, "step": self.step, "loss": total, **metrics}
+        record = {"stage": self.name, "step": self.step, "loss": self.ranks.mean(total), **metrics}
         self.step += 1
         return record
 
@@ -161,7 +170,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": {} if self.optimizer is None else self.optimizer.adamw.state_dict()["state"],
             "generator": self.generator.get_state(),
-            "torch_generator": torch.get_rng_state(),
             "stage": {} if self.stage is None else self.stage.state_dict(),
             "corpus": self.setting.corpus.fingerprint,
         }
@@ -177,15 +185,14 @@ class Trainer:
             if self.step > 0:
                 self.stage.load_state_dict(state["stage"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_generator"])
 
     def _make_stage(self) -> Stage:
         config, corpus = self.setting.config, self.setting.corpus
         if self.name == "ict":
-            return IctStage(config, self.model, corpus)
+            return IctStage(config, self.model, corpus, self.ranks)
         if self.name == "reader":
-            return ReaderStage(config, self.model, corpus)
-        return RealmStage(config, self.model, corpus, self.index)
+            return ReaderStage(config, self.model, corpus, self.ranks)
+        return RealmStage(config, self.model, corpus, self.index, self.ranks)
 
 
 def pretrain(
@@ -194,59 +201,73 @@ def pretrain(
     """Train into the run folder `out` to the end of stage `last`, from its last checkpoint where it has one.
 
     Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
-    sees each line. Raises ValueError for data that are missing, a folder that is another run's or a damaged
-    checkpoint, OSError where the folder cannot be written.
+    sees each line. In a process group all ranks call it: they train together, and rank 0 alone evaluates,
+    writes and reports. Raises ValueError for data that are missing, batches that the ranks cannot share, a
+    folder that is another run's or a damaged checkpoint, OSError where the folder cannot be written.
     """
     checkpoint = checkpoints.load(out / "checkpoints")
     setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
-    trainer = Trainer(setting, out / "index", fresh=checkpoint is None)
-    if checkpoint is not None:
-        _check_corpus(setting, checkpoint, out)
-    _claim(config, out)
-    log = MetricsLog(out / "metrics.jsonl")
+    ranks = Ranks.current()
+    index = out / ("index" if ranks.size == 1 else f"index-{ranks.rank}")
+    trainer = Trainer(setting, index, fresh=checkpoint is None)
+    log = None
     try:
         if checkpoint is not None:
+            _check_corpus(setting, checkpoint, out)
+        if ranks.rank == 0:
+            _claim(config, out)
+            log = MetricsLog(out / "metrics.jsonl")
+            log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+        if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
-        log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
         _run(trainer, out, log, report, STAGES.index(last))
     finally:
         trainer.close()
-        log.close()
+        if log is not None:
+            log.close()
 
 
-def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], object], last: int) -> None:
+def _run(
+    trainer: Trainer, out: Path, log: MetricsLog | None, report: Callable[[Record], object], last: int
+) -> None:
+    """log: where this rank writes; None where another one does."""
     config = trainer.setting.config
 
     def write(record: Record) -> None:
-        log.write(record)
-        report(record)
+        if log is not None:
+            log.write(record)
+            report(record)
+
+    def evaluate() -> None:
+        if log is not None:
+            write(_evaluation_record(trainer, started))
 
     def commit() -> None:
+        if log is None:
+            return
         state = trainer.state_dict() | {"metrics_bytes": log.size()}
         number = sum(stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
-        checkpoints.save(
-            out / "checkpoints", number, checkpoints.Checkpoint(state, trainer.setting.tokenizer)
-        )
+        checkpoint = checkpoints.Checkpoint(state, trainer.setting.tokenizer)
+        checkpoints.save(out / "checkpoints", number, checkpoint)
 
     started = time.monotonic()
     while not trainer.done and trainer.number <= last:
         stage, steps = trainer.name, stage_steps(config)[trainer.number]
         while trainer.step < steps:
             write(trainer.advance())
-            due = stage == "realm" and trainer.step % config.evaluate_every == 0
-            if due and trainer.step < steps:
-                write(_evaluation_record(trainer, stage, started))
+            if stage == "realm" and trainer.step % config.evaluate_every == 0 and trainer.step < steps:
+                evaluate()
             if trainer.step % config.checkpoint_every == 0 and trainer.step < steps:
                 commit()
-        write(_evaluation_record(trainer, stage, started))
+        evaluate()
         trainer.end_stage()
         commit()
 
 
-def _evaluation_record(trainer: Trainer, stage: str, started: float) -> Record:
+def _evaluation_record(trainer: Trainer, started: float) -> Record:
     values = trainer.evaluate().as_dict()
     seconds = time.monotonic() - started
-    return {"evaluation": values, "stage": stage, "step": trainer.step, "seconds": round(seconds, 1)}
+    return {"evaluation": values, "stage": trainer.name, "step": trainer.step, "seconds": round(seconds, 1)}
 
 
 class MetricsLog:
@@ -282,6 +303,14 @@ def load_run(run: Path) -> tuple[Setting, Realm]:
     model = make_model(setting)
     model.load_state_dict(checkpoint.state["model"])
     return setting, model.eval()
+
+
+def _check_batches(config: RunConfig, ranks: Ranks) -> None:
+    for name, stage in zip(STAGES, (config.ict, config.reader, config.realm), strict=True):
+        if stage.steps > 0 and stage.batch % ranks.size:
+            raise ValueError(
+                f"{name}: batch must be a multiple of the number of ranks, {ranks.size}, got {stage.batch}"
+            )
 
 
 def _claim(config: RunConfig, out: Path) -> None:

@@ -18,10 +18,11 @@ import realm_kernels as rk
 
 from .config import RunConfig, StageConfig
 from .evaluate import build_table
-from .inputs import Corpus, Statements, StatementSource, trivial
+from .inputs import IGNORE, Corpus, Statements, StatementSource, trivial
 from .masking import crop_spans, exchange_objects, mask_statements, take_sentences
 from .model import Realm, embed_all
 from .objectives import ict_loss, reading_loss, realm_loss
+from .ranks import ALONE, Ranks
 
 ICT_REMOVE = 0.9  # the share of spans taken out of their context (ORQA)
 # The copy start's contexts: a statement's own document, one retrieved for it, or none.
@@ -65,8 +66,8 @@ class _Stateless:
 class IctStage(_Stateless):
     """Warm start of the retriever: a span of each document's body looks for the rest of it (section 3.3)."""
 
-    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
-        self.config, self.model, self.corpus = config.ict, model, corpus
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, ranks: Ranks = ALONE) -> None:
+        self.config, self.model, self.corpus, self.ranks = config.ict, model, corpus, ranks
         self.room = config.model.query_length - 2
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -78,7 +79,7 @@ class IctStage(_Stateless):
         else:
             ends = documents.sentences.padded(rows, fill=-1)
             spans, rest = take_sentences(bodies, ends, self.room, ICT_REMOVE, generator)
-        return ict_loss(self.model, documents, rows, spans, rest), {}
+        return ict_loss(self.model, documents, rows, spans, rest, self.ranks), {}
 
 
 class ReaderStage(_Stateless):
@@ -92,8 +93,8 @@ class ReaderStage(_Stateless):
     could learn the facts by heart otherwise, and then it does not learn to copy.
     """
 
-    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
-        self.config, self.model, self.corpus = config.reader, model, corpus
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, ranks: Ranks = ALONE) -> None:
+        self.config, self.model, self.corpus, self.ranks = config.reader, model, corpus, ranks
         self.masks = ("salient", config.marginal.masks)  # alternating, so that an ablation starts fairly
         self.step = 0
         self.table = build_table(model, corpus.documents)
@@ -112,7 +113,9 @@ class ReaderStage(_Stateless):
         others = _draw(own, len(statements), generator)
         statements, bodies = exchange_objects(statements, documents.read(rows), others)
         masked = mask_statements(statements, self.masks[self.step % 2], generator)
-        return reading_loss(self.model, *masked, bodies), {}
+        part = self.ranks.part(len(statements))
+        ids, positions, targets = (tensor[part] for tensor in masked)
+        return reading_loss(self.model, ids, positions, targets, bodies[part]), {}
 
     @torch.no_grad()
     def _retrieve(self, statements: Statements, column: Tensor) -> Tensor:
@@ -132,13 +135,28 @@ class RealmStage:
     index.
     """
 
-    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, index: Path | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Realm,
+        corpus: Corpus,
+        index: Path | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config, self.marginal, self.model, self.corpus = config.realm, config.marginal, model, corpus
-        rows = torch.zeros(corpus.documents.num_documents, config.model.projection)
-        self.table = rk.ShardedTable.from_tensors([rows])
+        self.ranks = ranks
+        if ranks.size > 1 and config.marginal.refresh == "async":
+            raise ValueError(
+                f"refresh must be fixed_lag on {ranks.size} ranks, which swap their parts of the index at "
+                "one step, got async"
+            )
+        # Each rank holds, refreshes and searches its part of the index.
+        self.rows = torch.arange(corpus.documents.num_documents)[ranks.part(corpus.documents.num_documents)]
+        local = rk.ShardedTable.from_tensors([torch.zeros(len(self.rows), config.model.projection)])
+        self.table = local if ranks.size == 1 else rk.DistributedTable.from_local(local)
         lag = config.marginal.refresh_lag if config.marginal.refresh == "fixed_lag" else None
         self.refresher = rk.TableRefresher(
-            self.table,
+            local,
             self._encoder(),
             mode=config.marginal.refresh,
             every=config.marginal.refresh_every,
@@ -158,9 +176,14 @@ class RealmStage:
         statements = queries.cat(sentences)
         exclude = trivial(self.corpus.documents, statements)
         masked = mask_statements(statements, self.marginal.masks, generator)
+        part = self.ranks.part(len(statements))
+        mine = tuple(tensor[part] for tensor in masked)
         loss, posterior = realm_loss(
-            self.model, self.corpus.documents, self.table, masked, exclude, self.marginal
+            self.model, self.corpus.documents, self.table, mine, exclude[part], self.marginal
         )
+        if self.marginal.mode == "token":
+            # A mean over tokens, of which the ranks have unequal numbers.
+            loss = loss * (mine[2] != IGNORE).sum() * self.ranks.size / (masked[2] != IGNORE).sum()
         metrics = self.refresher.metrics
         return loss, {
             "null_prior": posterior.prior[:, 0].mean().item(),
@@ -181,10 +204,11 @@ class RealmStage:
     def _encoder(self) -> Any:
         """What the refresher's thread runs: a twin of the embedder, which it alone touches."""
         twin, documents = copy.deepcopy(self.model.retriever).eval(), self.corpus.documents
+        mine = self.rows
 
         def encode(snapshot: dict[str, Tensor]) -> Iterator[Tensor]:
             twin.load_state_dict(snapshot)
-            yield from embed_all(twin, documents)
+            yield from embed_all(twin, documents, mine)
 
         return encode
 

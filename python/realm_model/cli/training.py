@@ -35,18 +35,23 @@ def train(config: RunConfig, out: Path, last: str = "realm", tensorboard: bool =
     """Pre-train into a run folder up to stage `last`, with progress; write the plots."""
     from .. import report
     from ..pretrain import pretrain
+    from ..ranks import Ranks
 
+    ranks = Ranks.join()
+    console.quiet = ranks.rank > 0
     # A refresh that fails is the refresher's to log; the run goes on with the index it has.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     try:
         with ExitStack() as stack:
             sinks = [stack.enter_context(report.progress(console, config))]
-            if tensorboard:
+            if tensorboard and ranks.rank == 0:
                 sinks.append(stack.enter_context(report.tensorboard(out / "tensorboard", config)))
             pretrain(config, out, lambda record: [sink(record) for sink in sinks], last)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
         raise typer.Exit(130) from None
+    if ranks.rank > 0:
+        return
     console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
 
 
