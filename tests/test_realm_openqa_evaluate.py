@@ -167,6 +167,11 @@ def test_a_whole_published_open_qa_needs_no_corpus(call, tmp_path):
     assert result.exit_code == 0, result.output
     (row,) = json.loads((tmp_path / "out.json").read_text())
     assert row["exact_match"] == 1.0 and row["recall@100"] == 1.0 and row["document@1"] is None
+    pattern = case["answer"][:3] + "."
+    questions.write_text(json.dumps({"question": case["question"], "answer": [pattern]}))
+    assert call("evaluate", "--model", published, *arguments, "--regex").exit_code == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["exact_match"] == 1.0 and row["f1"] is None
     result = call("answer", case["question"], "--model", published)
     assert result.exit_code == 0 and case["answer"] in result.stdout.lower()
 

@@ -113,7 +113,8 @@ def evaluate(model: Realm, corpus: Corpus, config: RealmConfig, statements: Stat
     unused = torch.Generator()  # salient masks draw nothing
     totals = dict.fromkeys(["utility", "gain", "right", "tokens", "log_marginal"], 0.0)
     hits = dict.fromkeys(RECALL_AT, 0.0)
-    for rows in torch.arange(len(statements)).split(100):
+    # A tensor of nothing is split into one part of nothing, which no encoder takes.
+    for rows in torch.arange(len(statements)).split(100) if len(statements) else ():
         batch = statements[rows]
         masked = mask_statements(batch, "salient", unused)
         exclude = trivial(corpus.documents, batch)

@@ -54,7 +54,10 @@ def plot(run: Path) -> list[Path]:
 
 
 def answer_view(answer: Answer, titles: dict[int, str]) -> Group:
-    """The answer, its evidence with the answer marked, and every block read with what it was worth."""
+    """The answer, its evidence with the answer marked, and every block read with what it was worth.
+
+    Retrieval utility is not told: it needs p(y|null, x), and an extractive reader finds no span in nothing.
+    """
     best = next(block for block in answer.read if block.block == answer.block)
     headline = Text.assemble("answer: ", (answer.evidence[answer.start : answer.end] or "(none)", "bold"))
     headline.append(f"   reader logit {answer.score:.3f}")
