@@ -299,3 +299,40 @@ for mode in ("sequence", "token"):
         one, two = losses(tmp_path / f"one-{mode}"), losses(tmp_path / f"two-{mode}")
         assert [line[:2] for line in one] == [line[:2] for line in two] and len(one) == 16
         torch.testing.assert_close([line[2] for line in one], [line[2] for line in two], rtol=1e-4, atol=0)
+
+
+def test_the_commands_walk_from_text_to_a_pretrained_run(store, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from realm_model import cli
+    from realm_model.cli import text
+
+    monkeypatch.setattr(
+        text, "preset_named", lambda name, corpus: replace(config_for(store), text=TextConfig(corpus, 0.2))
+    )
+    path, out, runner = tmp_path / "text.jsonl", tmp_path / "corpus", CliRunner()
+    lines = [json.dumps({"id": d.id, "title": d.title, "text": d.text}) for d in documents()]
+    path.write_text("\n".join(lines))
+
+    def call(*arguments):
+        return runner.invoke(cli.app, [str(argument) for argument in arguments])
+
+    result = call("corpus", path, "--out", out, "--vocabulary-size", 200)
+    assert result.exit_code == 0 and "31 blocks of 31 documents" in result.stdout, result.output
+    assert BlockStore.open(out).fingerprint == store.fingerprint
+    result = call("corpus", path, "--out", out)
+    assert result.exit_code == 1 and result.stderr.strip().endswith("a corpus is written to a new directory")
+
+    ict, realm = tmp_path / "ict", tmp_path / "realm"
+    result = call("ict", "--corpus", out, "--out", ict, "--steps", 3, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert [line[:2] for line in losses(ict)] == [("ict", step) for step in range(3)]
+    result = call("pretrain", "--corpus", out, "--from", ict, "--out", realm, "--threads", 1, "--tensorboard")
+    assert result.exit_code == 0, result.output
+    assert {stage for stage, _, _ in losses(realm)} == {"reader", "realm"}
+    evaluations = [json.loads(line) for line in (realm / "metrics.jsonl").read_text().splitlines()]
+    last = evaluations[-1]["evaluation"]
+    assert {"recall@5", "utility", "log_marginal"} <= set(last) and "gain" not in last
+    files = {file.name for file in realm.iterdir()}
+    assert {"config.json", "loss.png", "recall.png", "utility.png", "tensorboard"} <= files
+    assert list((realm / "tensorboard").iterdir())
