@@ -141,3 +141,12 @@ def test_a_model_without_an_encoder_retrieves_and_says_that_it_cannot_read(folde
     )
     expected = rk.mips_topk(queries.detach(), table, 5)
     torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["index", "model/embedder", "model/encoder"])
+def test_what_is_cut_short_is_named(tmp_path, what):
+    folders = make_folders(tmp_path)
+    (path,) = (tmp_path / what).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises((ValueError, OSError), match=path.name):
+        assemble(folders.model, folders.corpus, folders.index)
