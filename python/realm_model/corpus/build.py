@@ -107,6 +107,7 @@ class _Writer:
         self.columns = {name: RaggedWriter(directory / name, dtype) for name, (dtype, _) in COLUMNS.items()}
         self.hashes = bytearray()  # of the bodies, eight bytes each
         self.documents = self.blocks = 0
+        self.source = ""  # of the first document
 
     def __enter__(self) -> _Writer:
         for column in self.columns.values():
@@ -128,8 +129,8 @@ class _Writer:
             raise ValueError("build_corpus: there must be at least one document, got none")
         if self.columns["spans"].total == 0:
             raise ValueError(
-                f"build_corpus: the corpus must hold a salient span to be masked, got none in {self.blocks} "
-                "blocks: choose another tagger or give spans"
+                f"{self.source or 'build_corpus'}: the corpus that begins here must hold a salient span to "
+                f"be masked, got none in {self.blocks} blocks: choose another tagger or give spans"
             )
         distinct, group = np.unique(np.frombuffer(bytes(self.hashes), "<u8"), return_inverse=True)
         order = group.argsort(kind="stable").astype("<i8")
@@ -169,6 +170,7 @@ def _write_blocks(
         titles = tokenizer.encode_batch([d.title for d in batch], add_special_tokens=False)
         texts = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
         for document, title, text in zip(batch, titles, texts, strict=True):
+            writer.source = writer.source or document.source
             if not text.ids:
                 raise ValueError(f"{document.source or document.id}: text must hold a wordpiece, got none")
             salient = salient_spans(document.text, tagger) if document.spans is None else document.spans
