@@ -171,43 +171,38 @@ def _write_blocks(
         texts = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
         for document, title, text in zip(batch, titles, texts, strict=True):
             writer.source = writer.source or document.source
-            if not text.ids:
+            ids, offsets = text.ids, text.offsets
+            if not ids:
                 raise ValueError(f"{document.source or document.id}: text must hold a wordpiece, got none")
             salient = salient_spans(document.text, tagger) if document.spans is None else document.spans
-            for first, last, ranges in _blocks(document.text, text, limit):
-                span_ranges = _token_ranges(text, salient)
-                inside = [
-                    (a - first, b - first)
-                    for a, b in span_ranges
-                    if any(low <= a and b <= high for low, high in ranges)
-                ]
-                begin, end = text.offsets[first][0], text.offsets[last - 1][1]
+            spans = _token_ranges(offsets, salient)
+            for ranges in _blocks(document.text, text, offsets, limit):
+                first, last = ranges[0][0], ranges[-1][1]
+                inside = [span for span in spans if any(a <= span[0] and span[1] <= b for a, b in ranges)]
                 writer.append(
                     titles=title.ids,
-                    bodies=text.ids[first:last],
-                    texts=document.text[begin:end].encode(),
+                    bodies=ids[first:last],
+                    texts=document.text[offsets[first][0] : offsets[last - 1][1]].encode(),
                     title_texts=document.title.encode(),
                     document_ids=document.id.encode(),
                     sentences=[(a - first, b - first) for a, b in ranges],
-                    spans=inside,
+                    spans=[(a - first, b - first) for a, b in inside],
                 )
             writer.documents += 1
         progress("blocks", writer.documents, writer.blocks)
 
 
-def _blocks(text: str, encoding: Encoding, limit: int) -> Iterator[tuple[int, int, list[Span]]]:
-    """Blocks of an encoded text: wordpieces [first, last), and those of the sentences in it."""
-    pieces = [
-        part for whole in _token_ranges(encoding, sentences(text)) for part in _cut(encoding, *whole, limit)
-    ]
+def _blocks(text: str, encoding: Encoding, offsets: list[Span], limit: int) -> Iterator[list[Span]]:
+    """Of each block of an encoded text the wordpieces [first, last) of its sentences."""
+    pieces: list[Span] = []
+    for first, last in _token_ranges(offsets, sentences(text)):
+        pieces += [(first, last)] if last - first <= limit else _cut(encoding.word_ids, first, last, limit)
     for numbers in pack_sentences([last - first for first, last in pieces], limit):
-        ranges = [pieces[number] for number in numbers]
-        yield ranges[0][0], ranges[-1][1], ranges
+        yield [pieces[number] for number in numbers]
 
 
-def _cut(encoding: Encoding, first: int, last: int, limit: int) -> Iterator[Span]:
+def _cut(words: list[int | None], first: int, last: int, limit: int) -> Iterator[Span]:
     """A sentence in parts of up to `limit` wordpieces, cut between words where a word is not longer."""
-    words = encoding.word_ids
     while last - first > limit:
         end = first + limit
         while end > first and words[end] == words[end - 1]:
@@ -218,9 +213,9 @@ def _cut(encoding: Encoding, first: int, last: int, limit: int) -> Iterator[Span
     yield first, last
 
 
-def _token_ranges(encoding: Encoding, spans: Iterable[Span]) -> list[Span]:
+def _token_ranges(offsets: list[Span], spans: Iterable[Span]) -> list[Span]:
     """Spans of characters as wordpieces [first, last), each with all wordpieces it touches; none is empty."""
-    begins, ends = zip(*encoding.offsets, strict=True)
+    begins, ends = zip(*offsets, strict=True)
     found = [(bisect_right(ends, begin), bisect_left(begins, end)) for begin, end in spans]
     return [(first, last) for first, last in dict.fromkeys(found) if first < last]
 
