@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-CLIP = 1.0  # of the gradient's norm, over all parameters
+CLIP = 1.0  # of the gradient's norm; over all parameters in fine-tuning, for each network in pre-training
 WEIGHT_DECAY, EPS = 0.01, 1e-6
 
 
 class ReleasedAdamW:
     """AdamW of a module over `steps` steps, as language/realm trains.
 
-    Biases and LayerNorms do not decay. The rate rises over the first min(10000, max(100, steps / 10)) steps
-    and falls to 0 at the last: lr * (1 - step / steps). In BERT's own optimizer Adam's means are not
+    Biases and LayerNorms do not decay. The rate rises over released_warmup(steps) steps and falls to 0 at the
+    last: lr * (1 - step / steps). In BERT's own optimizer Adam's means are not
     corrected for their start at 0; torch's are.
     """
 
@@ -26,7 +26,7 @@ class ReleasedAdamW:
         groups = [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": still, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(groups, lr=lr, eps=EPS)
         self.lr, self.steps, self.parameters = lr, steps, decaying + still
-        self.warmup = min(10_000, max(100, steps // 10))
+        self.warmup = released_warmup(steps)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad()
@@ -45,6 +45,11 @@ class ReleasedAdamW:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
+
+
+def released_warmup(steps: int) -> int:
+    """Steps of the linear rise."""
+    return min(10_000, max(100, steps // 10))
 
 
 def _is_exempt(name: str) -> bool:

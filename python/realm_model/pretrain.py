@@ -23,14 +23,13 @@ from .config import RunConfig, StageConfig, read_config, to_json
 from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
 from .model import Realm
+from .optimizer import CLIP, EPS, WEIGHT_DECAY, released_warmup
 from .ranks import Ranks
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
 
 STAGES = ("ict", "reader", "realm")
-CLIP = 1.0  # of the gradient's norm, for each network (released code)
-WEIGHT_DECAY, ADAM_EPS = 0.01, 1e-6  # released code
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
@@ -72,14 +71,14 @@ class Optimizer:
 
     def __init__(self, model: Realm, config: StageConfig) -> None:
         self.config = config
-        released = min(10_000, max(100, config.steps // 10))
-        self.warmup = max(1, round(config.warmup * config.steps)) if config.warmup else released
+        given = max(1, round(config.warmup * config.steps))
+        self.warmup = given if config.warmup else released_warmup(config.steps)
         groups = [
             {"params": list(net.parameters()), "lr": lr, "peak": lr}
             for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
             if lr > 0
         ]
-        self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS)
+        self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=EPS)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad()
