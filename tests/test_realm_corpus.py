@@ -164,7 +164,7 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         (
             "a.jsonl",
             b'{"id": "1", "text": "nothing here."}',
-            "must hold a salient span to be masked, got none",
+            "line 1: the corpus that begins here must hold a salient span to be masked, got none",
         ),
         ("a.jsonl", b"", "there must be at least one document, got none"),
         ("a.tsv", b"1\tRome\n", "line 1: must have 3 columns, id, title, text, got 2"),

@@ -145,7 +145,9 @@ def text_preset(name: str, corpus: str) -> RunConfig:
         return RunConfig(
             text=text,
             # The released retriever has no factor; inner products of vectors of norm 11 are one-hot at once.
-            model=ModelConfig(projection=128, query_length=96, document_length=304, dropout=0.1),
+            model=ModelConfig(
+                projection=128, shared_head=True, query_length=96, document_length=304, dropout=0.1
+            ),
             ict=StageConfig(steps=100_000, batch=64, retriever_lr=1e-4, warmup=0.0),
             reader=StageConfig(steps=0, batch=1),
             realm=StageConfig(steps=200_000, batch=8, retriever_lr=3e-5, reader_lr=3e-5, warmup=0.0),

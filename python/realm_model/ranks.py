@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch import Tensor, nn
 
 
@@ -45,7 +45,7 @@ class Ranks:
         """[B, ...] of equal shapes on all ranks -> [W B, ...], with gradient back to where it came from."""
         if self.size == 1:
             return tensor
-        return torch.cat(torch.distributed.nn.all_gather(tensor.contiguous()))
+        return _Gather.apply(tensor, self)
 
     def mean(self, value: float) -> float:
         if self.size == 1:
@@ -68,3 +68,20 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class _Gather(torch.autograd.Function):
+    """What every rank made of a rank's tensor comes back to it, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.part = ranks.part(ranks.size * len(tensor))
+        parts = [torch.empty_like(tensor) for _ in range(ranks.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.part], None

@@ -107,6 +107,7 @@ class _Writer:
         self.columns = {name: RaggedWriter(directory / name, dtype) for name, (dtype, _) in COLUMNS.items()}
         self.hashes = bytearray()  # of the bodies, eight bytes each
         self.documents = self.blocks = 0
+        self.source = ""  # of the first document
 
     def __enter__(self) -> _Writer:
         for column in self.columns.values():
@@ -128,8 +129,8 @@ class _Writer:
             raise ValueError("build_corpus: there must be at least one document, got none")
         if self.columns["spans"].total == 0:
             raise ValueError(
-                f"build_corpus: the corpus must hold a salient span to be masked, got none in {self.blocks} "
-                "blocks: choose another tagger or give spans"
+                f"{self.source or 'build_corpus'}: the corpus that begins here must hold a salient span to "
+                f"be masked, got none in {self.blocks} blocks: choose another tagger or give spans"
             )
         distinct, group = np.unique(np.frombuffer(bytes(self.hashes), "<u8"), return_inverse=True)
         order = group.argsort(kind="stable").astype("<i8")
@@ -169,43 +170,39 @@ def _write_blocks(
         titles = tokenizer.encode_batch([d.title for d in batch], add_special_tokens=False)
         texts = tokenizer.encode_batch([d.text for d in batch], add_special_tokens=False)
         for document, title, text in zip(batch, titles, texts, strict=True):
-            if not text.ids:
+            writer.source = writer.source or document.source
+            ids, offsets = text.ids, text.offsets
+            if not ids:
                 raise ValueError(f"{document.source or document.id}: text must hold a wordpiece, got none")
             salient = salient_spans(document.text, tagger) if document.spans is None else document.spans
-            for first, last, ranges in _blocks(document.text, text, limit):
-                span_ranges = _token_ranges(text, salient)
-                inside = [
-                    (a - first, b - first)
-                    for a, b in span_ranges
-                    if any(low <= a and b <= high for low, high in ranges)
-                ]
-                begin, end = text.offsets[first][0], text.offsets[last - 1][1]
+            spans = _token_ranges(offsets, salient)
+            for ranges in _blocks(document.text, text, offsets, limit):
+                first, last = ranges[0][0], ranges[-1][1]
+                inside = [span for span in spans if any(a <= span[0] and span[1] <= b for a, b in ranges)]
                 writer.append(
                     titles=title.ids,
-                    bodies=text.ids[first:last],
-                    texts=document.text[begin:end].encode(),
+                    bodies=ids[first:last],
+                    texts=document.text[offsets[first][0] : offsets[last - 1][1]].encode(),
                     title_texts=document.title.encode(),
                     document_ids=document.id.encode(),
                     sentences=[(a - first, b - first) for a, b in ranges],
-                    spans=inside,
+                    spans=[(a - first, b - first) for a, b in inside],
                 )
             writer.documents += 1
         progress("blocks", writer.documents, writer.blocks)
 
 
-def _blocks(text: str, encoding: Encoding, limit: int) -> Iterator[tuple[int, int, list[Span]]]:
-    """Blocks of an encoded text: wordpieces [first, last), and those of the sentences in it."""
-    pieces = [
-        part for whole in _token_ranges(encoding, sentences(text)) for part in _cut(encoding, *whole, limit)
-    ]
+def _blocks(text: str, encoding: Encoding, offsets: list[Span], limit: int) -> Iterator[list[Span]]:
+    """Of each block of an encoded text the wordpieces [first, last) of its sentences."""
+    pieces: list[Span] = []
+    for first, last in _token_ranges(offsets, sentences(text)):
+        pieces += [(first, last)] if last - first <= limit else _cut(encoding.word_ids, first, last, limit)
     for numbers in pack_sentences([last - first for first, last in pieces], limit):
-        ranges = [pieces[number] for number in numbers]
-        yield ranges[0][0], ranges[-1][1], ranges
+        yield [pieces[number] for number in numbers]
 
 
-def _cut(encoding: Encoding, first: int, last: int, limit: int) -> Iterator[Span]:
+def _cut(words: list[int | None], first: int, last: int, limit: int) -> Iterator[Span]:
     """A sentence in parts of up to `limit` wordpieces, cut between words where a word is not longer."""
-    words = encoding.word_ids
     while last - first > limit:
         end = first + limit
         while end > first and words[end] == words[end - 1]:
@@ -216,9 +213,9 @@ def _cut(encoding: Encoding, first: int, last: int, limit: int) -> Iterator[Span
     yield first, last
 
 
-def _token_ranges(encoding: Encoding, spans: Iterable[Span]) -> list[Span]:
+def _token_ranges(offsets: list[Span], spans: Iterable[Span]) -> list[Span]:
     """Spans of characters as wordpieces [first, last), each with all wordpieces it touches; none is empty."""
-    begins, ends = zip(*encoding.offsets, strict=True)
+    begins, ends = zip(*offsets, strict=True)
     found = [(bisect_right(ends, begin), bisect_left(begins, end)) for begin, end in spans]
     return [(first, last) for first, last in dict.fromkeys(found) if first < last]
 
