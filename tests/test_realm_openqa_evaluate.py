@@ -148,7 +148,7 @@ def test_the_walk_from_an_index_to_an_answer(call, folders, tmp_path):
     three[3] = tuned
     out = told("evaluate", *three, "--questions", held_out, "--out", tmp_path / "after.json", "--bm25",
                "--beside", tmp_path / "before.json")  # fmt: skip
-    assert [name in out for name in ("before", "BM25", "tuned", "@100", "exact match")] == [True] * 5
+    assert [name in out for name in ("before", "BM25", "tuned", "@100", "exact")] == [True] * 5
     rows = json.loads((tmp_path / "after.json").read_text())
     assert [row["name"] for row in rows] == ["BM25", "tuned"] and rows[1]["exact_match"] is not None
     out = told("answer", "what is the capital of Peru", "--model", tuned)  # a run knows its own corpus

@@ -69,7 +69,7 @@ def test_from_paragraphs_to_an_answer(tmp_path, monkeypatch):
         "evaluate", *asked, "--model", tuned, "--index", index, "--out", tmp_path / "tuned.json",
         "--beside", tmp_path / "ict.json", "--beside", tmp_path / "realm.json",
     )  # fmt: skip
-    assert [name in out for name in ("ict", "realm", "tuned", "exact match")] == [True] * 4
+    assert [name in out for name in ("ict", "realm", "tuned", "exact")] == [True] * 4
     (row,) = json.loads((tmp_path / "tuned.json").read_text())
     assert row["recall@20"] == 1.0 and row["exact_match"] is not None  # the 10 blocks are all
     out = realm_model("answer", "what is the capital of Norway", "--model", tuned, "--threads", 1)

@@ -30,8 +30,9 @@ def evaluations_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", padding=(0, 0))
     table.add_column("model", no_wrap=True)
     for name in shown:
-        # On two lines, so that all of them fit into 80 columns.
-        table.add_column(name.replace("_", " ").replace("@", "\n@"), justify="right", no_wrap=True)
+        # Short and on two lines, so that all of them fit into 80 columns.
+        short = name.replace("_", "\n").replace("@", "\n@").replace("document", "doc.")
+        table.add_column(short, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(row["name"], *(_number(row.get(name)) for name in shown))
     return table
