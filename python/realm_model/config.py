@@ -125,8 +125,7 @@ def text_preset(name: str, corpus: str) -> RunConfig:
     """
     if name == "squad":
         return RunConfig(
-            # As long as a question: whole sentences are found too easily to teach what a question needs.
-            text=TextConfig(corpus, ict_wordpieces=22),
+            text=TextConfig(corpus),
             # With one projection for both sides a query already lies near the documents that share its words.
             model=ModelConfig(
                 hidden=128,
@@ -138,7 +137,7 @@ def text_preset(name: str, corpus: str) -> RunConfig:
                 document_length=160,
                 score_scale=0.5,
             ),
-            ict=StageConfig(steps=400, batch=128, retriever_lr=2e-3),
+            ict=StageConfig(steps=300, batch=64, retriever_lr=2e-3),
             reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
             realm=StageConfig(steps=100, batch=16, retriever_lr=1e-4, reader_lr=5e-4, warmup=0.2),
             marginal=RealmConfig(corpus_share=1.0),
