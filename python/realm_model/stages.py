@@ -69,6 +69,8 @@ class IctStage(_Stateless):
     def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, ranks: Ranks = ALONE) -> None:
         self.config, self.model, self.corpus, self.ranks = config.ict, model, corpus, ranks
         self.room = config.model.query_length - 2
+        if config.text is not None and config.text.ict_wordpieces:
+            self.room = min(self.room, config.text.ict_wordpieces)
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         documents, contexts = self.corpus.documents, self.corpus.contexts
