@@ -132,9 +132,8 @@ class Trainer:
         assert self.stage is not None and self.optimizer is not None
         config = self.setting.config
         # What the networks draw (dropout) depends on the step and the rank, not on what was drawn before.
-        torch.manual_seed(
-            ((config.seed * 4 + self.number) * 10**8 + self.step) * self.ranks.size + self.ranks.rank
-        )
+        place = (config.seed * len(STAGES) + self.number) * 10**8 + self.step
+        torch.manual_seed((place * self.ranks.size + self.ranks.rank) % 2**63)
         self.stage.begin_step(self.step)
         self.optimizer.zero_grad()
         total, batches = 0.0, self.stage.config.accumulate
