@@ -34,10 +34,10 @@ squad: $(READY)
 	$(BIN)/realm-model evaluate $(SQUAD_EVALUATION) --model $(SQUAD)/tuned --index $(SQUAD)/index --out $(SQUAD)/tuned.json \
 		--beside $(SQUAD)/ict.json --beside $(SQUAD)/realm.json
 
-SQUAD_EVALUATION = --corpus $(SQUAD)/corpus --questions $(SQUAD)/held_out.jsonl
-# From nothing, so with a rate a hundred times the released one. Of many questions few blocks are read: at first
+SQUAD_EVALUATION = --corpus $(SQUAD)/corpus --questions $(SQUAD)/held_out.jsonl --length 176
+# From nothing, so with a rate twenty times the released one. Of many questions few blocks are read: at first
 # most blocks hold no answer, and teach the retriever alone.
-SQUAD_TUNING = --steps 400 --batch 20 --reader-beam 2 --lr 1e-3 --length 208
+SQUAD_TUNING = --steps 600 --batch 20 --reader-beam 2 --searcher-beam 1000 --lr 2e-4 --length 176
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
