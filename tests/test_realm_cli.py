@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
-from realm_model import cli
+from realm_model.cli import app, common, world
 from realm_model.config import ModelConfig, RealmConfig, RunConfig, StageConfig, WorldConfig
 
 SMALL = RunConfig(
@@ -26,18 +26,18 @@ SMALL = RunConfig(
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
-    monkeypatch.setattr(cli.console, "width", 200)
+    monkeypatch.setattr(common.console, "width", 200)
 
 
 @pytest.fixture
 def call(monkeypatch):
     monkeypatch.setattr(
-        cli, "preset", lambda name, data: replace(SMALL, world=replace(SMALL.world, data=data))
+        world, "preset", lambda name, data: replace(SMALL, world=replace(SMALL.world, data=data))
     )
     runner = CliRunner()
 
     def invoke(*arguments):
-        return runner.invoke(cli.app, [str(argument) for argument in arguments])
+        return runner.invoke(app, [str(argument) for argument in arguments])
 
     return invoke
 
@@ -49,52 +49,61 @@ def one_line(result):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate", "answer", "convert"])
+@pytest.mark.parametrize(
+    "command", ["world pretrain", "world evaluate", "world swap", "world answer", "convert"]
+)
 def test_every_command_shows_an_example(call, command):
-    result = call(command, "--help")
+    result = call(*command.split(), "--help")
     assert result.exit_code == 0
     assert f"realm-model {command}" in re.sub(r"\s+", " ", result.stdout)
 
 
 def test_a_run_from_pretrain_to_answer(call, tmp_path):
     run = tmp_path / "run"
-    result = call("pretrain", "--out", run, "--threads", 1)
+    result = call("world", "pretrain", "--out", run, "--threads", 1)
     assert result.exit_code == 0, result.output
     files = {path.name for path in run.iterdir()}
     assert {"config.json", "metrics.jsonl", "loss.png", "recall.png", "utility.png"} <= files
 
-    result = call("evaluate", "--run", run)
+    result = call("world", "evaluate", "--run", run)
     assert result.exit_code == 0, result.output
     assert "recall@5" in result.stdout
     assert 0 <= json.loads((run / "evaluation.json").read_text())["recall@5"] <= 1
 
-    question = re.search(r'realm-model answer "(.*)" --run', result.stdout).group(1)
-    result = call("answer", question, "--run", run)
+    question = re.search(r'realm-model world answer "(.*)" --run', result.stdout).group(1)
+    result = call("world", "answer", question, "--run", run)
     assert result.exit_code == 0, result.output
     assert "(null document)" in result.stdout and "utility" in result.stdout
 
-    assert "must hold [MASK]" in one_line(call("answer", "no mask here", "--run", run))
-    assert "another configuration" in one_line(call("pretrain", "--out", run, "--seed", 5))
+    result = call("world", "swap", "--run", run)
+    assert result.exit_code == 0, result.output
+    assert "after: the new object" in result.stdout
+    assert 0 <= json.loads((run / "swap.json").read_text())["held-out subjects"]["stays"]["accuracy"] <= 1
+
+    assert "must hold [MASK]" in one_line(call("world", "answer", "no mask here", "--run", run))
+    assert "another configuration" in one_line(call("world", "pretrain", "--out", run, "--seed", 5))
 
 
 def test_a_missing_data_folder_is_one_line_and_leaves_nothing_behind(call, tmp_path):
-    line = one_line(call("pretrain", "--out", tmp_path / "run", "--data", tmp_path / "nowhere"))
+    line = one_line(call("world", "pretrain", "--out", tmp_path / "run", "--data", tmp_path / "nowhere"))
     assert "cannot read" in line and "facts.jsonl" in line
     assert not (tmp_path / "run").exists()
 
 
 def test_an_unwritable_run_folder_is_one_line(call, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot write the run folder" in one_line(call("pretrain", "--out", tmp_path / "file" / "run"))
+    assert "cannot write the run folder" in one_line(
+        call("world", "pretrain", "--out", tmp_path / "file" / "run")
+    )
 
 
 def test_a_folder_without_a_run_is_one_line(call, tmp_path):
-    assert "is no run folder" in one_line(call("evaluate", "--run", tmp_path))
+    assert "is no run folder" in one_line(call("world", "evaluate", "--run", tmp_path))
 
 
 def test_fresh_drops_a_run_folder_and_nothing_else(call, tmp_path):
     (tmp_path / "thesis.txt").write_text("dear to somebody")
-    assert "is not a run folder" in one_line(call("pretrain", "--out", tmp_path, "--fresh"))
+    assert "is not a run folder" in one_line(call("world", "pretrain", "--out", tmp_path, "--fresh"))
     assert (tmp_path / "thesis.txt").exists()
 
 
@@ -110,7 +119,7 @@ def test_a_published_checkpoint_is_converted(call, tmp_path):
 def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monkeypatch):
     from realm_model import stages
 
-    embed, calls = stages.embed_documents, []
+    embed, calls = stages.embed_all, []
 
     def fails_once_started(*arguments):
         calls.append(1)
@@ -118,9 +127,9 @@ def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monke
             raise RuntimeError("killed")
         return embed(*arguments)
 
-    monkeypatch.setattr(stages, "embed_documents", fails_once_started)
+    monkeypatch.setattr(stages, "embed_all", fails_once_started)
     run = tmp_path / "run"
-    result = call("pretrain", "--out", run, "--threads", 1)
+    result = call("world", "pretrain", "--out", run, "--threads", 1)
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     realm = [line for line in lines if line["stage"] == "realm" and "loss" in line]

@@ -25,6 +25,7 @@ from realm_model.inputs import (
     world_tokenizer,
 )
 from realm_model.masking import crop_spans, exchange_objects, mask_statements
+from realm_model.ragged import Ragged
 from realm_model.world import Statement, draw_world, generate_source
 
 A, B, C, D, E, F = range(10, 16)  # wordpieces
@@ -52,11 +53,11 @@ def test_a_document_is_title_then_body_cut_to_its_length():
 
 
 def test_the_null_document_has_neither_title_nor_body():
-    documents = Documents(titles=rows([A], [PAD]), bodies=rows([B, C], [PAD, PAD]), length=8)
+    documents = Documents(Ragged.from_lists([[A]]), Ragged.from_lists([[B, C]]), length=8)
     assert documents.null == documents.num_documents == 1
     ids, segments = documents.inputs(rows(documents.null))
     assert ids.tolist() == [[CLS, SEP, SEP]]
-    joined, _ = join(rows([CLS, A, SEP]), documents.bodies[documents.null][None])
+    joined, _ = join(rows([CLS, A, SEP]), documents.read(rows(documents.null)))
     assert joined.tolist() == [[CLS, A, SEP, SEP]]
 
 
@@ -93,7 +94,7 @@ def test_every_object_of_a_world_is_one_token_and_nothing_is_unknown():
     for statements in (corpus.own, corpus.train, corpus.held_out):
         assert (statements.last - statements.first == 1).all()
         assert not (statements.ids == UNK).any()
-    assert not (corpus.documents.bodies == UNK).any()
+    assert not (corpus.documents.bodies.values == UNK).any()
 
 
 STATEMENTS = Statements(
@@ -101,6 +102,7 @@ STATEMENTS = Statements(
     first=rows(2, 5),
     last=rows(4, 6),
     fact=rows(0, 1),
+    origin=rows(0, 0),
 )
 
 
@@ -149,6 +151,7 @@ def test_objects_are_exchanged_in_the_statement_and_its_document_together():
         rows(2, 2),
         rows(4, 3),
         rows(2, 3),
+        rows(0, 0),
     )
     statements, bodies = exchange_objects(STATEMENTS, own, longer)
     assert statements.ids.tolist() == [[CLS, A, E, F, D, SEP, PAD], [CLS, A, B, C, D, F, SEP]]
@@ -159,6 +162,8 @@ def test_objects_are_exchanged_in_the_statement_and_its_document_together():
 @pytest.mark.parametrize("body", [(A, B, D, D, F), (PAD,) * 5, (A, B)], ids=["other", "null", "cut"])
 def test_a_document_that_does_not_state_the_object_keeps_the_fact(body):
     bodies = rows(body, body)
-    other = Statements(rows([CLS, A, E, F, SEP, PAD, PAD]).repeat(2, 1), rows(2, 2), rows(4, 3), rows(2, 3))
+    other = Statements(
+        rows([CLS, A, E, F, SEP, PAD, PAD]).repeat(2, 1), rows(2, 2), rows(4, 3), rows(2, 3), rows(0, 0)
+    )
     statements, exchanged = exchange_objects(STATEMENTS, bodies, other)
     assert torch.equal(statements.ids, STATEMENTS.ids) and torch.equal(exchanged, bodies)

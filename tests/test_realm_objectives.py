@@ -36,7 +36,7 @@ def masked(corpus, count=6):
 
 
 def test_the_null_document_is_candidate_0_and_never_retrieved(model, corpus):
-    table = build_table(model, corpus)
+    table = build_table(model, corpus.documents)
     queries = model.retriever.queries(masked(corpus)[0])
     rows, found = retrieve(queries, table, corpus.documents, table.num_rows + 1, None)
     assert (rows[:, 0] == corpus.documents.null).all() and found.all()
@@ -44,7 +44,7 @@ def test_the_null_document_is_candidate_0_and_never_retrieved(model, corpus):
 
 
 def test_an_excluded_document_is_never_a_candidate(model, corpus):
-    table = build_table(model, corpus)
+    table = build_table(model, corpus.documents)
     queries = model.retriever.queries(masked(corpus)[0])
     best = retrieve(queries, table, corpus.documents, 2, None)[0][:, 1:]
     rows, found = retrieve(queries, table, corpus.documents, table.num_rows + 1, best)
@@ -70,14 +70,14 @@ def test_embeddings_do_not_depend_on_the_batch(model, corpus):
 
 @pytest.mark.parametrize("mode", ["sequence", "token"])
 def test_the_loss_is_the_marginal_over_the_candidates(model, corpus, mode):
-    table, config = build_table(model, corpus), RealmConfig(mode=mode)
+    table, config = build_table(model, corpus.documents), RealmConfig(mode=mode)
     ids, positions, targets = masked(corpus)
     exclude = corpus.own.fact[:6, None]
     loss, posterior = realm_loss(model, corpus.documents, table, (ids, positions, targets), exclude, config)
     queries = model.retriever.queries(ids)
     rows, found = retrieve(queries, table, corpus.documents, config.candidates, exclude)
     log_prior = fresh_scores(model, corpus.documents, queries, rows).log_softmax(1)
-    hidden = model.read(ids, positions, corpus.documents.bodies[rows])
+    hidden = model.read(ids, positions, corpus.documents.read(rows))
     log_p = (hidden @ model.reader.weight.T + model.reader.bias).log_softmax(-1)
     log_likelihood = log_p.gather(3, targets[:, None, :, None].expand(-1, config.candidates, -1, 1)).squeeze(
         3
@@ -89,7 +89,7 @@ def test_the_loss_is_the_marginal_over_the_candidates(model, corpus, mode):
 
 
 def test_retriever_and_reader_both_learn_from_the_marginal(model, corpus):
-    table = build_table(model, corpus)
+    table = build_table(model, corpus.documents)
     exclude = torch.full((6, 1), -1)
     loss, _ = realm_loss(model, corpus.documents, table, masked(corpus), exclude, RealmConfig())
     loss.backward()
@@ -101,7 +101,7 @@ def test_retriever_and_reader_both_learn_from_the_marginal(model, corpus):
 
 
 def test_a_table_of_shards_retrieves_what_one_tensor_does(model, corpus):
-    table = build_table(model, corpus)
+    table = build_table(model, corpus.documents)
     shards = rk.ShardedTable.from_tensors(list(table.shards[0].split(7)))
     queries = model.retriever.queries(masked(corpus)[0])
     whole = retrieve(queries, table, corpus.documents, 8, None)

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from realm_model.config import preset
-from realm_model.world import Source, draw_world, generate_source, load_source
+from realm_model.world import Source, draw_world, generate_source, load_source, swap_objects
 
 CONFIG = preset("tiny").world
 HARD = replace(CONFIG, relations=8, document_patterns=2, query_patterns=2)
@@ -55,6 +55,32 @@ def test_held_out_subjects_have_documents_but_no_training_query(source):
 def test_a_seed_is_a_world_and_objects_are_drawn_anew_for_each(source):
     assert draw_world(source, CONFIG, seed=1) == draw_world(source, CONFIG, seed=1)
     assert draw_world(source, CONFIG, seed=1) != draw_world(source, CONFIG, seed=2)
+
+
+def test_a_swap_changes_every_object_and_nothing_else(source):
+    world = draw_world(source, HARD, seed=3)
+    swapped = swap_objects(world, seed=1)
+    assert swapped == swap_objects(world, seed=1) != swap_objects(world, seed=2)
+
+    def parts(statement):
+        object_ = statement.text[statement.start : statement.end]
+        return statement.text[: statement.start], object_, statement.text[statement.end :], statement.fact
+
+    said = {}
+    for old, new in zip(world.documents, swapped.documents, strict=True):
+        assert old.title == new.title and (old.statement is None) == (new.statement is None)
+        if old.statement is None:
+            assert old == new
+            continue
+        before, after = parts(old.statement), parts(new.statement)
+        assert before[1] != after[1] and after[1] in world.objects[old.statement.fact]
+        assert (before[0], *before[2:]) == (after[0], *after[2:])
+        assert new.body == old.body.replace(old.statement.text, new.statement.text, 1)
+        said[new.statement.fact] = after[1]
+    for name in ("train_queries", "held_out_queries"):
+        for old, new in zip(getattr(world, name), getattr(swapped, name), strict=True):
+            assert (parts(old)[0], *parts(old)[2:]) == (parts(new)[0], *parts(new)[2:])
+            assert parts(new)[1] == said[new.fact]
 
 
 def test_a_pattern_of_two_relations_is_dropped():

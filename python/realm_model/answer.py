@@ -44,7 +44,7 @@ def answer(setting: Setting, model: Realm, question: str) -> Answer:
     if UNK in ids:
         raise ValueError(f'the question has characters that the model never saw: "{question}"')
     positions = torch.tensor([[i for i, token in enumerate(ids) if token == MASK]])
-    table = build_table(model, setting.corpus)
+    table = build_table(model, setting.corpus.documents)
     masked = (torch.tensor([ids]), positions, None)
     # The documents' part in the whole answer is asked, whatever the model was trained with.
     reading = read(model, setting.corpus, table, masked, setting.config.marginal, mode="sequence")
@@ -52,11 +52,11 @@ def answer(setting: Setting, model: Realm, question: str) -> Answer:
     candidates = []
     for k, row in enumerate(reading.rows[0].tolist()):
         null = row == setting.corpus.documents.null
-        document = None if null else setting.world.documents[row]
+        title, body = ("", "") if null else setting.corpus.documents.texts(row)
         candidates.append(
             Candidate(
-                title="" if document is None else document.title,
-                body="" if document is None else document.body,
+                title=title,
+                body=body,
                 prior=worth.prior[0, k].item(),
                 likelihood=reading.log_likelihood[0, k].sum().exp().item(),
                 posterior=worth.posterior[0, k].item(),

@@ -31,6 +31,16 @@ class WorldConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """A corpus of text in the place of the world."""
+
+    directory: str  # a corpus, as `realm-model corpus` writes it
+    held_out: float = 0.05  # of the blocks; their sentences are for evaluation only
+    ict: Literal["sentence", "span"] = "sentence"  # what looks for the rest of its block
+    ict_wordpieces: int = 0  # of such a sentence, from its beginning; 0: as many as a query may have
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Two small BERTs, one for the retriever and one for the reader."""
 
@@ -38,7 +48,10 @@ class ModelConfig:
     hidden: int = 64
     layers: int = 2
     heads: int = 2
+    intermediate: int = 0  # the width of the feed-forward layers; 0: four times `hidden`
+    activation: str = "gelu_pytorch_tanh"  # BERT's gelu_new as one fused op
     projection: int = 64  # the width of an embedding
+    shared_head: bool = False  # one projection for queries and documents (released), or one for each
     query_length: int = 22  # wordpieces, [CLS] and [SEP] included
     document_length: int = 40
     # f(x, z) is the inner product of two layer-normalised vectors times this. The paper has no factor; with
@@ -58,9 +71,12 @@ class StageConfig:
 
     steps: int
     batch: int
+    accumulate: int = (
+        1  # batches whose gradients are averaged in one step; the ICT's negatives are of one batch
+    )
     retriever_lr: float = 0.0  # 0: the retriever is not trained in this stage
     reader_lr: float = 0.0
-    warmup: float = 0.1  # of the steps
+    warmup: float = 0.1  # of the steps; 0: as released, min(10000, max(100, steps / 10)) steps
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,8 @@ class RealmConfig:
     mode: Literal["sequence", "token"] = "sequence"
     masks: Literal["salient", "token", "span"] = "salient"
     candidates: int = 8  # the null document and the top 7, as in the paper
-    # Queries that are sentences of the corpus itself. Their document may not be retrieved, and as no other
-    # states the fact, the null document has something to explain.
+    # Queries that are sentences of the corpus itself: all of them where it is text. Their document may not be
+    # retrieved; as no other of a world states the fact, the null document has something to explain.
     corpus_share: float = 0.0625
     refresh: Literal["async", "fixed_lag"] = "fixed_lag"
     refresh_every: int = 50
@@ -85,6 +101,9 @@ class RunConfig:
     seed: int = 0
     threads: int = 2
     world: WorldConfig = field(default_factory=WorldConfig)
+    text: TextConfig | None = None  # where given, there is no world
+    start: str | None = None  # a BERT-like checkpoint that both networks begin as
+    bfloat16: bool = False  # forward passes under autocast
     model: ModelConfig = field(default_factory=ModelConfig)
     # A short start: it finds the subject and leaves the relation, which the ICT does not teach, to REALM.
     ict: StageConfig = StageConfig(steps=150, batch=128, retriever_lr=2e-3)
@@ -100,8 +119,54 @@ class RunConfig:
 GENERATED_VOCABULARY = 1000
 
 
+def text_preset(name: str, corpus: str) -> RunConfig:
+    """For the corpus of text in a folder: "squad" is small and starts from nothing, as docs/results.md tells;
+    "bert" has the lengths and rates of the paper, to start from a checkpoint.
+    """
+    if name == "squad":
+        return RunConfig(
+            text=TextConfig(corpus),
+            # With one projection for both sides a query already lies near the documents that share its words.
+            model=ModelConfig(
+                hidden=128,
+                layers=1,
+                intermediate=128,
+                projection=128,
+                shared_head=True,
+                query_length=64,
+                document_length=160,
+                score_scale=0.5,
+            ),
+            ict=StageConfig(steps=300, batch=64, retriever_lr=2e-3),
+            reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
+            realm=StageConfig(steps=100, batch=16, retriever_lr=1e-4, reader_lr=5e-4, warmup=0.2),
+            marginal=RealmConfig(corpus_share=1.0),
+        )
+    if name == "bert":
+        return RunConfig(
+            text=TextConfig(corpus),
+            # The released retriever has no factor; inner products of vectors of norm 11 are one-hot at once.
+            model=ModelConfig(
+                projection=128, shared_head=True, query_length=96, document_length=304, dropout=0.1
+            ),
+            ict=StageConfig(steps=100_000, batch=64, retriever_lr=1e-4, warmup=0.0),
+            reader=StageConfig(steps=0, batch=1),
+            realm=StageConfig(steps=200_000, batch=8, retriever_lr=3e-5, reader_lr=3e-5, warmup=0.0),
+            marginal=RealmConfig(corpus_share=1.0, refresh="async", refresh_every=500),
+            evaluate_every=1000,
+            checkpoint_every=1000,
+        )
+    raise ValueError(f"preset must be squad or bert, got {name!r}")
+
+
 def preset(name: str, data: str | None = None) -> RunConfig:
-    """The worlds of docs/results.md: "easy" and "hard"; "tiny" is for tests. `data` as in WorldConfig."""
+    """The worlds of docs/results.md: "easy" and "hard"; "tiny" is for tests. `data` as in WorldConfig. Of the
+    presets for text (text_preset) `data` is the corpus.
+    """
+    if name in ("squad", "bert"):
+        if data is None:
+            raise ValueError(f"preset {name} needs the folder of a corpus")
+        return text_preset(name, data)
     base = RunConfig(world=WorldConfig(data=data))
     if data is None:
         base = replace(base, model=replace(base.model, vocab_size=GENERATED_VOCABULARY))
@@ -122,7 +187,7 @@ def preset(name: str, data: str | None = None) -> RunConfig:
             realm=replace(base.realm, steps=100, batch=16),
             marginal=replace(base.marginal, refresh_every=25, refresh_lag=5),
         )
-    raise ValueError(f"preset must be easy, hard or tiny, got {name!r}")
+    raise ValueError(f"preset must be easy, hard, tiny, squad or bert, got {name!r}")
 
 
 def to_json(config: RunConfig) -> str:
@@ -134,13 +199,14 @@ def from_json(text: str) -> RunConfig:
     values: dict[str, Any] = json.loads(text)
     parts = {
         "world": WorldConfig,
+        "text": TextConfig,
         "model": ModelConfig,
         "ict": StageConfig,
         "reader": StageConfig,
         "realm": StageConfig,
         "marginal": RealmConfig,
     }
-    return RunConfig(**{name: parts[name](**v) if name in parts else v for name, v in values.items()})
+    return RunConfig(**{name: parts[name](**v) if name in parts and v else v for name, v in values.items()})
 
 
 def read_config(run: Path) -> RunConfig:

@@ -57,31 +57,68 @@ def crop_spans(bodies: Tensor, remove: float, generator: torch.Generator) -> tup
     draws = torch.rand(3, bodies.shape[0], generator=generator)
     size = (length * (1 + draws[0]) / 3).long().clamp(min=1)
     first = ((length - size + 1) * draws[1]).long()
-    inside = _between(bodies, first, first + size)
-    spans = bodies.masked_fill(~inside, PAD)
-    rest = bodies.masked_fill(inside & (draws[2] < remove)[:, None], PAD)
-    return spans, rest
+    return _take(bodies, first, first + size, draws[2] < remove)
+
+
+def take_sentences(
+    bodies: Tensor, ends: Tensor, room: int, remove: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The Inverse Cloze Task as ORQA has it: from each body [B, L] one sentence, and the rest as crop_spans.
+
+    ends: int64 [B, S], where each body's sentences end, which follow one another; -1 pads.
+    room: wordpieces of a sentence that are taken at most.
+    """
+    draws = torch.rand(2, bodies.shape[0], generator=generator)
+    chosen = ((ends >= 0).sum(dim=1) * draws[0]).long()[:, None]  # [B, 1]
+    first = torch.where(chosen > 0, ends.gather(1, (chosen - 1).clamp(min=0)), 0)
+    last = torch.minimum(ends.gather(1, chosen), first + room)
+    return _take(bodies, first[:, 0], last[:, 0], draws[1] < remove)
+
+
+def without(bodies: Tensor, statements: Statements) -> Tensor:
+    """The bodies [B, L] of the statements' documents, without the statements that stand in them."""
+    length = (statements.ids != PAD).sum(dim=1) - 2
+    end = torch.where(statements.origin < 0, -1, statements.origin + length)
+    return bodies.masked_fill(_between(bodies, statements.origin, end), PAD)
 
 
 def exchange_objects(statements: Statements, bodies: Tensor, others: Statements) -> tuple[Statements, Tensor]:
     """The objects of `others` in place of a statement's own, in the statement and in its document alike.
 
     What a document says is then no fact of the corpus, and only reading it tells. A pair is left as it is
-    where the objects differ in length or where the body does not hold the statement's object at its place: a
-    body [B, Lb] that begins with the statement has it one column before ids [B, L], which begin with [CLS].
-    Returns new statements and bodies.
+    where the objects differ in length or where the body [B, Lb] does not hold the statement's object at its
+    place, as that of another document does not. Returns new statements and bodies.
     """
-    ids, first, last = statements.ids, statements.first, statements.last
-    inside = _between(ids, first, last)  # [B, L]
-    width = min(bodies.shape[1], ids.shape[1] - 1)
-    stated = (bodies[:, :width] == ids[:, 1 : width + 1]) | ~inside[:, 1 : width + 1]
-    chosen = stated.all(dim=1) & (last - 1 <= width) & (others.last - others.first == last - first)  # [B]
-    inside &= chosen[:, None]
-    columns = torch.arange(ids.shape[1]) + (others.first - first)[:, None]
-    objects = others.ids.gather(1, columns.clamp(0, others.ids.shape[1] - 1))
-    exchanged = bodies.clone()
-    exchanged[:, :width] = torch.where(inside[:, 1 : width + 1], objects[:, 1 : width + 1], bodies[:, :width])
-    return replace(statements, ids=torch.where(inside, objects, ids)), exchanged
+    first, last, origin = statements.first, statements.last, statements.origin
+    place = origin + first - 1  # of the object in the body
+    in_ids = _between(statements.ids, first, last)  # [B, L]
+    in_body = _between(bodies, place, place + last - first)  # [B, Lb]
+    objects = _shifted(statements.ids, bodies.shape[1], first - place)
+    stated = ((objects == bodies) | ~in_body).all(dim=1) & (in_body.sum(dim=1) == last - first)
+    chosen = stated & (origin >= 0) & (others.last - others.first == last - first)  # [B]
+    exchanged = torch.where(
+        in_body & chosen[:, None], _shifted(others.ids, bodies.shape[1], others.first - place), bodies
+    )
+    renamed = torch.where(
+        in_ids & chosen[:, None],
+        _shifted(others.ids, statements.ids.shape[1], others.first - first),
+        statements.ids,
+    )
+    return replace(statements, ids=renamed), exchanged
+
+
+def _shifted(ids: Tensor, width: int, shift: Tensor) -> Tensor:
+    """ids [B, L] read from column `shift` [B] on: int64 [B, width]; what lies outside has no meaning."""
+    columns = torch.arange(width) + shift[:, None]
+    return ids.gather(1, columns.clamp(0, ids.shape[1] - 1))
+
+
+def _take(bodies: Tensor, first: Tensor, last: Tensor, remove: Tensor) -> tuple[Tensor, Tensor]:
+    """The wordpieces [first, last) of each body [B, L], and the bodies, without them where `remove` [B]."""
+    inside = _between(bodies, first, last)
+    spans = bodies.masked_fill(~inside, PAD)
+    rest = bodies.masked_fill(inside & remove[:, None], PAD)
+    return spans, rest
 
 
 def _between(ids: Tensor, first: Tensor, last: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from .config import ModelConfig
 from .inputs import PAD, Documents, join, trim
 
+ENCODE_ROWS = 1024  # documents at a time, where all are embedded
 CHUNK_ROWS = 64  # sequences at a time; on the CPU their activations stay in the cache
 LAYER_NORM_EPS = 1e-12  # BERT's, and of the embedder's head in the released model
 
@@ -23,8 +26,8 @@ def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
         hidden_size=config.hidden,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        intermediate_size=4 * config.hidden,
-        hidden_act="gelu_pytorch_tanh",  # BERT's gelu_new as one fused op
+        intermediate_size=config.intermediate or 4 * config.hidden,
+        hidden_act=config.activation,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         initializer_range=config.initializer_range,
@@ -35,16 +38,16 @@ def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
 
 
 class Embedder(nn.Module):
-    """Embed_input and Embed_doc (section 3.1): one transformer, a head of its own for each side.
+    """Embed_input and Embed_doc (section 3.1): one transformer, and a head for each side or one for both.
 
     Embed(x) = LayerNorm(W BERT_CLS(x)), the LayerNorm as in the released code.
     """
 
-    def __init__(self, config: BertConfig, projection: int) -> None:
+    def __init__(self, config: BertConfig, projection: int, shared_head: bool = False) -> None:
         super().__init__()
         self.bert = BertModel(config, add_pooling_layer=False)
         self.query_head = _head(config.hidden_size, projection)
-        self.document_head = _head(config.hidden_size, projection)
+        self.document_head = self.query_head if shared_head else _head(config.hidden_size, projection)
 
     def queries(self, ids: Tensor) -> Tensor:
         """`[CLS] x [SEP]`, int64 [B, L] -> [B, D]."""
@@ -97,7 +100,7 @@ class Realm(nn.Module):
         super().__init__()
         bert = bert_config(config, vocab_size)
         self.score_scale = config.score_scale
-        self.retriever = Embedder(bert, config.projection)
+        self.retriever = Embedder(bert, config.projection, config.shared_head)
         self.reader = KnowledgeAugmentedEncoder(bert)
         for network in (self.retriever.bert, self.reader.lm.bert):
             embeddings = network.embeddings
@@ -106,7 +109,14 @@ class Realm(nn.Module):
 
     def relevance(self, queries: Tensor, documents: Tensor) -> Tensor:
         """f(x, z) of each query [B, D] and its own candidates [B, K, D]: [B, K]."""
-        return self.score_scale * torch.einsum("bd,bkd->bk", queries, documents)
+        # Scores are differences of large sums: autocast would round them to three digits.
+        with torch.autocast(queries.device.type, enabled=False):
+            return self.score_scale * torch.einsum("bd,bkd->bk", queries.float(), documents.float())
+
+    def relevance_of_all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """f(x, z) of queries [B, D] and documents [N, D]: [B, N]."""
+        with torch.autocast(queries.device.type, enabled=False):
+            return self.score_scale * queries.float() @ documents.float().T
 
     def read(self, queries: Tensor, positions: Tensor, bodies: Tensor) -> Tensor:
         """The decoder's inputs for each query [B, Lq] joined with each of its bodies [B, K, Lb]: [B, K, M,
@@ -116,7 +126,8 @@ class Realm(nn.Module):
         hidden = self.reader(
             queries.repeat_interleave(K, 0), bodies.flatten(0, 1), positions.repeat_interleave(K, 0)
         )
-        return hidden.unflatten(0, (B, K))
+        # linear_marginal_loss wants one dtype for hidden states and weight, and under autocast casts both.
+        return hidden.unflatten(0, (B, K)).to(self.reader.weight.dtype)
 
 
 def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
@@ -141,6 +152,13 @@ def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) ->
 def embed_documents(embedder: Embedder, documents: Documents, rows: Tensor) -> Tensor:
     """Embeddings of documents by row: [len(rows), D]."""
     return embedder.documents(*documents.inputs(rows))
+
+
+def embed_all(embedder: Embedder, documents: Documents, rows: Tensor | None = None) -> Iterator[Tensor]:
+    """Embeddings of documents by row, of all where None, in chunks [n, D] in the order of the rows."""
+    rows = torch.arange(documents.num_documents) if rows is None else rows
+    for chunk in rows.split(ENCODE_ROWS):
+        yield embed_documents(embedder, documents, chunk)
 
 
 def _head(hidden: int, projection: int) -> nn.Sequential:

@@ -15,17 +15,22 @@ import realm_kernels as rk
 from .config import RealmConfig
 from .inputs import Documents, query_inputs
 from .model import Realm
+from .ranks import ALONE, Ranks
 
 
-def ict_loss(model: Realm, documents: Documents, rows: Tensor, spans: Tensor, rest: Tensor) -> Tensor:
+def ict_loss(
+    model: Realm, documents: Documents, rows: Tensor, spans: Tensor, rest: Tensor, ranks: Ranks = ALONE
+) -> Tensor:
     """Inverse Cloze Task: a span finds its own context among those of the batch (ORQA, section 4).
 
-    rows int64 [B], the documents; spans and rest [B, L] as masking.crop_spans made them.
+    rows int64 [B], the documents; spans and rest [B, L] as masking.crop_spans made them. The batch is that of
+    all ranks; the loss is of this rank's spans, among the contexts of all.
     """
-    queries = model.retriever.queries(query_inputs(spans))  # [B, D]
-    contexts = model.retriever.documents(*documents.inputs(rows, rest))  # [B, D]
-    scores = model.score_scale * queries @ contexts.T  # [B, B]
-    return F.cross_entropy(scores, torch.arange(scores.shape[0]))
+    part = ranks.part(len(rows))
+    queries = model.retriever.queries(query_inputs(spans[part]))  # [B / W, D]
+    contexts = model.retriever.documents(*documents.inputs(rows[part], rest[part]))  # [B / W, D]
+    scores = model.relevance_of_all(queries, ranks.gather(contexts))  # [B / W, B]
+    return F.cross_entropy(scores, torch.arange(len(rows))[part])
 
 
 def reading_loss(model: Realm, ids: Tensor, positions: Tensor, targets: Tensor, bodies: Tensor) -> Tensor:
@@ -39,7 +44,11 @@ def reading_loss(model: Realm, ids: Tensor, positions: Tensor, targets: Tensor, 
 
 
 def retrieve(
-    queries: Tensor, table: rk.ShardedTable, documents: Documents, k: int, exclude: Tensor | None
+    queries: Tensor,
+    table: rk.ShardedTable | rk.DistributedTable,
+    documents: Documents,
+    k: int,
+    exclude: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The candidates of each query [B, D]: the null document at index 0, then the top k - 1 of the stale
     table.
@@ -68,7 +77,7 @@ def fresh_scores(model: Realm, documents: Documents, queries: Tensor, rows: Tens
 def realm_loss(
     model: Realm,
     documents: Documents,
-    table: rk.ShardedTable,
+    table: rk.ShardedTable | rk.DistributedTable,
     masked: tuple[Tensor, Tensor, Tensor],
     exclude: Tensor,
     config: RealmConfig,
@@ -82,7 +91,7 @@ def realm_loss(
     queries = model.retriever.queries(ids)  # [B, D]
     rows, found = retrieve(queries, table, documents, config.candidates, exclude)
     scores = fresh_scores(model, documents, queries, rows)  # [B, K]
-    hidden = model.read(ids, positions, documents.bodies[rows])  # [B, K, M, H]
+    hidden = model.read(ids, positions, documents.read(rows))  # [B, K, M, H]
     return rk.linear_marginal_loss(
         scores,
         hidden,

@@ -23,12 +23,13 @@ from .config import RunConfig, StageConfig, read_config, to_json
 from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
 from .model import Realm
+from .optimizer import CLIP, EPS, WEIGHT_DECAY, released_warmup
+from .ranks import Ranks
 from .stages import IctStage, ReaderStage, RealmStage, Stage
+from .start import load_start
 from .world import World, draw_world, generate_source, load_source
 
 STAGES = ("ict", "reader", "realm")
-CLIP = 1.0  # of the gradient's norm, for each network (released code)
-WEIGHT_DECAY, ADAM_EPS = 0.01, 1e-6  # released code
 
 Record = dict[str, Any]  # one line of metrics.jsonl
 
@@ -38,17 +39,26 @@ class Setting:
     """What a run trains and is tested on."""
 
     config: RunConfig
-    world: World
     tokenizer: Tokenizer
     corpus: Corpus
 
 
 def make_setting(config: RunConfig, tokenizer: Tokenizer | None = None) -> Setting:
-    """Draw the world of a configuration. Raises ValueError where its data are missing or too few."""
-    source = generate_source() if config.world.data is None else load_source(Path(config.world.data))
-    world = draw_world(source, config.world, config.seed)
+    """Open the corpus of a configuration, or draw its world. ValueError where data are missing or too few."""
+    if config.text is not None:
+        from .corpus.statements import open_text
+
+        store, corpus = open_text(config.text, config.model, config.seed)
+        return Setting(config, store.tokenizer, corpus)
+    world = world_of(config)
     tokenizer = tokenizer or world_tokenizer(world, config.model.vocab_size)
-    return Setting(config, world, tokenizer, prepare(world, tokenizer, config.model))
+    return Setting(config, tokenizer, prepare(world, tokenizer, config.model))
+
+
+def world_of(config: RunConfig) -> World:
+    """The world that a run draws. ValueError where its data are missing or too few."""
+    source = generate_source() if config.world.data is None else load_source(Path(config.world.data))
+    return draw_world(source, config.world, config.seed)
 
 
 def make_model(setting: Setting) -> Realm:
@@ -61,17 +71,20 @@ class Optimizer:
 
     def __init__(self, model: Realm, config: StageConfig) -> None:
         self.config = config
-        self.warmup = max(1, round(config.warmup * config.steps))
+        given = max(1, round(config.warmup * config.steps))
+        self.warmup = given if config.warmup else released_warmup(config.steps)
         groups = [
             {"params": list(net.parameters()), "lr": lr, "peak": lr}
             for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
             if lr > 0
         ]
-        self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=ADAM_EPS)
+        self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=EPS)
 
-    def step(self, loss: torch.Tensor, step: int) -> None:
+    def zero_grad(self) -> None:
         self.adamw.zero_grad()
-        loss.backward()
+
+    def step(self, step: int) -> None:
+        """Step number `step` on the gradients as they are."""
         up = (step + 1) / self.warmup
         down = (self.config.steps - step) / max(1, self.config.steps - self.warmup)
         for group in self.adamw.param_groups:
@@ -83,15 +96,22 @@ class Optimizer:
 class Trainer:
     """A run in memory."""
 
-    def __init__(self, setting: Setting, index: Path | None = None) -> None:
+    def __init__(self, setting: Setting, index: Path | None = None, fresh: bool = True) -> None:
+        """fresh: begin as the configuration says; a state_dict to be loaded needs no such start."""
         torch.set_num_threads(setting.config.threads)
-        self.setting, self.index = setting, index
+        self.setting, self.index, self.ranks = setting, index, Ranks.current()
+        _check_batches(setting.config, self.ranks)
         self.model = make_model(setting)
+        if fresh and setting.config.start is not None:
+            load_start(self.model, Path(setting.config.start), setting.tokenizer)
         self.generator = torch.Generator().manual_seed(setting.config.seed)  # draws all batches
         self.enter(0)
 
     def enter(self, number: int) -> None:
-        """Begin stage `number`; past the last one there is nothing to do."""
+        """Begin stage `number`, or the next one that has steps; past the last one there is nothing to do."""
+        steps = stage_steps(self.setting.config)
+        while number < len(STAGES) and steps[number] == 0:
+            number += 1
         self.number, self.step = number, 0
         self.stage: Stage | None = None
         self.optimizer: Optimizer | None = None
@@ -110,10 +130,22 @@ class Trainer:
     def advance(self) -> Record:
         """One step of training."""
         assert self.stage is not None and self.optimizer is not None
+        config = self.setting.config
+        # What the networks draw (dropout) depends on the step and the rank, not on what was drawn before.
+        place = (config.seed * len(STAGES) + self.number) * 10**8 + self.step
+        torch.manual_seed((place * self.ranks.size + self.ranks.rank) % 2**63)
         self.stage.begin_step(self.step)
-        loss, metrics = self.stage.loss(self.generator)
-        self.optimizer.step(loss, self.step)
-        record = {"stage": self.name, "step": self.step, "loss": loss.item(), **metrics}
+        self.optimizer.zero_grad()
+        total, batches = 0.0, self.stage.config.accumulate
+        for _ in range(batches):
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+                loss, metrics = self.stage.loss(self.generator)
+            (loss / batches).backward()
+            total += loss.item() / batches
+        for group in self.optimizer.adamw.param_groups:
+            self.ranks.average_gradients(group["params"])
+        self.optimizer.step(self.step)
+        record = {"stage": self.name, "step": self.step, "loss": self.ranks.mean(total), **metrics}
         self.step += 1
         return record
 
@@ -136,8 +168,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": {} if self.optimizer is None else self.optimizer.adamw.state_dict()["state"],
             "generator": self.generator.get_state(),
-            "torch_generator": torch.get_rng_state(),
             "stage": {} if self.stage is None else self.stage.state_dict(),
+            "corpus": self.setting.corpus.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,72 +183,89 @@ class Trainer:
             if self.step > 0:
                 self.stage.load_state_dict(state["stage"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_generator"])
 
     def _make_stage(self) -> Stage:
         config, corpus = self.setting.config, self.setting.corpus
         if self.name == "ict":
-            return IctStage(config, self.model, corpus)
+            return IctStage(config, self.model, corpus, self.ranks)
         if self.name == "reader":
-            return ReaderStage(config, self.model, corpus)
-        return RealmStage(config, self.model, corpus, self.index)
+            return ReaderStage(config, self.model, corpus, self.ranks)
+        return RealmStage(config, self.model, corpus, self.index, self.ranks)
 
 
-def pretrain(config: RunConfig, out: Path, report: Callable[[Record], None]) -> None:
-    """Train into the run folder `out`, from its last checkpoint where it has one.
+def pretrain(
+    config: RunConfig, out: Path, report: Callable[[Record], object], last: str = STAGES[-1]
+) -> None:
+    """Train into the run folder `out` to the end of stage `last`, from its last checkpoint where it has one.
 
     Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
-    sees each line. Raises ValueError for data that are missing, a folder that is another run's or a damaged
-    checkpoint, OSError where the folder cannot be written.
+    sees each line. In a process group all ranks call it: they train together, and rank 0 alone evaluates,
+    writes and reports. Raises ValueError for data that are missing, batches that the ranks cannot share, a
+    folder that is another run's or a damaged checkpoint, OSError where the folder cannot be written.
     """
     checkpoint = checkpoints.load(out / "checkpoints")
     setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
-    _claim(config, out)
-    trainer = Trainer(setting, out / "index")
-    log = MetricsLog(out / "metrics.jsonl")
+    ranks = Ranks.current()
+    index = out / ("index" if ranks.size == 1 else f"index-{ranks.rank}")
+    trainer = Trainer(setting, index, fresh=checkpoint is None)
+    log = None
     try:
         if checkpoint is not None:
+            _check_corpus(setting, checkpoint, out)
+        if ranks.rank == 0:
+            _claim(config, out)
+            log = MetricsLog(out / "metrics.jsonl")
+            log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+        if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
-        log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
-        _run(trainer, out, log, report)
+        _run(trainer, out, log, report, STAGES.index(last))
     finally:
         trainer.close()
-        log.close()
+        if log is not None:
+            log.close()
 
 
-def _run(trainer: Trainer, out: Path, log: MetricsLog, report: Callable[[Record], None]) -> None:
+def _run(
+    trainer: Trainer, out: Path, log: MetricsLog | None, report: Callable[[Record], object], last: int
+) -> None:
+    """log: where this rank writes; None where another one does."""
     config = trainer.setting.config
 
     def write(record: Record) -> None:
-        log.write(record)
-        report(record)
+        if log is not None:
+            log.write(record)
+            report(record)
+
+    def evaluate() -> None:
+        if log is not None:
+            write(_evaluation_record(trainer, started))
 
     def commit() -> None:
+        if log is None:
+            return
         state = trainer.state_dict() | {"metrics_bytes": log.size()}
-        number = sum(_stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
-        checkpoints.save(
-            out / "checkpoints", number, checkpoints.Checkpoint(state, trainer.setting.tokenizer)
-        )
+        number = sum(stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
+        checkpoint = checkpoints.Checkpoint(state, trainer.setting.tokenizer)
+        checkpoints.save(out / "checkpoints", number, checkpoint)
 
     started = time.monotonic()
-    while not trainer.done:
-        stage, steps = trainer.name, _stage_steps(config)[trainer.number]
+    while not trainer.done and trainer.number <= last:
+        stage, steps = trainer.name, stage_steps(config)[trainer.number]
         while trainer.step < steps:
             write(trainer.advance())
-            due = stage == "realm" and trainer.step % config.evaluate_every == 0
-            if due and trainer.step < steps:
-                write(_evaluation_record(trainer, stage, started))
+            if stage == "realm" and trainer.step % config.evaluate_every == 0 and trainer.step < steps:
+                evaluate()
             if trainer.step % config.checkpoint_every == 0 and trainer.step < steps:
                 commit()
-        write(_evaluation_record(trainer, stage, started))
+        evaluate()
         trainer.end_stage()
         commit()
 
 
-def _evaluation_record(trainer: Trainer, stage: str, started: float) -> Record:
+def _evaluation_record(trainer: Trainer, started: float) -> Record:
     values = trainer.evaluate().as_dict()
     seconds = time.monotonic() - started
-    return {"evaluation": values, "stage": stage, "step": trainer.step, "seconds": round(seconds, 1)}
+    return {"evaluation": values, "stage": trainer.name, "step": trainer.step, "seconds": round(seconds, 1)}
 
 
 class MetricsLog:
@@ -248,9 +297,18 @@ def load_run(run: Path) -> tuple[Setting, Realm]:
         raise ValueError(f"{run} has no checkpoint yet")
     torch.set_num_threads(config.threads)
     setting = make_setting(config, checkpoint.tokenizer)
+    _check_corpus(setting, checkpoint, run)
     model = make_model(setting)
     model.load_state_dict(checkpoint.state["model"])
     return setting, model.eval()
+
+
+def _check_batches(config: RunConfig, ranks: Ranks) -> None:
+    for name, stage in zip(STAGES, (config.ict, config.reader, config.realm), strict=True):
+        if stage.steps > 0 and stage.batch % ranks.size:
+            raise ValueError(
+                f"{name}: batch must be a multiple of the number of ranks, {ranks.size}, got {stage.batch}"
+            )
 
 
 def _claim(config: RunConfig, out: Path) -> None:
@@ -268,5 +326,15 @@ def _claim(config: RunConfig, out: Path) -> None:
         )
 
 
-def _stage_steps(config: RunConfig) -> tuple[int, int, int]:
+def _check_corpus(setting: Setting, checkpoint: checkpoints.Checkpoint, run: Path) -> None:
+    """The corpus of a checkpoint, told by its fingerprint."""
+    then, now = checkpoint.state["corpus"], setting.corpus.fingerprint
+    if then != now:
+        where = "a world" if setting.config.text is None else setting.config.text.directory
+        raise ValueError(
+            f"{run} was trained on the corpus of fingerprint {then[:12]!r}, got {now[:12]!r} from {where}"
+        )
+
+
+def stage_steps(config: RunConfig) -> tuple[int, int, int]:
     return config.ict.steps, config.reader.steps, config.realm.steps

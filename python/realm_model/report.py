@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .answer import Answer
 from .config import RunConfig
+from .inputs import CLS, PAD, SEP
+from .masking import mask_statements
+from .pretrain import STAGES, Setting, stage_steps
 
 SMOOTHING = 0.95  # of the loss that is shown
 STAGE_TITLES = {"ict": "ICT warm start", "reader": "copy start", "realm": "REALM"}
@@ -41,6 +53,7 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as bars:
         steps = {"ict": config.ict.steps, "reader": config.reader.steps, "realm": config.realm.steps}
@@ -67,9 +80,43 @@ def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record],
         yield see
 
 
+def tensorboard(folder: Path, config: RunConfig) -> AbstractContextManager[Callable[[Record], None]]:
+    """Every number of every record of pre-training, by the step of the whole run."""
+    before = zip(STAGES, accumulate((0, *stage_steps(config))), strict=False)
+    return tensorboard_of(folder, dict(before))
+
+
+@contextmanager
+def tensorboard_of(folder: Path, before: dict[str, int]) -> Iterator[Callable[[Record], None]]:
+    """Every number of every record; before: the steps before each stage. What is redone goes first."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "TensorBoard's files need the package tensorboard, which is not installed"
+        ) from error
+    writers: list[Any] = []
+
+    def see(record: Record) -> None:
+        step = before[record["stage"]] + record["step"]
+        if not writers:
+            writers.append(SummaryWriter(str(folder), purge_step=step))
+        values = record.get("evaluation", record)
+        group = "held_out" if "evaluation" in record else record["stage"]
+        for name, value in values.items():
+            if name not in ("stage", "step") and isinstance(value, int | float):
+                writers[0].add_scalar(f"{group}/{name}", value, step)
+
+    try:
+        yield see
+    finally:
+        for writer in writers:
+            writer.close()
+
+
 def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
     """After the warm starts, and now; evaluate.Evaluation explains the columns."""
-    table = Table(title="held-out subjects, over all documents", title_justify="left", padding=(0, 0))
+    table = Table(title="held-out statements, over all documents", title_justify="left", padding=(0, 0))
     table.add_column("model", no_wrap=True)
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
@@ -78,6 +125,17 @@ def evaluations_table(records: list[Record], final: dict[str, float]) -> Table:
         if stage in last:
             table.add_row(STAGE_TITLES[stage], *_cells(last[stage]))
     table.add_row("now", *_cells(final), style="bold")
+    return table
+
+
+def swap_table(swaps: dict[str, dict[str, dict[str, float]]]) -> Table:
+    """Of swap.Swap by kind of query, as dicts."""
+    table = Table(title="accuracy when the facts of the corpus are swapped", title_justify="left")
+    for title in ("queries", "before", "after: the new object", "after: the old object", "recall@5 after"):
+        table.add_column(title, justify="left" if title == "queries" else "right")
+    for who, swap in swaps.items():
+        values = [swap[when]["accuracy"] for when in ("before", "follows", "stays")]
+        table.add_row(who, *(f"{value:.3f}" for value in (*values, swap["follows"]["recall@5"])))
     return table
 
 
@@ -93,6 +151,13 @@ def answer_table(answer: Answer) -> Table:
         numbers = (candidate.prior, candidate.likelihood, candidate.posterior, candidate.utility)
         table.add_row(name, *(f"{number:.3f}" for number in numbers))
     return table
+
+
+def question_text(setting: Setting) -> str:
+    """The first held-out statement, masked."""
+    ids, _, _ = mask_statements(setting.corpus.held_out[torch.tensor([0])], "salient", torch.Generator())
+    words = [i for i in ids[0].tolist() if i not in (CLS, SEP, PAD)]
+    return setting.tokenizer.decode(words, skip_special_tokens=False)
 
 
 def read_metrics(run: Path) -> list[Record]:
@@ -120,9 +185,9 @@ def plot(run: Path) -> list[Path]:
     recalls = {name: curves[name] for name in ("recall@1", "recall@5", "recall@20")}
     utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain")}
     return [
-        _draw(run / "loss.png", "loss, smoothed", losses, ends),
-        _draw(run / "recall.png", "recall on held-out subjects", recalls, ends),
-        _draw(run / "utility.png", "nats", utilities, ends),
+        draw(run / "loss.png", "loss, smoothed", losses, ends),
+        draw(run / "recall.png", "recall on held-out statements", recalls, ends),
+        draw(run / "utility.png", "nats", utilities, ends),
     ]
 
 
@@ -136,9 +201,10 @@ def _stage_ends(records: list[Record]) -> dict[str, int]:
     return before
 
 
-def _draw(
+def draw(
     path: Path, title: str, curves: dict[str, tuple[list[float], list[float]]], ends: dict[str, int]
 ) -> Path:
+    """A PNG of curves by step; a line where each stage begins, by its number of steps before."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, (xs, ys) in curves.items():
@@ -155,7 +221,7 @@ def _draw(
 
 
 def _cells(values: dict[str, float]) -> list[str]:
-    return [f"{values[name]:.3f}" for name in COLUMNS]
+    return [f"{values[name]:.3f}" if name in values else "" for name in COLUMNS]
 
 
 def _evaluation_line(record: Record) -> str:

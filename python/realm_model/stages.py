@@ -18,16 +18,16 @@ import realm_kernels as rk
 
 from .config import RunConfig, StageConfig
 from .evaluate import build_table
-from .inputs import Corpus
-from .masking import crop_spans, exchange_objects, mask_statements
-from .model import Realm, embed_documents
+from .inputs import IGNORE, Corpus, Statements, StatementSource, trivial
+from .masking import crop_spans, exchange_objects, mask_statements, take_sentences
+from .model import Realm, embed_all
 from .objectives import ict_loss, reading_loss, realm_loss
+from .ranks import ALONE, Ranks
 
 ICT_REMOVE = 0.9  # the share of spans taken out of their context (ORQA)
 # The copy start's contexts: a statement's own document, one retrieved for it, or none.
 OWN_CONTEXT, RETRIEVED_CONTEXT = 0.7, 0.2
 RETRIEVED = 8
-ENCODE_ROWS = 1024  # documents per chunk of a refresh
 
 
 class Stage(Protocol):
@@ -66,13 +66,22 @@ class _Stateless:
 class IctStage(_Stateless):
     """Warm start of the retriever: a span of each document's body looks for the rest of it (section 3.3)."""
 
-    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
-        self.config, self.model, self.documents = config.ict, model, corpus.documents
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, ranks: Ranks = ALONE) -> None:
+        self.config, self.model, self.corpus, self.ranks = config.ict, model, corpus, ranks
+        self.room = config.model.query_length - 2
+        if config.text is not None and config.text.ict_wordpieces:
+            self.room = min(self.room, config.text.ict_wordpieces)
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randperm(self.documents.num_documents, generator=generator)[: self.config.batch]
-        spans, rest = crop_spans(self.documents.bodies[rows], ICT_REMOVE, generator)
-        return ict_loss(self.model, self.documents, rows, spans, rest), {}
+        documents, contexts = self.corpus.documents, self.corpus.contexts
+        rows = contexts[torch.randperm(len(contexts), generator=generator)[: self.config.batch]]
+        bodies = documents.read(rows)
+        if documents.sentences is None:
+            spans, rest = crop_spans(bodies, ICT_REMOVE, generator)
+        else:
+            ends = documents.sentences.padded(rows, fill=-1)
+            spans, rest = take_sentences(bodies, ends, self.room, ICT_REMOVE, generator)
+        return ict_loss(self.model, documents, rows, spans, rest, self.ranks), {}
 
 
 class ReaderStage(_Stateless):
@@ -86,40 +95,41 @@ class ReaderStage(_Stateless):
     could learn the facts by heart otherwise, and then it does not learn to copy.
     """
 
-    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus) -> None:
-        self.config, self.model, self.corpus = config.reader, model, corpus
+    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, ranks: Ranks = ALONE) -> None:
+        self.config, self.model, self.corpus, self.ranks = config.reader, model, corpus, ranks
         self.masks = ("salient", config.marginal.masks)  # alternating, so that an ablation starts fairly
         self.step = 0
-        self.retrieved = self._retrieve()
+        self.table = build_table(model, corpus.documents)
 
     def begin_step(self, step: int) -> None:
         self.step = step
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         own, documents = self.corpus.own, self.corpus.documents
-        picked = torch.randint(len(own), (self.config.batch,), generator=generator)
-        statements = own[picked]
-        draw = torch.rand(len(picked), generator=generator)
-        column = torch.randint(self.retrieved.shape[1], (len(picked),), generator=generator)
-        rows = torch.where(draw < OWN_CONTEXT, statements.fact, self.retrieved[picked, column])
-        rows = rows.masked_fill(draw >= OWN_CONTEXT + RETRIEVED_CONTEXT, documents.null)
-        others = own[torch.randint(len(own), (len(picked),), generator=generator)]
-        statements, bodies = exchange_objects(statements, documents.bodies[rows], others)
+        statements = _draw(own, self.config.batch, generator)
+        draw = torch.rand(len(statements), generator=generator)
+        column = torch.randint(RETRIEVED, (len(statements),), generator=generator)
+        rows = statements.fact.masked_fill(draw >= OWN_CONTEXT + RETRIEVED_CONTEXT, documents.null)
+        is_retrieved = (draw >= OWN_CONTEXT) & (draw < OWN_CONTEXT + RETRIEVED_CONTEXT)
+        rows[is_retrieved] = self._retrieve(statements[is_retrieved], column[is_retrieved])
+        others = _draw(own, len(statements), generator)
+        statements, bodies = exchange_objects(statements, documents.read(rows), others)
         masked = mask_statements(statements, self.masks[self.step % 2], generator)
-        return reading_loss(self.model, *masked, bodies), {}
+        part = self.ranks.part(len(statements))
+        ids, positions, targets = (tensor[part] for tensor in masked)
+        return reading_loss(self.model, ids, positions, targets, bodies[part]), {}
 
     @torch.no_grad()
-    def _retrieve(self) -> Tensor:
-        """The top documents of every statement of the corpus, its object masked: int64 [facts, RETRIEVED]."""
+    def _retrieve(self, statements: Statements, column: Tensor) -> Tensor:
+        """The document at place `column` [B] of the top ones for each statement, its object masked: [B]."""
+        if len(statements) == 0:
+            return column
         self.model.eval()
-        table = build_table(self.model, self.corpus)
         unused = torch.Generator()  # salient masks draw nothing
-        found = []
-        for rows in torch.arange(len(self.corpus.own)).split(ENCODE_ROWS):
-            ids, _, _ = mask_statements(self.corpus.own[rows], "salient", unused)
-            found.append(rk.mips_topk(self.model.retriever.queries(ids), table, RETRIEVED).indices)
+        ids, _, _ = mask_statements(statements, "salient", unused)
+        found = rk.mips_topk(self.model.retriever.queries(ids), self.table, RETRIEVED).indices
         self.model.train()
-        return torch.cat(found)
+        return found.gather(1, column[:, None]).squeeze(1)
 
 
 class RealmStage:
@@ -127,13 +137,28 @@ class RealmStage:
     index.
     """
 
-    def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, index: Path | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Realm,
+        corpus: Corpus,
+        index: Path | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.config, self.marginal, self.model, self.corpus = config.realm, config.marginal, model, corpus
-        rows = torch.zeros(corpus.documents.num_documents, config.model.projection)
-        self.table = rk.ShardedTable.from_tensors([rows])
+        self.ranks = ranks
+        if ranks.size > 1 and config.marginal.refresh == "async":
+            raise ValueError(
+                f"refresh must be fixed_lag on {ranks.size} ranks, which swap their parts of the index at "
+                "one step, got async"
+            )
+        # Each rank holds, refreshes and searches its part of the index.
+        self.rows = torch.arange(corpus.documents.num_documents)[ranks.part(corpus.documents.num_documents)]
+        local = rk.ShardedTable.from_tensors([torch.zeros(len(self.rows), config.model.projection)])
+        self.table = local if ranks.size == 1 else rk.DistributedTable.from_local(local)
         lag = config.marginal.refresh_lag if config.marginal.refresh == "fixed_lag" else None
         self.refresher = rk.TableRefresher(
-            self.table,
+            local,
             self._encoder(),
             mode=config.marginal.refresh,
             every=config.marginal.refresh_every,
@@ -148,19 +173,22 @@ class RealmStage:
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         from_corpus = round(self.marginal.corpus_share * self.config.batch)
-        train, own = self.corpus.train, self.corpus.own
-        queries = train[torch.randint(len(train), (self.config.batch - from_corpus,), generator=generator)]
-        sentences = own[torch.randint(len(own), (from_corpus,), generator=generator)]
-        # A sentence of the corpus would find the document it was taken from, and learn nothing by it.
-        exclude = torch.cat([torch.full_like(queries.fact, -1), sentences.fact])[:, None]  # [B, 1]
-        masked = mask_statements(queries.cat(sentences), self.marginal.masks, generator)
+        queries = _draw(self.corpus.train, self.config.batch - from_corpus, generator)
+        sentences = _draw(self.corpus.own, from_corpus, generator)
+        statements = queries.cat(sentences)
+        exclude = trivial(self.corpus.documents, statements)
+        masked = mask_statements(statements, self.marginal.masks, generator)
+        part = self.ranks.part(len(statements))
+        mine = tuple(tensor[part] for tensor in masked)
         loss, posterior = realm_loss(
-            self.model, self.corpus.documents, self.table, masked, exclude, self.marginal
+            self.model, self.corpus.documents, self.table, mine, exclude[part], self.marginal
         )
+        if self.marginal.mode == "token":
+            # A mean over tokens, of which the ranks have unequal numbers.
+            loss = loss * (mine[2] != IGNORE).sum() * self.ranks.size / (masked[2] != IGNORE).sum()
         metrics = self.refresher.metrics
-        null = posterior.prior[: len(queries), 0].mean().item()
         return loss, {
-            "null_prior": null,
+            "null_prior": posterior.prior[:, 0].mean().item(),
             "age": metrics.age,
             "refreshes": metrics.refreshes,
             "failed_refreshes": metrics.failures,
@@ -178,10 +206,14 @@ class RealmStage:
     def _encoder(self) -> Any:
         """What the refresher's thread runs: a twin of the embedder, which it alone touches."""
         twin, documents = copy.deepcopy(self.model.retriever).eval(), self.corpus.documents
+        mine = self.rows
 
         def encode(snapshot: dict[str, Tensor]) -> Iterator[Tensor]:
             twin.load_state_dict(snapshot)
-            for rows in torch.arange(documents.num_documents).split(ENCODE_ROWS):
-                yield embed_documents(twin, documents, rows)
+            yield from embed_all(twin, documents, mine)
 
         return encode
+
+
+def _draw(source: StatementSource, count: int, generator: torch.Generator) -> Statements:
+    return source[torch.randint(max(1, len(source)), (count,), generator=generator)]

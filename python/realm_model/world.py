@@ -69,11 +69,15 @@ class World:
     train_queries: list[Statement]
     held_out_queries: list[Statement]
     object_words: list[str]
-    objects_per_fact: list[int]
+    objects: list[list[str]]  # of each fact: those of its relation, of which its own is one
 
     @property
     def num_facts(self) -> int:
-        return len(self.objects_per_fact)
+        return len(self.objects)
+
+    @property
+    def objects_per_fact(self) -> list[int]:
+        return [len(names) for names in self.objects]
 
 
 def load_source(folder: Path) -> Source:
@@ -120,12 +124,12 @@ def draw_world(source: Source, config: WorldConfig, seed: int) -> World:
     documents: list[Document] = []
     train: list[Statement] = []
     evaluation: list[Statement] = []
-    objects_per_fact: list[int] = []
+    objects: list[list[str]] = []
     for number, subject in enumerate(subjects):
         for relation in rng.sample(relations, config.facts_per_subject):
-            fact = len(objects_per_fact)
+            fact = len(objects)
             name = rng.choice(relation.objects)
-            objects_per_fact.append(len(relation.objects))
+            objects.append(relation.objects)
             statement = _state(rng.choice(relation.document_patterns), subject, name, fact)
             body = f"{statement.text} {_fill(rng, subject)}"
             documents.append(Document(subject, body, statement))
@@ -138,7 +142,33 @@ def draw_world(source: Source, config: WorldConfig, seed: int) -> World:
         body = f"{_fill(rng, subject)} {_fill(rng, subject)}"
         documents.append(Document(subject, body, None))
     words = sorted({name for relation in relations for name in relation.objects})
-    return World(documents, train, evaluation, words, objects_per_fact)
+    return World(documents, train, evaluation, words, objects)
+
+
+def swap_objects(world: World, seed: int) -> World:
+    """Another object for every fact, drawn from its relation's by the seed, in documents and queries alike:
+    the corpus swap of Appendix C. Nothing else changes.
+    """
+    rng = random.Random(seed)
+    said = {d.statement.fact: d.statement for d in world.documents if d.statement is not None}
+    new = []
+    for fact, names in enumerate(world.objects):
+        own = said[fact].text[said[fact].start : said[fact].end]
+        new.append(rng.choice([name for name in names if name != own]))
+
+    def restate(old: Statement) -> Statement:
+        text = f"{old.text[: old.start]}{new[old.fact]}{old.text[old.end :]}"
+        return Statement(text, old.start, old.start + len(new[old.fact]), old.fact)
+
+    documents = []
+    for document in world.documents:
+        statement = document.statement
+        if statement is not None:
+            body = restate(statement).text + document.body[len(statement.text) :]
+            document = Document(document.title, body, restate(statement))
+        documents.append(document)
+    train, held_out = ([restate(q) for q in part] for part in (world.train_queries, world.held_out_queries))
+    return World(documents, train, held_out, world.object_words, world.objects)
 
 
 @dataclass(frozen=True)

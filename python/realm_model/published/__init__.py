@@ -11,7 +11,7 @@ Layout and key names are those of the port that transformers held from 4.16 to 4
 from .config import PublishedConfig
 from .conversion import convert
 from .models import Embedder, KnowledgeAugmentedEncoder, Reader, Scorer
-from .openqa import Answer, OpenQA, OpenQALoss
+from .openqa import Answer, OpenQA, OpenQALoss, ReadBlock
 from .records import BlockRecords
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "OpenQA",
     "OpenQALoss",
     "PublishedConfig",
+    "ReadBlock",
     "Reader",
     "Scorer",
     "convert",

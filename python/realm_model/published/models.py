@@ -81,6 +81,15 @@ class Embedder(Published):
         hidden = encode(self.realm, ids, segments, ids.new_zeros(ids.shape[0], 1))  # [N, 1, H], of [CLS]
         return self.cls.LayerNorm(self.cls.dense(self.realm.pooler(hidden)))
 
+    def documents(self, ids: Tensor, segments: Tensor) -> Tensor:
+        """The same network serves both sides."""
+        return self(ids, segments)
+
+    @property
+    def document_length(self) -> int:
+        """The most wordpieces of a document's input; the released index was made with 288."""
+        return self.config.max_position_embeddings
+
 
 class Scorer(Published):
     """f(x, z) = Embed_input(x) . Embed_doc(z). One embedder serves both sides unless another is given."""

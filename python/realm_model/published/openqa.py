@@ -30,6 +30,21 @@ HasAnswer = Literal["raw", "wordpieces"]
 
 
 @dataclass(frozen=True)
+class ReadBlock:
+    """What one block that was read was worth for the answer y (section 3.1): p(z|x) over the blocks read,
+    p(y|z,x) the share of y's spans in the block's own softmax, and p(z|x,y).
+    """
+
+    block: int  # its row
+    text: str
+    relevance: float  # f(x, z)
+    prior: float
+    likelihood: float
+    posterior: float
+    places: tuple[tuple[int, int], ...]  # text[start:end] is the answer as it is written there
+
+
+@dataclass(frozen=True)
 class Answer:
     """The answer to one question, and where it stands."""
 
@@ -40,6 +55,7 @@ class Answer:
     block: int  # the row of the block
     relevance: float  # f(x, z) of the block
     score: float  # relevance plus the reader's score of the span: the reader logit of the released code
+    read: tuple[ReadBlock, ...]  # the blocks that were read, the most relevant first
 
 
 class OpenQALoss(NamedTuple):
@@ -107,11 +123,26 @@ class OpenQA(Published):
 
     def save_pretrained(self, directory: str | Path, *, safe_serialization: bool = True) -> None:
         """Write config.json, weights, block_records.npy and the tokenizer's files; a sharded table as one."""
+        if not isinstance(self.embedder, Embedder):
+            kind = type(self.embedder).__name__
+            raise ValueError(f"OpenQA.save_pretrained: embedder must be a published Embedder, got a {kind}")
         super().save_pretrained(directory, safe_serialization=safe_serialization)
         if isinstance(self.block_emb, rk.ShardedTable):
             self.block_emb.save(Path(directory) / TABLE)
         write_records(self.records, Path(directory) / BLOCK_RECORDS)
         write_tokenizer(self.tokenizer, Path(directory))
+
+    @torch.no_grad()
+    def retrieve(self, questions: Sequence[str], k: int, batch_size: int = 64) -> rk.TopK:
+        """The top k blocks of each question, best first: scores and rows, [B, k]."""
+        was_training = self.training
+        self.eval()
+        try:
+            batches = [questions[at : at + batch_size] for at in range(0, len(questions), batch_size)]
+            found = [self._retrieve(batch, k)[1] for batch in batches]
+        finally:
+            self.train(was_training)
+        return rk.TopK(torch.cat([top.scores for top in found]), torch.cat([top.indices for top in found]))
 
     @torch.no_grad()
     def answer(self, questions: Sequence[str], batch_size: int = 8) -> list[Answer]:
@@ -201,23 +232,51 @@ class OpenQA(Published):
         joins = self._join(ids, top.indices)
         read = self._read(joins)
         K = top.indices.shape[1]
-        best = best_span(top.scores, read.scores.unflatten(0, (-1, K)), read.valid.unflatten(0, (-1, K)))
+        span_scores, valid = read.scores.unflatten(0, (-1, K)), read.valid.unflatten(0, (-1, K))
+        best = best_span(top.scores, span_scores, valid)
+        found = best.score != -torch.inf  # [B]
+        spans = list(
+            zip(read.spans.starts[best.span].tolist(), read.spans.ends[best.span].tolist(), strict=True)
+        )
+        places = []  # [B][K], of the answer's wordpieces in every block
+        for own, k, (first, last), exists in zip(
+            joins, best.block.tolist(), spans, found.tolist(), strict=True
+        ):
+            answer = own[k].ids[first : last + 1] if exists else []
+            places.append([_places(join, [answer]) for join in own])
+        gold = _pad_places(places).to(top.scores.device)  # [B, K, A, 2]
+        correct = read.spans.correct(gold[..., 0], gold[..., 1]) & valid  # [B, K, C]
+        worth = _worth(top.scores, span_scores, correct, valid)
         answers = []
-        for b, (k, span) in enumerate(zip(best.block.tolist(), best.span.tolist(), strict=True)):
-            first, last = int(read.spans.starts[span]), int(read.spans.ends[span])
-            join, row, start, end = joins[b][k], int(top.indices[b, k]), 0, 0
-            text, score = "", best.score[b].item()
-            if score != -torch.inf:
+        for b, (k, (first, last)) in enumerate(zip(best.block.tolist(), spans, strict=True)):
+            blocks = []
+            for j, row in enumerate(top.indices[b].tolist()):
+                offsets = joins[b][j].offsets
+                blocks.append(
+                    ReadBlock(
+                        block=row,
+                        text=self.records[row].decode("utf-8", "replace"),
+                        relevance=top.scores[b, j].item(),
+                        prior=worth[0][b, j].item(),
+                        likelihood=worth[1][b, j].item(),
+                        posterior=worth[2][b, j].item(),
+                        places=tuple((offsets[i][0], offsets[n][1]) for i, n in places[b][j]),
+                    )
+                )
+            join, block, text, start, end = joins[b][k], blocks[k], "", 0, 0
+            if found[b]:
                 text = self.tokenizer.decode(join.ids[first : last + 1])
                 start, end = join.offsets[first][0], join.offsets[last][1]
-            evidence = self.records[row].decode("utf-8", "replace")
-            answers.append(Answer(text, evidence, start, end, row, top.scores[b, k].item(), score))
+            score = best.score[b].item()
+            answers.append(
+                Answer(text, block.text, start, end, block.block, block.relevance, score, tuple(blocks))
+            )
         return answers
 
     @property
     def _device(self) -> torch.device:
         """Of the encoders; the index may lie elsewhere, and a sharded table does not follow `to`."""
-        return self.embedder.cls.dense.weight.device
+        return next(self.embedder.parameters()).device
 
     def _retrieve(self, questions: Sequence[str], beam: int) -> tuple[list[list[int]], rk.TopK]:
         """The questions' wordpieces and the top blocks of each, [B, R], best first."""
@@ -251,6 +310,17 @@ class OpenQA(Published):
         ids, segments = padded([join.ids for join in flat]), padded([join.type_ids for join in flat])
         body = padded([_body(join) for join in flat]).bool()
         return self.reader(ids.to(device), segments.to(device), body.to(device))
+
+
+def _worth(
+    scores: Tensor, span_scores: Tensor, correct: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prior, likelihood and posterior of the blocks, [B, K] each, for the correct spans as the answer."""
+    log_likelihood = span_scores.masked_fill(~correct, -torch.inf).logsumexp(-1)
+    log_likelihood -= span_scores.masked_fill(~valid, -torch.inf).logsumexp(-1)
+    log_likelihood = log_likelihood.masked_fill(~correct.any(-1), -torch.inf)
+    worth = rk.posterior(scores, log_likelihood)
+    return worth.prior, log_likelihood.exp(), worth.posterior
 
 
 def _body(join: Encoding) -> list[int]:

@@ -1,0 +1,135 @@
+"""One OpenQA from three folders: a model, a corpus, and the index of that corpus by that model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import overload
+
+from ..corpus.store import BlockStore
+from ..published import OpenQA
+from .folder import (
+    has_reader,
+    index_identity,
+    load_embedder,
+    load_reader,
+    require_same_vocabulary,
+    tuned_with,
+)
+from .index import Identity, open_index
+from .questions import Question
+
+# What the embedder and the reader of one OpenQA must share: OpenQA has one config for both.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class Beams:
+    """How many blocks are retrieved in fine-tuning and how many are read, and how long a join may be: the
+    defaults are the released ones. Each is cut to what the corpus and the model have.
+    """
+
+    searcher: int = 5000
+    reader: int = 5
+    length: int = 320
+
+
+RELEASED = Beams()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model and what it was put together from; a whole published Open-QA has neither of the two."""
+
+    model: OpenQA
+    can_read: bool  # whether its reader was trained to read answers
+    identity: Identity | None = None  # of the index
+    store: BlockStore | None = None
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raise ValueError for the first question that is longer than the encoders read."""
+        most = self.model.config.max_position_embeddings
+        encodings = self.model.tokenizer.encode_batch([question.question for question in questions])
+        for question, encoding in zip(questions, encodings, strict=True):
+            if len(encoding) > most:
+                raise ValueError(
+                    f"question {question.id}: it may have {most - 2} wordpieces, got {len(encoding) - 2}"
+                )
+
+    def title(self, row: int) -> str:
+        """Of a block; published blocks have none."""
+        return "" if self.store is None else self.store[row].title_text
+
+
+class BlockTexts(Sequence[bytes]):
+    """The texts of a corpus's blocks, read when they are asked for: the records of an OpenQA."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.store.text(index)
+
+
+def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, seed: int = 0) -> Parts:
+    """Open the three folders and make sure that they belong together.
+
+    A model without a reader gets a fresh one by the seed, on its encoder where it has one. Raises ValueError
+    naming the folder, the rule and what was found.
+    """
+    store = BlockStore.open(corpus)
+    embedder = load_embedder(model)
+    require_same_vocabulary(model, store, embedder.config)
+    table, identity = open_index(index)
+    identity.require(index, index_identity(model, store, embedder), corpus, model)
+    reader = load_reader(model, seed, embedder.config)
+    for name in _SHARED:
+        own, other = getattr(embedder.config, name), getattr(reader.config, name)
+        if own != other:
+            raise ValueError(f"{model}: embedder and reader must have one {name}, got {own} and {other}")
+    config = replace(
+        embedder.config,
+        **{name: getattr(reader.config, name) for name in ("span_hidden_size", "max_span_width")},
+        reader_layer_norm_eps=reader.config.reader_layer_norm_eps,
+        num_block_records=len(store),
+        searcher_beam_size=min(beams.searcher, len(store)),
+        reader_beam_size=min(beams.reader, len(store)),
+        reader_seq_len=min(beams.length, embedder.config.max_position_embeddings),
+    )
+    qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
+    # A twin embedder serves as the published one does.
+    qa.embedder, qa.reader = embedder, reader
+    return Parts(qa.eval(), has_reader(model), identity, store)
+
+
+def open_openqa(model: Path, corpus: Path | None, index: Path | None, beams: Beams = RELEASED) -> Parts:
+    """assemble(). Where neither is given, the corpus and the index of a run of fine-tuning, or the blocks and
+    the index of a whole published Open-QA.
+    """
+    if (corpus is None) != (index is None):
+        raise ValueError("--corpus and --index go together; a run of fine-tuning knows its own")
+    if corpus is None or index is None:
+        corpus, index = tuned_with(model)
+    if corpus is None or index is None:
+        return Parts(OpenQA.from_pretrained(model), can_read=True)
+    return assemble(model, corpus, index, beams)
