@@ -17,6 +17,7 @@
 #include "cpu/float_mode.h"
 #include "cpu/mips_topk_kernels.h"
 #include "cpu/mips_topk_queries.h"
+#include "cpu/mips_topk_threads.h"
 #include "cpu/parallel.h"
 
 namespace realm_kernels {
@@ -28,9 +29,6 @@ constexpr int64_t kQueryBlockBytes = 1 << 20;
 constexpr int64_t kMaxQueryBlock = 512;
 // The fixed workspace that candidate lists of all threads share; query blocks are looped within it.
 constexpr int64_t kWorkspaceBytes = int64_t{48} << 20;
-// Rows drawn at a time: long enough for the hardware's prefetcher, short enough to share out evenly.
-constexpr int64_t kMaxRowBlock = 1024;  // a multiple of every panel
-constexpr int64_t kRowBlocksPerThread = 16;
 // Of a row that is to be rescored: the rest comes by itself, line after line.
 constexpr int64_t kPrefetchBytes = 1024;
 
@@ -67,61 +65,17 @@ struct Waiting {
   int64_t id;
 };
 
-struct RowBlock {
-  const TableShard* shard;
-  int64_t first_row;  // within the shard
-  int64_t num_rows;
-  int64_t first_id;  // of the shard, among all rows
-};
-
-// Every row block of the table, by number; visited in steps of a stride coprime to their count.
-class RowBlocks {
- public:
-  explicit RowBlocks(const MipsTopkParams& params) : params_(params) {
-    int64_t num_rows = 0;
-    for (int64_t s = 0; s < params.num_shards; ++s) {
-      first_ids_.push_back(num_rows);
-      num_rows += params.shards[s].num_rows;
-    }
-    const int64_t share = num_rows / (params.num_threads * kRowBlocksPerThread) / kCodeRows * kCodeRows;
-    rows_per_block_ = std::clamp<int64_t>(share, kCodeRows, kMaxRowBlock);
-    for (int64_t s = 0; s < params.num_shards; ++s) {
-      first_blocks_.push_back(count_);
-      count_ += (params.shards[s].num_rows + rows_per_block_ - 1) / rows_per_block_;
-    }
-    stride_ = static_cast<int64_t>(static_cast<double>(count_) * 0.6180339887) | 1;
-    while (std::gcd(stride_, count_) > 1) {
-      ++stride_;
-    }
-  }
-
-  int64_t count() const { return count_; }
-
-  RowBlock at(int64_t turn) const {
-    const int64_t number = static_cast<int64_t>(static_cast<__int128>(turn) * stride_ % count_);
-    const auto above = std::upper_bound(first_blocks_.begin(), first_blocks_.end(), number);
-    const int64_t s = above - first_blocks_.begin() - 1;
-    const int64_t first = (number - first_blocks_[s]) * rows_per_block_;
-    const TableShard& shard = params_.shards[s];
-    return {&shard, first, std::min(rows_per_block_, shard.num_rows - first), first_ids_[s]};
-  }
-
- private:
-  const MipsTopkParams& params_;
-  std::vector<int64_t> first_ids_, first_blocks_;
-  int64_t rows_per_block_ = 0, count_ = 0, stride_ = 1;
-};
-
 // What one thread found for the queries of a block.
 class Worker {
  public:
   Worker(const MipsTopkParams& params, const MipsTopkKernels& kernels, const QueryBlock& queries,
-         int64_t capacity, std::atomic<float>* shared_kth)
+         int64_t capacity, int thread, SharedBounds& shared)
       : params_(params),
         kernels_(kernels),
         queries_(queries),
         capacity_(capacity),
-        shared_kth_(shared_kth),
+        thread_(thread),
+        shared_(shared),
         candidates_(queries.batch * capacity),
         counts_(queries.batch, 0),
         kth_(queries.batch, -kInfinity),
@@ -145,7 +99,7 @@ class Worker {
 
   void scan(const RowBlock& block) {
     for (int64_t q = 0; q < queries_.batch; ++q) {
-      raise_threshold(q, shared_kth_[q].load(std::memory_order_relaxed));
+      raise_threshold(q, shared_.bound(q));
     }
     const int64_t panel_rows = params_.mean != nullptr ? kCodeRows : kernels_.panel_rows;
     for (int64_t r = 0; r < block.num_rows; r += panel_rows) {
@@ -260,8 +214,10 @@ class Worker {
     if (counts_[q] == capacity_) {
       std::nth_element(list, list + params_.k - 1, list + capacity_, before);
       counts_[q] = params_.k;
-      raise_threshold(q, list[params_.k - 1].score);
-      publish(q);
+      const float kth = list[params_.k - 1].score;
+      std::nth_element(list, list + shared_.rank() - 1, list + params_.k, before);
+      shared_.publish(thread_, q, kth, list[shared_.rank() - 1].score);
+      raise_threshold(q, shared_.bound(q));
     }
   }
 
@@ -277,19 +233,12 @@ class Worker {
     }
   }
 
-  // A k-th score of this thread's rows is a bound for all threads.
-  void publish(int64_t q) {
-    float seen = shared_kth_[q].load(std::memory_order_relaxed);
-    while (seen < kth_[q] &&
-           !shared_kth_[q].compare_exchange_weak(seen, kth_[q], std::memory_order_relaxed)) {
-    }
-  }
-
   const MipsTopkParams& params_;
   const MipsTopkKernels& kernels_;
   const QueryBlock& queries_;
   int64_t capacity_;
-  std::atomic<float>* shared_kth_;       // [batch of the block]
+  int thread_;
+  SharedBounds& shared_;
   std::vector<Candidate> candidates_;    // [batch of the block, capacity]
   std::vector<int64_t> counts_;          // [batch of the block]
   std::vector<float> kth_, thresholds_;  // [batch of the block]
@@ -322,15 +271,12 @@ void write_topk(const MipsTopkParams& params, const QueryBlock& queries, const s
 
 int64_t search_block(const MipsTopkParams& params, const MipsTopkKernels& kernels, const RowBlocks& blocks,
                      const QueryBlock& queries, int64_t capacity) {
-  std::vector<std::atomic<float>> shared_kth(queries.batch);
-  for (auto& kth : shared_kth) {
-    kth.store(-kInfinity, std::memory_order_relaxed);
-  }
   const int num_threads = static_cast<int>(std::clamp<int64_t>(blocks.count(), 1, params.num_threads));
+  SharedBounds shared(queries.batch, params.k, num_threads);
   std::vector<Worker> workers;
   workers.reserve(num_threads);  // a worker points into itself
   for (int w = 0; w < num_threads; ++w) {
-    workers.emplace_back(params, kernels, queries, capacity, shared_kth.data());
+    workers.emplace_back(params, kernels, queries, capacity, w, shared);
   }
   std::atomic<int64_t> turn{0};
   parallel_for(num_threads, num_threads, [&](int64_t begin, int64_t end, int) {

@@ -185,10 +185,17 @@ int64_t scan_codes(const uint8_t* codes, const CodeBounds& bounds, uint32_t keep
 
 // Eight codes of a row, dimensions 4 quad to 4 quad + 7, as float32.
 inline Vec8 load_codes(const uint8_t* codes, int64_t quad, int64_t row) {
-  uint8_t bytes[8];
-  __builtin_memcpy(bytes, codes + quad * kQuadBytes + 4 * row, 4);
-  __builtin_memcpy(bytes + 4, codes + (quad + 1) * kQuadBytes + 4 * row, 4);
-  return __builtin_convertvector(__builtin_convertvector(load<Byte8>(bytes), Int8) - 128, Vec8);
+  uint32_t first, second;
+  __builtin_memcpy(&first, codes + quad * kQuadBytes + 4 * row, 4);
+  __builtin_memcpy(&second, codes + (quad + 1) * kQuadBytes + 4 * row, 4);
+  const uint64_t both = first | uint64_t{second} << 32;
+#if defined(__AVX2__)
+  // GCC 12 takes each byte out for itself in the conversion below.
+  const Int8 bytes = (Int8)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(both)));
+#else
+  const Int8 bytes = __builtin_convertvector((Byte8)both, Int8);
+#endif
+  return __builtin_convertvector(bytes - 128, Vec8);
 }
 
 bool refine(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
