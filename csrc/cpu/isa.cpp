@@ -32,11 +32,11 @@ Isa choose_isa(const std::string& name) {
   if (std::find(names.begin(), names.end(), chosen) == names.end()) {
     throw std::invalid_argument("instruction set " + chosen + " does not run on this processor");
   }
-  return chosen == "avx512_bf16" ? Isa::kAvx512Bf16
+  return chosen == "avx512_bf16"   ? Isa::kAvx512Bf16
          : chosen == "avx512_vnni" ? Isa::kAvx512Vnni
-         : chosen == "avx512"    ? Isa::kAvx512
-         : chosen == "avx2"      ? Isa::kAvx2
-                                 : Isa::kPortable;
+         : chosen == "avx512"      ? Isa::kAvx512
+         : chosen == "avx2"        ? Isa::kAvx2
+                                   : Isa::kPortable;
 }
 
 }  // namespace realm_kernels
