@@ -67,6 +67,13 @@ def test_rows_written_in_place_are_encoded_anew():
     assert_same_topk(rk.TopK(*compiled(queries)), rk.mips_topk(queries, rows, 5))
 
 
+def test_rows_mapped_from_disk_are_rescored_there(tmp_path):
+    rows, queries = torch.randn(500, 24), torch.randn(6, 24)
+    rk.ShardedTable.from_tensors([rows]).save(tmp_path / "table", shard_rows=130)
+    table = rk.ShardedTable.open(tmp_path / "table", mmap=True).quantize()
+    assert_same_topk(rk.mips_topk(queries, table, 7), rk.mips_topk(queries, rows, 7))
+
+
 def test_a_quantised_table_keeps_what_a_table_has():
     table = rk.ShardedTable.from_tensors([torch.randn(40, 16), torch.randn(0, 16)])
     quantised = table.quantize("int8")
