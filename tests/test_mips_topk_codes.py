@@ -67,6 +67,47 @@ def test_rows_written_in_place_are_encoded_anew():
     assert_same_topk(rk.TopK(*compiled(queries)), rk.mips_topk(queries, rows, 5))
 
 
+def test_codes_made_in_inference_mode_can_be_made_anew():
+    rows, queries = torch.randn(300, 16), torch.randn(4, 16)
+    with torch.inference_mode():
+        table = rk.ShardedTable.from_tensors([rows]).quantize()
+    rows.mul_(-3)
+    assert_same_topk(rk.mips_topk(queries, table, 5), rk.mips_topk(queries, rows, 5))
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_a_subnormal_residual_counts(backend):
+    """Residuals of a few units of 2^-149 decide, under a query of 2^99."""
+    unit = 2.0**-149
+    rows = torch.zeros(3200, 2)
+    rows[:32, 1] = 2 * unit
+    rows[64:96] = unit
+    queries = torch.tensor([[1.0, 0.9]]) * 2.0**99
+    table = rk.ShardedTable.from_tensors([rows]).quantize()
+    with rk.use_backend(backend):
+        assert rk.mips_topk(queries, table, 1).indices.tolist() == [[64]]
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_cancellation_that_float64_rounds_counts(backend):
+    """Products of the query and the mean that cancel to their last bits: in another order their sum is off."""
+    unit, half = 2.0**-23, 8192
+    # The first half's products exceed one by less than 2^-41, the second half's fall short of minus one.
+    units = torch.arange(2**23, 2**24)
+    exact = ((units[(2**47 + more) % units == 0], more) for more in range(63, 30, -1))
+    above, more = next((int(found[0]), more) for found, more in exact if len(found) > 0)
+    mean = torch.cat([torch.full((half,), above * unit), torch.full((half,), 1 + 5 * unit)])
+    below = (2**47 + more) // above / 2**24
+    query = torch.cat([torch.full((half,), below), torch.full((half,), -(1 - 5 * unit))])[None]
+    rows = torch.full((128, 2 * half), NAN)
+    rows[96:] = 0.0
+    rows[96:, 0] = -float("inf")
+    rows[40] = rows[96] = mean
+    table = rk.ShardedTable.from_tensors([rows]).quantize()
+    with rk.use_backend(backend):
+        assert rk.mips_topk(query, table, 1).indices.tolist() == [[40]]
+
+
 def test_rows_mapped_from_disk_are_rescored_there(tmp_path):
     rows, queries = torch.randn(500, 24), torch.randn(6, 24)
     rk.ShardedTable.from_tensors([rows]).save(tmp_path / "table", shard_rows=130)

@@ -220,8 +220,9 @@ bool refine(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const Q
   return !((product + offset) + reach + size * kRounding < queries.thresholds[query]);
 }
 
+// At least `value`; the last term is for a subnormal one, of which a factor may add nothing.
 inline float round_up(double value) {
-  const float rounded = static_cast<float>(value * (1.0 + 0x1p-20));
+  const float rounded = static_cast<float>(value * (1.0 + 0x1p-20)) + 0x1p-149f;
   return rounded == rounded ? rounded : __builtin_inff();
 }
 
@@ -288,8 +289,11 @@ CodeBounds encode_panel_of(const T* rows, int64_t row_stride, int64_t n, int64_t
     const float square = horizontal_sum(squares);
     code_square = square > code_square ? square : code_square;
   }
-  // Each e is off by at most 2^-51 of the largest term.
-  const double slack = 0x1p-50 * static_cast<double>(dim) * (static_cast<double>(largest) + largest_mean);
+  // Each e is off by at most 2^-51 of the largest term. Sums of D products in float64, q . mean and the
+  // canonical score, are off by less than 2^-52 D ||q|| times a norm, which is at most sqrt(D) of the largest
+  // terms.
+  const double terms = static_cast<double>(largest) + largest_mean;
+  const double slack = 0x1p-50 * static_cast<double>(dim) * __builtin_sqrt(static_cast<double>(dim)) * terms;
   return {scale, round_up(__builtin_sqrt(residual) + slack),
           round_up(static_cast<double>(scale) * __builtin_sqrt(code_square * (1.0 + 0x1p-10)))};
 }

@@ -115,7 +115,7 @@ void QueryBlock::pack_pairs(int64_t q, int64_t size, float* to) {
     pair |= d % 2 == 0 ? bits >> 16 : bits;
     std::memcpy(to + d / 2 * size, &pair, sizeof pair);
   }
-  norms_x4_[q] = at_least(norms_x4_[q] + 4.0 * std::sqrt(residual) / accumulation_gamma(dim_));
+  norms_x4_[q] = at_least(norms_x4_[q] + 4.0 * std::sqrt(residual) * (1.0 + 1.0 / accumulation_gamma(dim_)));
 }
 
 void QueryBlock::pad(int64_t rows, int64_t multiple, bool even_first) {

@@ -26,7 +26,8 @@ class Int8Codes:
 
     A cache of the rows: once they are written to it is out of date, and `refresh` encodes them anew.
 
-    mean: float32 [D]. written: int64 [S], how often each shard had been written to when it was encoded.
+    mean: float32 [D]. written: int64 [S, 2], how often each shard had been written to, and where it was,
+        when it was encoded.
     codes: of each shard uint8 [panels, bytes], c + 128 in the order the scan reads them.
     bounds: of each shard float32 [panels, 3]: s, at least ||e||, at least ||s c||.
     """
@@ -47,12 +48,13 @@ class Int8Codes:
         dim = shards[0].shape[1]
         panels = [-(-shard.shape[0] // PANEL_ROWS) for shard in shards]
         panel_bytes = -(-dim // 8) * 8 * PANEL_ROWS
-        codes = Int8Codes(
-            mean=torch.empty(dim),
-            written=torch.full((len(shards),), -1),
-            codes=tuple(torch.empty(count, panel_bytes, dtype=torch.uint8) for count in panels),
-            bounds=tuple(torch.empty(count, BOUNDS) for count in panels),
-        )
+        with torch.inference_mode(False):  # of whatever mode, a later search may write into them
+            codes = Int8Codes(
+                mean=torch.empty(dim),
+                written=torch.full((len(shards), 2), -1),
+                codes=tuple(torch.empty(count, panel_bytes, dtype=torch.uint8) for count in panels),
+                bounds=tuple(torch.empty(count, BOUNDS) for count in panels),
+            )
         refresh(shards, codes.tensors())
         return codes
 
@@ -77,7 +79,7 @@ def refresh(shards: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
     with _lock:
         if are_of(codes, shards):
             return
-        now = torch.tensor([shard._version for shard in shards])
+        now = torch.tensor(_state(shards))
         mean.copy_(sample_mean(shards))
         for shard, bytes_, bounds in zip(shards, parts[::2], parts[1::2], strict=True):
             rows = shard if shard.stride(1) == 1 else shard.contiguous()
@@ -95,8 +97,12 @@ def refresh(shards: Sequence[Tensor], codes: Sequence[Tensor]) -> None:
 
 def are_of(codes: Sequence[Tensor], shards: Sequence[Tensor]) -> bool:
     """Whether the codes, Int8Codes.tensors(), are those of the rows as they are."""
-    written: list[int] = codes[1].tolist()
-    return written == [shard._version for shard in shards]
+    written: list[list[int]] = codes[1].tolist()
+    return written == _state(shards)
+
+
+def _state(shards: Sequence[Tensor]) -> list[list[int]]:
+    return [[shard._version, shard.data_ptr()] for shard in shards]
 
 
 def sample_mean(shards: Sequence[Tensor]) -> Tensor:

@@ -165,8 +165,9 @@ class ShardedTable:
         cannot exclude, and what it admits is scored from the rows, in memory or mapped from disk. A bound
         that excludes little costs time only. The codes take one byte an element, a quarter of float32 rows.
         When rows are written to, by a TableRefresher or in place, the next search encodes them anew; in a
-        compiled graph, which cannot, it scans the rows instead. A TableRefresher that is given the
-        quantised table encodes with every swap.
+        compiled graph, which cannot, it scans the rows instead. Writes that torch does not count go unseen:
+        through numpy, DLPack or `.data`, and by other processes. Call quantize again after these. A
+        TableRefresher that is given the quantised table encodes with every swap.
 
         Raises ValueError for another scheme, for a table that is not on the CPU, has D above 16384 or was
         made in inference mode, and where the C++ module is missing.
