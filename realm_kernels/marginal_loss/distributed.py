@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..ranks import Ranks
@@ -131,14 +130,14 @@ def marginal(ranks: Ranks, u: Tensor, log_likelihood: Tensor) -> tuple[Marginal,
     total = (totals * (tops - reference.finite(top)).exp()).sum(0)
     log_p = reference.normalised(u, top, total)[:, :, None]
 
-    joints, centres, relevances = bests.split(columns, dim=2)  # [W, B, C]
+    joints, centres, relevances = bests.split([columns] * 3, dim=2)  # [W, B, C]
     joint, rank = joints.max(0, keepdim=True)
     relevance = relevances.gather(0, rank)[0]
     log_p_star = torch.where(joint[0] == -torch.inf, 0.0, reference.normalised(relevance, top, total))
     best = Best(joint[0][:, None], centres.gather(0, rank)[0][:, None], log_p_star[:, None])
 
     sums = torch.cat(reference.sums(log_p, log_likelihood, best), dim=1).flatten(1)  # [B, 2C]
-    S, relative = _gather(ranks, sums, "the sums over documents").sum(0)[:, None].split(columns, dim=2)
+    S, relative = _gather(ranks, sums, "the sums over documents").sum(0)[:, None].split([columns] * 2, dim=2)
     return reference.from_sums(log_p, log_likelihood, best, S, relative), top != -torch.inf
 
 
@@ -153,10 +152,7 @@ class _Differentiable(torch.autograd.Function):
         columns = reference.columns(tokens, call.token_mask, call.mode)
         documents = u.shape[1]
         if documents == 0:  # a masked one stands for none: it takes no part
-            u, columns = (
-                u.new_full((u.shape[0], 1), -torch.inf),
-                columns.new_zeros(u.shape[0], 1, columns.shape[2]),
-            )
+            u, columns = u.new_full((len(u), 1), -torch.inf), columns.new_zeros(len(u), 1, columns.shape[2])
         found, any_document = marginal(call.ranks, u, columns)
         scored = any_document & reference.target_columns(tokens, call.token_mask, call.mode)  # [B, C]
         count = scored.sum(1)
@@ -164,32 +160,55 @@ class _Differentiable(torch.autograd.Function):
         # The gradients at g = 1, which the backward scales.
         unit = torch.where(scored[:, None, :], -found.residual, 0.0).sum(2)[:, :documents]
         unit_of_columns = torch.where(scored[:, None, :], -found.posterior, 0.0)[:, :documents]
+        wants_scores, wants_tokens, wants_log_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(
-            unit if ctx.needs_input_grad[0] or ctx.needs_input_grad[2] else None,
-            unit_of_columns if ctx.needs_input_grad[1] else None,
+            scores,
+            tokens,
+            log_weight,
+            unit if wants_scores or wants_log_weight else None,
+            unit_of_columns if wants_tokens else None,
             call.token_mask,
             count.sum() if call.reduction == "mean" else None,
         )
-        ctx.batch, ctx.shape = scores.shape[0], tokens.shape
-        ctx.dtypes = scores.dtype, tokens.dtype, None if log_weight is None else log_weight.dtype
         each = torch.where(scored, -found.log_marginal, 0.0).sum(1)
         return reference.reduce(each, count, call.reduction).to(call.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        unit, unit_of_columns, token_mask, divisor = ctx.saved_tensors
-        g = reference.upstream(d_loss, divisor, ctx.batch)
-        gradients: list[Tensor | None] = [None] * 4
+        return (*_Gradients.apply(d_loss, ctx.needs_input_grad, *ctx.saved_tensors), None)
+
+
+class _Gradients(torch.autograd.Function):
+    """A function of its own, which takes the inputs so that differentiating its results is refused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        d_loss: Tensor,
+        wants: tuple[bool, ...],
+        scores: Tensor,
+        tokens: Tensor,
+        log_weight: Tensor | None,
+        unit: Tensor | None,
+        unit_of_columns: Tensor | None,
+        token_mask: Tensor | None,
+        divisor: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        g = reference.upstream(d_loss, divisor, len(scores))
+        d_scores = d_tokens = d_log_weight = None
         if unit is not None:
             d_relevance = _scaled(g[:, None], unit)
-            for place in (0, 2):
-                if ctx.needs_input_grad[place]:
-                    gradients[place] = d_relevance.to(ctx.dtypes[place])
+            d_scores = d_relevance.to(scores.dtype) if wants[0] else None
+            if log_weight is not None and wants[2]:
+                d_log_weight = d_relevance.to(log_weight.dtype)
         if unit_of_columns is not None:
-            d_tokens = _scaled(g[:, None, None], unit_of_columns).expand(ctx.shape)
-            gradients[1] = reference.select_tokens(d_tokens, token_mask).to(ctx.dtypes[1]).contiguous()
-        return tuple(gradients)
+            d_wide = _scaled(g[:, None, None], unit_of_columns).expand(tokens.shape)
+            d_tokens = reference.select_tokens(d_wide, token_mask).to(tokens.dtype).contiguous()
+        return d_scores, d_tokens, d_log_weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(f"{OP}: second derivatives are not offered with a group")
 
 
 def _scaled(g: Tensor, unit: Tensor) -> Tensor:
