@@ -98,6 +98,19 @@ def documents_alike(rank, size):
     return split
 
 
+def wild_on_one_rank(rank, size):
+    """NaN and +inf in a document of rank 1 make that example NaN on all ranks, and no other."""
+    for wild in (float("nan"), float("inf")):
+        for where in ("scores", "log_likelihood"):
+            for mode in ("sequence", "token"):
+                inputs = Inputs(torch.randn(2, rank + 1), -torch.rand(2, rank + 1, 2))
+                if rank == 1:
+                    getattr(inputs, where)[1, 0] = wild
+                loss, gradients = call(inputs, mode, "none", dist.group.WORLD)
+                assert loss[1].isnan() and not loss[0].isnan()
+                assert gradients["scores"][1].isnan().all() and not gradients["scores"][0].isnan().any()
+
+
 def bytes_received(rank, size, mode):
     """Of a forward and a backward, seen at torch.distributed itself; and what explain() says of them."""
     received, gather = [], ranks._all_gather

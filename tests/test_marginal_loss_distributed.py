@@ -74,6 +74,10 @@ def test_documents_that_explain_the_answer_alike_are_left_where_they_are(pool):
     succeed(pool.run(cases.documents_alike, 4))
 
 
+def test_nan_and_infinity_of_one_rank_reach_that_loss_on_all(pool):
+    succeed(pool.run(cases.wild_on_one_rank, 4))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", SIZES)
 def test_the_forward_moves_the_bytes_of_the_model_and_the_backward_none(pool, size, mode):
