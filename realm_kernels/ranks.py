@@ -14,7 +14,7 @@ from torch import Tensor
 from .validation import describe
 
 # First field of every header. Ranks that enter different calls find out there, instead of mixing their bytes.
-CALLS = ("from_local", "mips_topk", "rows")
+CALLS = ("from_local", "mips_topk", "rows", "marginal_loss")
 FIELDS = 8  # of every header, so that headers of different calls have one size
 HEADER_BYTES = 8 * (2 + FIELDS)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import explained_by
-from . import op, plan, reference
+from . import distributed, op, plan, reference
 from .checks import OP, REDUCTIONS, check, check_choice, check_null_index
 from .reference import reduce
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Posterior", "marginal_loss", "posterior", "reduce"]
 
@@ -42,6 +45,7 @@ def marginal_loss(
     log_weight: Tensor | None = None,
     mode: str = "sequence",
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """-log p(y|x) marginalised over K retrieved documents, with REALM's gradient to the retriever.
 
@@ -64,19 +68,31 @@ def marginal_loss(
     scores, log_likelihood and log_weight may be of any float dtype each.
     reduction: "none" gives [B]; "sum"; "mean" divides by the counted examples (mode "sequence") or counted
         tokens (mode "token") and is 0 where nothing counts.
+    group: a torch.distributed process group over whose ranks the K documents of each example are spread. The
+        call is then collective: every rank brings the same B examples, M, token_mask, mode and reduction, and
+        scores, log_likelihood, doc_mask and log_weight of its own documents, [B, K_r] with K_r >= 0. All
+        get the loss of all documents, the same bits, and the gradients of their own, from their own upstream
+        gradient, in a backward that exchanges nothing. Gradients of parameters that several ranks share are
+        to be summed over ranks, not averaged. Plain torch, once differentiable. None: this rank has them all.
 
     An example without a document or a scored token is 0, has no gradient and is not counted. What masked
     documents and tokens hold is never looked at, NaN included. Where every document has likelihood zero the
     loss is +inf and the gradient 0. Twice differentiable.
 
-    Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device.
+    Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device. With a group
+    also ValueError where ranks disagree, and RuntimeError where another rank refused its arguments, came to
+    another call, or was lost.
 
     >>> import torch, realm_kernels as rk
     >>> loss = rk.marginal_loss(torch.randn(4, 8), torch.randn(4, 8, 20).log_softmax(2))
     """
+    if group is not None:
+        return distributed.loss(
+            scores, log_likelihood, token_mask, doc_mask, log_weight, mode, reduction, group
+        )
     check(OP, scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    tokens = _with_tokens(log_likelihood)
+    tokens = reference.with_tokens(log_likelihood)
     return op.call(scores, tokens, token_mask, doc_mask, log_weight, mode, reduction)
 
 
@@ -105,7 +121,7 @@ def posterior(
     """
     check("posterior", scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_null_index("posterior", scores.shape[1], null_index)
-    tokens = _with_tokens(log_likelihood)
+    tokens = reference.with_tokens(log_likelihood)
     log_p = reference.log_prior(scores, doc_mask, log_weight)
     result = reference.marginal(log_p, reference.columns(tokens, token_mask, mode))
     scored = reference.scored_columns(log_p, tokens, token_mask, mode)
@@ -131,7 +147,3 @@ def _utility(log_p: Tensor, evidence: Tensor, null_index: int) -> Tensor:
     masked = log_p == -torch.inf  # [B, K]
     gain = torch.where(masked, 0.0, evidence - evidence[:, null_index, None])
     return torch.where(masked[:, null_index, None], torch.nan, gain)
-
-
-def _with_tokens(log_likelihood: Tensor) -> Tensor:
-    return log_likelihood.unsqueeze(2) if log_likelihood.dim() == 2 else log_likelihood  # [B, K, M]

@@ -21,9 +21,10 @@ def check(
     doc_mask: Tensor | None,
     log_weight: Tensor | None,
     mode: str,
+    least_documents: int = 1,
 ) -> None:
     """Raise TypeError or ValueError for arguments the op does not take."""
-    check_documents(op, scores, doc_mask, log_weight)
+    check_documents(op, scores, doc_mask, log_weight, least_documents)
     batch = scores.shape[0]
     per_token = not isinstance(log_likelihood, Tensor) or log_likelihood.dim() != 2
     sizes = (*scores.shape, None) if per_token else scores.shape
@@ -40,11 +41,13 @@ def check(
     check_choice(op, "mode", mode, MODES)
 
 
-def check_documents(op: str, scores: Tensor, doc_mask: Tensor | None, log_weight: Tensor | None) -> None:
+def check_documents(
+    op: str, scores: Tensor, doc_mask: Tensor | None, log_weight: Tensor | None, least: int = 1
+) -> None:
     """The arguments that make the prior: the same in every marginal loss."""
     check_tensor(op, "scores", scores, "[B, K]", (None, None), DTYPES)
-    if scores.shape[1] < 1:
-        raise ValueError(f"{op}: scores must be [B, K] with K >= 1, got {describe(scores)}")
+    if scores.shape[1] < least:
+        raise ValueError(f"{op}: scores must be [B, K] with K >= {least}, got {describe(scores)}")
     if doc_mask is not None:
         check_tensor(op, "doc_mask", doc_mask, "[B, K]", scores.shape, (torch.bool,), scores.device)
     if log_weight is not None:

@@ -41,17 +41,26 @@ def relevance(scores: Tensor, doc_mask: Tensor | None, log_weight: Tensor | None
     return u if doc_mask is None else torch.where(doc_mask, u, -torch.inf)
 
 
-def log_softmax(u: Tensor) -> Tensor:
-    """log softmax over axis 1 that gives -inf, not NaN, where every entry is -inf."""
+def peak(u: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest u over axis 1 and the sum of exp(u - largest), 0 where all are -inf: [B, 1] each."""
     top = u.amax(1, keepdim=True)
-    shifted = u - torch.where(top == -torch.inf, 0.0, top)
-    total = shifted.exp().sum(1, keepdim=True).log()
-    return torch.where(u == -torch.inf, -torch.inf, shifted - total)
+    return top, (u - finite(top)).exp().sum(1, keepdim=True)
+
+
+def finite(top: Tensor) -> Tensor:
+    """A maximum that may be subtracted: 0 for -inf, which every entry then is."""
+    return torch.where(top == -torch.inf, 0.0, top)
+
+
+def normalised(u: Tensor, top: Tensor, total: Tensor) -> Tensor:
+    """log softmax of u, given its peak; -inf, not NaN, where every entry is -inf."""
+    return torch.where(u == -torch.inf, -torch.inf, u - finite(top) - total.log())
 
 
 def log_prior(scores: Tensor, doc_mask: Tensor | None = None, log_weight: Tensor | None = None) -> Tensor:
     """log p(z|x) = log softmax over unmasked documents of s + log w: float64 [B, K], -inf where masked."""
-    return log_softmax(relevance(scores, doc_mask, log_weight))
+    u = relevance(scores, doc_mask, log_weight)
+    return normalised(u, *peak(u))
 
 
 def marginal(log_prior: Tensor, log_likelihood: Tensor) -> Marginal:
@@ -71,25 +80,50 @@ def marginal(log_prior: Tensor, log_likelihood: Tensor) -> Marginal:
     document has a small prior; L' is then a plain log-sum-exp, which loses nothing there.
     """
     log_p = log_prior[:, :, None]  # [B, K, 1]
-    p = log_p.exp()
-    masked = log_p == -torch.inf
-    log_likelihood = torch.where(masked, -torch.inf, log_likelihood)  # [B, K, M]
-    joint = torch.where(masked, -torch.inf, log_p + log_likelihood)
-    best, k_star = joint.max(1, keepdim=True)  # [B, 1, M]; NaN wins, and so reaches the result
-    impossible = best == -torch.inf
+    log_likelihood = torch.where(log_p == -torch.inf, -torch.inf, log_likelihood)  # [B, K, M]
+    best = best_document(log_p, log_likelihood)
+    return from_sums(log_p, log_likelihood, best, *sums(log_p, log_likelihood, best))
 
+
+class Best(NamedTuple):
+    """The document k* of the largest posterior, [B, 1, M] each. NaN wins, and so reaches the result."""
+
+    joint: Tensor  # log prior + log-likelihood, up to a constant; -inf where no document is possible
+    log_likelihood: Tensor  # the centre
+    log_prior: Tensor
+
+    @property
+    def impossible(self) -> Tensor:
+        return self.joint == -torch.inf
+
+
+def best_document(log_p: Tensor, log_likelihood: Tensor) -> Best:
+    """k* of log_p [B, K, 1], up to a constant, and log_likelihood [B, K, M]; -inf in both where masked."""
+    joint, k_star = torch.where(log_p == -torch.inf, -torch.inf, log_p + log_likelihood).max(1, keepdim=True)
+    impossible = joint == -torch.inf
     centre = torch.where(impossible, 0.0, log_likelihood.gather(1, k_star))
-    d = log_likelihood - centre
-    S = prior_times_expm1(log_p, p, d).sum(1, keepdim=True)
-    log_p_star = torch.where(impossible, 0.0, log_p.expand_as(d).gather(1, k_star))
-    far = log_p_star + (log_p + d - log_p_star).exp().sum(1, keepdim=True).log()
-    L = torch.where(S > -0.5, S.log1p(), far)  # [B, 1, M], relative to the centre; both are NaN where S is
+    log_p_star = torch.where(impossible, 0.0, log_p.expand_as(log_likelihood).gather(1, k_star))
+    return Best(joint, centre, log_p_star)
 
-    d = d - torch.where(impossible, 0.0, L)
+
+def sums(log_p: Tensor, log_likelihood: Tensor, best: Best) -> tuple[Tensor, Tensor]:
+    """S = p(y|x) / p(y|k*,x) - 1, and p(y|x) / p(y,k*|x): [B, 1, M] each, sums over documents."""
+    d = log_likelihood - best.log_likelihood
+    S = prior_times_expm1(log_p, log_p.exp(), d).sum(1, keepdim=True)
+    return S, (log_p + d - best.log_prior).exp().sum(1, keepdim=True)
+
+
+def from_sums(log_p: Tensor, log_likelihood: Tensor, best: Best, S: Tensor, total: Tensor) -> Marginal:
+    """What `marginal` returns, of the documents in log_p, given k* and the sums over all documents."""
+    # [B, 1, M], relative to the centre; both forms are NaN where S is.
+    L = torch.where(S > -0.5, S.log1p(), best.log_prior + total.log())
+    impossible = best.impossible
+    none = (log_p == -torch.inf) | impossible
+    d = log_likelihood - best.log_likelihood - torch.where(impossible, 0.0, L)
     return Marginal(
-        log_marginal=torch.where(impossible, -torch.inf, centre + L)[:, 0],
-        posterior=torch.where(masked | impossible, 0.0, (log_p + d).exp()),
-        residual=torch.where(masked | impossible, 0.0, prior_times_expm1(log_p, p, d)),
+        log_marginal=torch.where(impossible, -torch.inf, best.log_likelihood + L)[:, 0],
+        posterior=torch.where(none, 0.0, (log_p + d).exp()),
+        residual=torch.where(none, 0.0, prior_times_expm1(log_p, log_p.exp(), d)),
     )
 
 
@@ -105,6 +139,11 @@ def select_tokens(log_likelihood: Tensor, token_mask: Tensor | None) -> Tensor:
     return wide if token_mask is None else torch.where(token_mask[:, None, :], wide, 0.0)
 
 
+def with_tokens(log_likelihood: Tensor) -> Tensor:
+    """[B, K, M] of what may be [B, K]: one token."""
+    return log_likelihood.unsqueeze(2) if log_likelihood.dim() == 2 else log_likelihood
+
+
 def columns(log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Tensor:
     """What is marginalised, column by column: tokens [B, K, M], or their sum [B, K, 1] in mode "sequence"."""
     selected = select_tokens(log_likelihood, token_mask)
@@ -113,11 +152,15 @@ def columns(log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Ten
 
 def scored_columns(log_p: Tensor, log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Tensor:
     """bool [B, M], or [B, 1] in mode "sequence": columns with a document and a scored token, which count."""
+    any_document = (log_p != -torch.inf).any(1, keepdim=True)
+    return any_document & target_columns(log_likelihood, token_mask, mode)
+
+
+def target_columns(log_likelihood: Tensor, token_mask: Tensor | None, mode: str) -> Tensor:
+    """bool [B, M], or [B, 1] in mode "sequence": columns with a scored token, with documents or not."""
     batch, _, tokens = log_likelihood.shape
-    scored = token_mask if token_mask is not None else log_p.new_ones(batch, tokens, dtype=torch.bool)
-    if mode == "sequence":
-        scored = scored.any(1, keepdim=True)
-    return scored & (log_p != -torch.inf).any(1, keepdim=True)
+    scored = log_likelihood.new_ones(batch, tokens, dtype=torch.bool) if token_mask is None else token_mask
+    return scored.any(1, keepdim=True) if mode == "sequence" else scored
 
 
 def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
