@@ -90,7 +90,7 @@ def test_a_subnormal_residual_counts(backend):
 
 @pytest.mark.parametrize("backend", CPU)
 def test_cancellation_that_float64_rounds_counts(backend):
-    """Products of the query and the mean that cancel to their last bits: in another order their sum is off."""
+    """Products of the query and the mean cancel to their last bits: in another order their sum is off."""
     unit, half = 2.0**-23, 8192
     # The first half's products exceed one by less than 2^-41, the second half's fall short of minus one.
     units = torch.arange(2**23, 2**24)

@@ -6,7 +6,6 @@ import io
 import os
 import random
 import signal
-import time
 import traceback
 
 import pytest
@@ -212,8 +211,9 @@ def test_a_trainer_killed_while_it_refreshes_resumes_to_the_losses_of_an_undistu
     expected = undisturbed.train(range(steps))
     undisturbed.refresher.close()
 
-    def work():
-        """Train on from the last checkpoint, one after every step."""
+    def work(more, delay):
+        """Train on from the last checkpoint, one after every step; die `delay` seconds into a step to come."""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends the process there and then
         torch.set_num_threads(1)
         path, trainer, losses = tmp_path / "checkpoint", Trainer(path=tmp_path / "t"), []
         if path.exists():
@@ -221,7 +221,10 @@ def test_a_trainer_killed_while_it_refreshes_resumes_to_the_losses_of_an_undistu
             trainer.resume(state)
         else:
             trainer.begin()
+        last = len(losses) + more
         for step in range(len(losses), steps):
+            if step == last:
+                signal.setitimer(signal.ITIMER_REAL, delay)
             losses += trainer.train([step])
             torch.save([losses, trainer.checkpoint()], tmp_path / "new")
             os.replace(tmp_path / "new", path)
@@ -229,17 +232,15 @@ def test_a_trainer_killed_while_it_refreshes_resumes_to_the_losses_of_an_undistu
 
     kills, draw = 0, random.Random(0)
     while True:
+        more, delay = draw.randint(0, 2) if kills < 25 else steps, draw.uniform(1e-4, 3e-3)
         pid = os.fork()
         if pid == 0:
             try:
-                work()
+                work(more, delay)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-        if kills < 25:
-            time.sleep(draw.uniform(0.02, 0.12))
-            os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         if not os.WIFSIGNALED(status):
             break
