@@ -212,7 +212,7 @@ def test_a_trainer_killed_while_it_refreshes_resumes_to_the_losses_of_an_undistu
     undisturbed.refresher.close()
 
     def work(more, delay):
-        """Train on from the last checkpoint, one after every step; die `delay` seconds into a step to come."""
+        """Train on from the last checkpoint, one after every step; die `delay` seconds into a later step."""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # it ends the process there and then
         torch.set_num_threads(1)
         path, trainer, losses = tmp_path / "checkpoint", Trainer(path=tmp_path / "t"), []
