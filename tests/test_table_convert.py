@@ -134,6 +134,7 @@ def test_a_file_larger_than_the_memory_allowed_is_converted(tmp_path):
         file.truncate(file.tell() + (1 << 28))  # 256 MiB, a hole
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # the threads of the parent are not there any more, and would be waited for
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (112 << 20), -1))
