@@ -71,6 +71,7 @@ def in_child(work):
     """Run `work()` in a forked child; returns its wait status."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)
         try:
             work()
             os._exit(0)

@@ -41,6 +41,7 @@ class Reader:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.to_child)
+            torch.set_num_threads(1)
             table = rk.ShardedTable.open(path)
             os.write(to_parent, b"o")
             os.read(from_parent, 1)
@@ -150,6 +151,7 @@ def test_readers_in_four_processes_see_whole_versions_while_a_writer_commits(tmp
     for number in range(4):
         pids.append(os.fork())
         if pids[-1] == 0:
+            torch.set_num_threads(1)
             try:
                 read(number)
             except BaseException as error:
