@@ -11,6 +11,18 @@ if not torch.cuda.is_available():
 from realm_kernels.testing import poisoned_memory  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--share", default="0/1", help="i/n: each n-th test, from the i-th on")
+    parser.addoption("--embeddings", help="folder of a table whose rows a GPU search is compared on")
+
+
+def pytest_collection_modifyitems(config, items):
+    share, of = map(int, config.getoption("--share").split("/"))
+    if of > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != share])
+        items[:] = items[share::of]
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Every test runs with fresh memory filled with NaN, so that nothing unwritten passes for a result."""

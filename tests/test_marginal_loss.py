@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from marginal_loss_cases import CASES, INF, MODES, NAN, ROUNDING, answer, rounded
 from marginal_loss_oracle import Inputs, solve
+from optional_hypothesis import given, settings, st
 
 import realm_kernels as rk
 from realm_kernels import native

@@ -10,8 +10,7 @@ import dataclasses
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from optional_hypothesis import given, settings, st
 
 import realm_kernels as rk
 from realm_kernels.mips_topk import reference, triton_plan
