@@ -30,6 +30,17 @@ def triton_kernels(root: Path = ROOT) -> list[str]:
     return [name for name in triton_functions(root) if name.endswith("_kernel")]
 
 
+def launched_functions(root: Path = ROOT) -> set[str]:
+    """Names of Triton functions that something launches: function[grid](...)."""
+    names = {name.rpartition(":")[2] for name in triton_functions(root)}
+    found = set()
+    for path in (root / "realm_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                found.add(ast.unparse(node.func.value).rpartition(".")[2])
+    return found & names
+
+
 def cuda_kernels(root: Path = ROOT) -> list[str]:
     """The names of the __global__ functions of csrc."""
     files = sorted(

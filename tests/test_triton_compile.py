@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels import launched_functions, triton_kernels
 from realm_kernels.marginal_loss.triton import REDUCE_BLOCK
 from realm_kernels.marginal_loss.triton import tile as tile_of
 from realm_kernels.mips_topk.triton_plan import RESCORE_REGISTERS, repair_warps, scan_warps, sort_warps
@@ -54,6 +55,8 @@ def consts(**values):
     return {name: const(value) for name, value in values.items()}
 
 
+# What the PTX of a matrix instruction calls the operands that a case is named for.
+OPERANDS = {"bf16": ("bf16", "kind::f16"), "tf32": ("tf32", "kind::tf32"), "int8": ("s8", "kind::i8")}
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 MIPS_MODULES = dict(prepare="scan", scan="scan", select="select", shrink="select", finish="select")
 MIPS_MODULES |= dict(rescore="rescore", repair="rescore")
@@ -195,6 +198,10 @@ def cases_for(architecture):
 
 @pytest.fixture(scope="module")
 def results():
+    return compile_everything()
+
+
+def compile_everything():
     """What the compiler says, by (case name, architecture)."""
     with ThreadPoolExecutor() as pool:
         by_architecture = list(pool.map(compile_all, ARCHITECTURES))
@@ -221,13 +228,26 @@ def compile_all(architecture):
     return found
 
 
+def table(results):
+    """A line a case and architecture."""
+    lines = [f"{'kernel':<42}{'sm':>5}{'registers':>11}{'spills':>8}{'shared':>9}  matrix"]
+    for (name, architecture), found in sorted(results.items()):
+        numbers = f"{found['registers']:>11}{found['spills']:>8}{found['shared']:>9}"
+        matrix = ", ".join(found["matrix"] + found["operands"])
+        lines.append(f"{name:<42}{architecture:>5}{numbers}  {matrix}".rstrip())
+    return "\n".join(lines)
+
+
+def test_every_kernel_of_the_package_is_compiled():
+    """Found in the sources: none is forgotten here, and what is launched is called a kernel."""
+    assert {case.kernel for case in CASES} == set(triton_kernels())
+    assert launched_functions() - {name.rpartition(":")[2] for name in triton_kernels()} == set()
+
+
 def test_every_kernel_compiles_for_every_architecture(results, capsys):
     """Also prints what each needs."""
     with capsys.disabled():
-        print(f"\n{'kernel':<32}{'sm':>5}{'registers':>11}{'spills':>8}{'shared':>9}  matrix")
-        for (name, architecture), found in sorted(results.items()):
-            numbers = f"{found['registers']:>11}{found['spills']:>8}{found['shared']:>9}"
-            print(f"{name:<32}{architecture:>5}{numbers}  {', '.join(found['matrix'])}")
+        print("\n" + table(results))
     kernels = {case.kernel for case in CASES}
     compiled = {(case.kernel, architecture) for case in CASES for architecture in case.architectures}
     assert compiled == {(kernel, architecture) for kernel in kernels for architecture in ARCHITECTURES}
@@ -248,4 +268,6 @@ def test_nothing_spills_and_the_matrix_instruction_is_the_one_meant(results, cas
     assert not found["flushes"], "subnormal numbers would be flushed"
     if case.matrix:
         assert case.matrix[architecture] in found["matrix"]
+        for word in set(case.name.split()) & set(OPERANDS):
+            assert set(found["operands"]) & set(OPERANDS[word]), found["operands"]
         assert found["pipelined"]
