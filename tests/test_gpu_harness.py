@@ -12,7 +12,7 @@ import pytest
 import realm_kernels as rk
 from benchmarks import kernels, report, roofline
 from benchmarks.gpu import bench, build, rows, sanitize, served, small, summary, tests, timing
-from benchmarks.gpu.processes import Outcome
+from benchmarks.gpu.processes import Outcome, run_logged
 from benchmarks.gpu.runner import run_rows
 from benchmarks.gpu.served import forced_backends
 from realm_kernels.backends import Backend
@@ -82,15 +82,29 @@ def test_there_is_no_speed_where_tests_are_red_or_unknown(tmp_path, monkeypatch)
     monkeypatch.setattr(bench, "measure_op", lambda *arguments: pytest.fail("it was measured"))
     verdicts = {
         "mips_topk": tests.Verdict(passed=9, failed=1),
-        "marginal_loss": tests.Verdict(passed=9, unfinished=1),
+        "marginal_loss": tests.Verdict(passed=9, died=1),
         "span_marginal_loss": tests.Verdict(skipped=3),
     }
     tests.remember(verdicts, tmp_path)
     results = bench.bench(OPS, {}, tmp_path, quick=True)
     assert results["benchmarks"] == []
     reasons = {why.split(":")[0] for why in results["left_out"].values()}
-    assert reasons == {"its GPU tests are red", "its GPU tests have not run on these sources"}
+    assert reasons == {"its GPU tests are RED", "its GPU tests have not run on these sources"}
     assert len(results["left_out"]) == sum(len(rows.rows_of(op, True)) for op in OPS)
+
+
+def test_tests_that_were_out_of_time_are_neither_red_nor_green(tmp_path):
+    verdict = tests.Verdict(passed=9, stopped=1)
+    tests.remember({"mips_topk": verdict}, tmp_path)
+    assert bench.gate("mips_topk", tests.known_verdicts(tmp_path)) == ""
+    assert not summary.Summary({}, tmp_path, tests={"mips_topk": verdict}).ok
+    assert str(verdict) == "UNFINISHED: 9 passed, 0 failed, 0 skipped, 1 processes out of time"
+
+
+def test_what_is_stopped_may_write_what_it_has(tmp_path):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('half')"
+    outcome = run_logged([sys.executable, "-c", code], tmp_path / "log", 1.0)
+    assert outcome.returncode is None and outcome.tail() == "half"
 
 
 def test_green_tests_open_the_gate_until_a_source_changes(tmp_path, monkeypatch):
@@ -135,7 +149,7 @@ def test_every_test_file_that_a_gpu_makes_a_difference_to_is_run_there():
         for path in (ROOT / "tests").glob("test_*.py")
         if pattern.search(path.read_text())
     }
-    assert files - {"tests/test_gpu_harness.py"} <= listed
+    assert files - {"tests/test_gpu_harness.py", "tests/test_triton_interpreter.py"} <= listed
     assert all((ROOT / part).exists() for part in listed if part.startswith("tests/"))
     assert set(OPS) <= set(tests.TESTS)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+GRACE = 5.0  # seconds to end after an interrupt
 TAIL = 12  # lines of a log that are shown
 
 
@@ -43,10 +44,16 @@ def start(
 
 
 def finish(process: subprocess.Popen, deadline: float) -> int | None:
-    """Its exit status; None where it had to be stopped at the deadline (time.monotonic)."""
+    """Its exit status; None where it had to be stopped at the deadline (time.monotonic).
+
+    It is interrupted first, so that it may write what it has.
+    """
     try:
         return process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(GRACE)
         kill(process)
         return None
 

@@ -17,7 +17,7 @@ from ..kernels import cuda_kernels, triton_kernels
 from .processes import finish, run_logged, start
 from .tests import environment
 
-SECONDS = 150
+SECONDS = 120
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ERRORS = 99  # what the tool exits with where it found any
 PLACES = (os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda")

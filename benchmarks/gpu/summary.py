@@ -67,7 +67,7 @@ class Summary:
         if self.build is not None:
             lines.append(f"build: {self.build}")
         for op, verdict in self.tests.items():
-            lines.append(f"tests of {op}: {'green' if verdict.is_green else 'RED'}, {verdict}")
+            lines.append(f"tests of {op}: {verdict}")
             lines += [f"  {problem}" for problem in verdict.problems[:SHOWN_PROBLEMS]]
         lines += [f"skipped, {count} x: {why}" for why, count in skip_reasons(self.tests).most_common(5)]
         lines += [f"sanitizer {'clean' if f.ok else 'NOT CLEAN'}: {f}" for f in self.findings]
