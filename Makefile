@@ -48,11 +48,12 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# OP= one op, OUT= folder for the JSON and Markdown, ARGS= what else `python -m benchmarks.gpu --help` tells.
+# OP= one op, OUT= folder for the JSON and Markdown, EMBEDDINGS= an index of realm-model to compare searches on,
+# ARGS= what else `python -m benchmarks.gpu --help` tells.
 gpu: gpu-all
 gpu-all gpu-build gpu-test gpu-sanitize gpu-bench:
 	@PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) \
-		--out "$(if $(filter file,$(origin OUT)),gpu-results,$(OUT))" $(OP:%=--op %) $(ARGS)
+		--out "$(if $(filter file,$(origin OUT)),gpu-results,$(OUT))" $(OP:%=--op %) $(EMBEDDINGS:%=--embeddings %) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -52,7 +52,7 @@ def measure_bandwidth(device: str = "cpu") -> float:
 @functools.cache
 def measure_matrix_rate(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """Flops per second of a square matrix product, on random values, in the library torch uses."""
-    size = FIRST_SIZE
+    size = FIRST_SIZE if device == "cpu" else MATRIX_SIZE[device]
     while True:
         a = torch.randn(size, size, device=device)
         b = torch.randn(size, size, device=device)

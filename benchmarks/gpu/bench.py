@@ -88,5 +88,4 @@ def compile_ours(command: list[str], names: list[str], deadline: float, stem: Pa
         log = stem.with_name(f"{stem.name}-{share}.log")
         shell = ["sh", "-c", 'exec "$@" <"$0"', str(listed), *command, "--share", f"{share}/{COMPILERS}"]
         running.append(start(shell, log, tests.environment()))
-    for process in running:
-        finish(process, deadline)
+    finish(running, deadline, grace=0.0)

@@ -73,7 +73,7 @@ def job(
             with torch.no_grad():
                 return float(reference(*inputs))
 
-        return Call(step, limit(), close_to(right, tolerance), is_replayed=loss_of is ours)
+        return Call(step, limit, close_to(right, tolerance), is_replayed=loss_of is ours)
 
     found = []
     for backend in [None, *forced_backends(backends)]:

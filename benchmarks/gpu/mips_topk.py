@@ -109,7 +109,7 @@ def our_row(
 
         return Call(
             served_by(backend, lambda: rk.mips_topk(asked, table, k)),
-            limit_seconds(num_rows, dim, kind, batch, k),
+            lambda: limit_seconds(num_rows, dim, kind, batch, k),
             check,
             repairs=lambda: triton.repairs(rows_on_gpu(num_rows, dim, order).device),
             is_replayed=True,
@@ -135,7 +135,7 @@ def peer_row(num_rows: int, dim: int, name: str, batch: int, k: int) -> Row:
         search, asked = made(peer.make, num_rows, dim, None), queries_for(batch, dim, None)
         return Call(
             lambda: search(asked, k),
-            limit_seconds(num_rows, dim, "bfloat16", batch, k),
+            lambda: limit_seconds(num_rows, dim, "bfloat16", batch, k),
             is_replayed=peer.package == "torch",
             owns_its_memory=peer.owns_its_memory,
         )
@@ -168,7 +168,8 @@ def order_rows(num_rows: int) -> list[Row]:
 def rows(op: str, quick: bool) -> list[Row]:
     if quick:
         return shape_rows(20_000, 128, (1, ORDER_BATCH)) + order_rows(20_000)
-    return [row for shape in SHAPES for row in shape_rows(*shape, BATCHES)] + order_rows(ORDER_ROWS)
+    *larger, smallest = (shape_rows(*shape, BATCHES) for shape in SHAPES)
+    return [row for rows in larger for row in rows] + order_rows(ORDER_ROWS) + smallest
 
 
 def absent(op: str) -> list[str]:

@@ -43,19 +43,28 @@ def start(
         )
 
 
-def finish(process: subprocess.Popen, deadline: float) -> int | None:
-    """Its exit status; None where it had to be stopped at the deadline (time.monotonic).
+def finish(processes: Sequence[subprocess.Popen], deadline: float, grace: float = GRACE) -> list[int | None]:
+    """Exit statuses; None where a process had to be stopped at the deadline (time.monotonic).
 
-    It is interrupted first, so that it may write what it has.
+    It is interrupted first, and has `grace` seconds to write what it has.
     """
-    try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+    late = [process for process in processes if not _ends(process, deadline)]
+    for process in late:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
-            process.wait(GRACE)
+    deadline = time.monotonic() + grace
+    for process in late:
+        _ends(process, deadline)
         kill(process)
-        return None
+    return [None if process in late else process.returncode for process in processes]
+
+
+def _ends(process: subprocess.Popen, deadline: float) -> bool:
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -68,5 +77,5 @@ def run_logged(
     command: Sequence[str], log: Path, seconds: float, environment: Mapping[str, str] | None = None
 ) -> Outcome:
     began = time.monotonic()
-    status = finish(start(command, log, environment), began + seconds)
+    (status,) = finish([start(command, log, environment)], began + seconds)
     return Outcome(status, time.monotonic() - began, log)

@@ -32,7 +32,7 @@ class Call:
     """A function on the GPU, ready to be timed. It returns its results, so that its memory can be told."""
 
     function: Callable[[], object]
-    limit_seconds: float
+    limit: Callable[[], float]  # seconds; measures what the card can do when first asked
     check: Callable[[Any], None] | None = None  # of the result; raises where it is wrong
     repairs: Callable[[], int] | None = None  # a counter
     is_replayed: bool = False  # in a CUDA graph too
@@ -78,7 +78,7 @@ def measure(row: Row) -> dict[str, Any]:
     if call.check is not None:
         call.check(result)
     del result
-    told: dict[str, Any] = {"implementation": row.implementation, "limit_seconds": call.limit_seconds}
+    told: dict[str, Any] = {"implementation": row.implementation, "limit_seconds": call.limit()}
     if not call.owns_its_memory:
         told["extra_bytes"] = extra_bytes(call.function)
     if call.repairs is not None:

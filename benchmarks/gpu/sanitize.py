@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..kernels import cuda_kernels, triton_kernels
-from .processes import finish, run_logged, start
+from .processes import finish, start
 from .tests import environment
 
 SECONDS = 120
+SHARES = max(1, min(8, os.cpu_count() or 1))  # processes that compile
 TOOLS = ("memcheck", "racecheck", "synccheck")
 ERRORS = 99  # what the tool exits with where it found any
 PLACES = (os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda")
@@ -78,26 +79,29 @@ def sanitize(out: Path, seconds: float = SECONDS) -> list[Finding]:
     # Each allocation by itself, so that what lies behind it is nobody's.
     clean = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Compiles everything once, and shows that the calls are right without the tools.
-    plain = run_logged(
-        [sys.executable, "-m", "benchmarks.gpu.small"], out / "sanitize-plain.log", seconds, clean
-    )
-    if not plain.ok:
-        return [Finding("small shapes", False, f"without any tool: {plain}")]
-    running = [
-        ("memcheck of a planted fault", "memcheck", "faulty"),
-        *((tool, tool, "small") for tool in TOOLS),
+    small = [sys.executable, "-m", "benchmarks.gpu.small"]
+    plain = [
+        start([*small, f"{share}/{SHARES}"], out / f"sanitize-plain-{share}.log", clean)
+        for share in range(SHARES)
     ]
-    started = []
-    for title, tool, module in running:
-        log = out / f"sanitize-{title.replace(' ', '-')}.log"
-        log.unlink(missing_ok=True)
-        program = log.with_suffix(".out")
-        started.append((title, log, start(command_of(tool, executable, log, module), program, clean)))
+    for share, status in enumerate(finish(plain, deadline)):
+        if status != 0:
+            log = out / f"sanitize-plain-{share}.log"
+            return [Finding("small shapes", False, f"without any tool: exit status {status} ({log})")]
+    watched = {
+        "memcheck of a planted fault": ("memcheck", "faulty"),
+        **{tool: (tool, "small") for tool in TOOLS},
+    }
+    logs = {title: out / f"sanitize-{title.replace(' ', '-')}.log" for title in watched}
+    running = []
+    for title, (tool, module) in watched.items():
+        logs[title].unlink(missing_ok=True)
+        command = command_of(tool, executable, logs[title], module)
+        running.append(start(command, logs[title].with_suffix(".out"), clean))
     findings = []
-    for title, log, process in started:
-        status = finish(process, deadline)
-        finding = read_finding(title, status, log)
-        if title.endswith("fault"):
+    for title, status in zip(watched, finish(running, deadline), strict=True):
+        finding = read_finding(title, status, logs[title])
+        if watched[title][1] == "faulty":
             finding = Finding(title, status == ERRORS, finding.said)
         findings.append(finding)
     return findings

@@ -5,6 +5,7 @@ To add a call: a line in CALLS. Backends are those of the op's BACKENDS.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -78,22 +79,29 @@ CALLS: dict[str, tuple[Sequence[Backend], Calls]] = {
 }
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    for op, (backends, calls) in CALLS.items():
-        for name in [backend.name for backend in backends if backend.name in GPU_BACKENDS]:
-            for number, call in enumerate(calls):
-                try:
-                    with rk.use_backend(name):
-                        call()
-                except ValueError as error:
-                    if f"use_backend({name!r}) cannot serve" not in str(error):
-                        raise
-                    print(f"{op} {name} {number}: not served: {error}", flush=True)
-                    continue
-                torch.cuda.synchronize()
-                print(f"{op} {name} {number}: done", flush=True)
+def main(share: str = "0/1") -> None:
+    """share: "i/n", each n-th call from the i-th on."""
+    which, of = map(int, share.split("/"))
+    jobs = [
+        (op, backend.name, number, call)
+        for op, (backends, calls) in CALLS.items()
+        for backend in backends
+        if backend.name in GPU_BACKENDS
+        for number, call in enumerate(calls)
+    ]
+    for op, name, number, call in jobs[which::of]:
+        torch.manual_seed(number)
+        try:
+            with rk.use_backend(name):
+                call()
+        except ValueError as error:
+            if f"use_backend({name!r}) cannot serve" not in str(error):
+                raise
+            print(f"{op} {name} {number}: not served: {error}", flush=True)
+            continue
+        torch.cuda.synchronize()
+        print(f"{op} {name} {number}: done", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

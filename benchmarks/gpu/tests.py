@@ -97,8 +97,8 @@ def run_tests(ops: list[str], out: Path, extra: list[str], seconds: float = SECO
                 command += [f"--share={share}/{processes}", *extra]
                 running.append((op, junit, start(command, stem.with_suffix(".log"), environment())))
     verdicts = {op: Verdict() for op in ops}
-    for op, junit, process in running:
-        status = finish(process, deadline)
+    statuses = finish([process for _, _, process in running], deadline)
+    for (op, junit, _), status in zip(running, statuses, strict=True):
         verdict = verdicts[op]
         if junit.exists():
             read_junit(junit, verdict)
@@ -115,7 +115,8 @@ def run_tests(ops: list[str], out: Path, extra: list[str], seconds: float = SECO
 def environment() -> dict[str, str]:
     """Threads share the cores among the processes; the interpreter of Triton is not what is tested."""
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return found | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    path = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return found | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(path)}
 
 
 def remember(verdicts: dict[str, Verdict], out: Path) -> None:

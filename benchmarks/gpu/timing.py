@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SECONDS = 0.25  # of repetitions of one call, at most, beyond the fewest
+SECONDS = 0.12  # of repetitions of one call, at most, beyond the fewest
 FEWEST, MOST = 5, 40
 FLUSH_L2 = 4  # times the L2, written between repetitions
 
