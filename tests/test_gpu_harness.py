@@ -11,7 +11,7 @@ import pytest
 
 import realm_kernels as rk
 from benchmarks import kernels, report, roofline
-from benchmarks.gpu import bench, build, rows, sanitize, served, small, summary, tests, timing
+from benchmarks.gpu import bench, build, rows, sanitize, served, small, summary, targets, tests, timing
 from benchmarks.gpu.processes import Outcome, run_logged
 from benchmarks.gpu.runner import run_rows
 from benchmarks.gpu.served import forced_backends
@@ -244,7 +244,7 @@ def test_the_table_tells_times_limits_memory_repairs_and_ratios(tmp_path):
     results = results_of(
         ours,
         entry(shape, "torch", 0.010),
-        entry("other", rows.OURS, 0.001),
+        entry("small shape", rows.OURS, 0.001),
         left_out={"a | b": "no time was left", "c | d": "no time was left"},
     )
     header, body = summary.speeds_of(results)
@@ -264,9 +264,38 @@ def test_the_table_tells_times_limits_memory_repairs_and_ratios(tmp_path):
     whole.write()
     assert whole.ok
     text = whole.text()
-    assert shape in text and "other" not in text and "left out, 2 rows: no time was left" in text
-    assert "| other |" in (tmp_path / "summary.md").read_text()
+    assert shape in text and "small shape" not in text and "left out, 2 rows: no time was left" in text
+    assert "| small shape |" in (tmp_path / "summary.md").read_text()
     assert json.loads((tmp_path / "summary.json").read_text())["tests"]["mips_topk"]["passed"] == 1
+
+
+def test_a_promise_is_judged_by_its_worst_case():
+    def search(batch, k, dtype, median, limit, **peers):
+        shape = {"op": "mips_topk", "N": 13_353_718, "D": 128, "B": batch, "k": k, "dtype": dtype}
+        group = f"mips_topk {dtype} B={batch} k={k}"
+        told = {"shape": shape, "limit_seconds": limit, "extra_bytes": batch << 20}
+        mine = entry(group, rows.OURS, median) | {}
+        mine["extra_info"] |= told
+        others = [entry(group, name.replace("_", " "), time, shape=shape) for name, time in peers.items()]
+        return [mine, *others]
+
+    results = results_of(
+        *search(1, 8, "bfloat16", 1.0, 0.9, torch=8.0),
+        *search(64, 8, "bfloat16", 1.0, 0.7, torch=2.0),
+        *search(512, 8, "bfloat16", 2.0, 1.2, torch=12.0, faiss_GPU=5.0, ours_cuda=1.0),
+        *search(512, 100, "bfloat16", 2.5, 1.2, torch=12.0),
+        *search(512, 8, "int8", 1.0, 0.6),
+    )
+    lines = {told: (worst, kept) for told, worst, kept, _ in targets.promises_of(results)[1]}
+    assert lines["B <= 64: share of the memory limit"] == ("0.70", "NOT kept")
+    assert lines["B >= 256: share of the matrix limit"] == ("0.48", "NOT kept")
+    assert lines["bfloat16's time over int8's"] == ("2.00", "kept")
+    assert lines["time of k = 100 over k = 8"] == ("1.25", "kept")
+    assert lines["B = 512: torch's time over ours"] == ("4.80", "NOT kept")
+    assert lines["B = 512: the best other peer's"] == ("2.50", "kept")
+    assert lines["any shape: torch's time over ours"] == ("2.00", "kept")
+    assert lines["extra memory of a search, MiB"] == ("512.00", "NOT kept")
+    assert lines["linear loss: torch.compile's time over ours"] == ("–", "not measured")
 
 
 @pytest.mark.parametrize(
