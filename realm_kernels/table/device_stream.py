@@ -26,7 +26,7 @@ def is_pinned(shards: Sequence[Tensor]) -> bool:
 
 def refuse_capture() -> None:
     """Raise RuntimeError where a CUDA graph is being captured: the host cannot read rows when it is replayed."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "mips_topk: rows in pageable or mapped host memory are read by the host, which cannot be captured in "
             "a CUDA graph: use table.pin_memory() or table.to(device)"
