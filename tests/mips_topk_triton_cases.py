@@ -1,4 +1,4 @@
-"""What the tests of the Triton backend of mips_topk share: small plans, and the comparison with the reference.
+"""What the tests of the Triton backend of mips_topk share: small plans, comparison with the reference.
 
 The interpreter is slow, so tables have a hundred rows or two and plans are shrunk: small groups, sorts of
 32 keys, little slack. Every round of the tournaments, the filter, several query blocks and the repair are met

@@ -1,4 +1,4 @@
-"""int8 codes on the device of the Triton backend: the ids and bits of the rows, whatever the codes say of them."""
+"""int8 codes as the Triton backend scans them: the ids and bits of the rows, whatever the codes say."""
 
 import mips_topk_triton_cases
 import pytest
@@ -33,7 +33,10 @@ def codes_of(table, group=8):
     shards = [shard.to(where) for shard in (table if isinstance(table, list) else [table])]
     codes, bounds = device_codes.empty(shards, torch.device(DEVICE), group)
     made = quantized.Int8Codes(
-        torch.empty(shards[0].shape[1], device=DEVICE), torch.full((len(shards), 2), -1), tuple(codes), tuple(bounds)
+        torch.empty(shards[0].shape[1], device=DEVICE),
+        torch.full((len(shards), 2), -1),
+        tuple(codes),
+        tuple(bounds),
     )
     quantized.refresh(shards, made.tensors())
     return made.tensors()

@@ -15,7 +15,13 @@ import pytest
 
 from realm_kernels.marginal_loss.triton import REDUCE_BLOCK
 from realm_kernels.marginal_loss.triton import tile as tile_of
-from realm_kernels.mips_topk.triton_plan import RESCORE_REGISTERS, repair_warps, scan_warps, sort_warps
+from realm_kernels.mips_topk.triton_plan import (
+    RESCORE_REGISTERS,
+    repair_registers,
+    repair_warps,
+    scan_warps,
+    sort_warps,
+)
 
 pytest.importorskip("triton")
 
@@ -104,7 +110,9 @@ PREPARE |= dict(stride_b="i32:16", relative="fp32")
 BOUNDS = dict(group_max="*fp32", group_norm="*fp32", slope="*fp32", offset="*fp32", num_groups="i32")
 U_ALONE = dict(group_max="*fp32", num_groups="i32") | consts(group_norm=None, slope=None, offset=None)
 SELECT = dict(best="*i64", left_out="*i64", ceiling=const(None))
-LOWER = dict(keys="*i64", selected="*i64", ceiling="*i64", group_max="*fp32", num_groups="i32", num_slots="i32")
+LOWER = dict(
+    keys="*i64", selected="*i64", ceiling="*i64", group_max="*fp32", num_groups="i32", num_slots="i32"
+)
 SHRINK = dict(keys="*i64", best="*i64", left_out="*i64", flags="*i32", num_keys="i32")
 FINISH = dict(keys="*i64", left_out="*i64", flags="*i32", kth="*i64", repairs="*i64", scores="*fp32")
 FINISH |= dict(indices="*i64", num_keys="i32", first_row="i64", k="i32", stride_out="i32")
@@ -115,11 +123,15 @@ GATHER |= dict(num_excluded="i32", stride_query_b="i32:16", stride_row="i32:16",
 GATHER |= consts(stride_query_d=1, stride_d=1, stride_mask=1, stride_exclude=1, DIM=128, HAS_MASK=False)
 RESCORE = GATHER | dict(selected="*i64", keys="*i64", num_positions="i32", first_position="i32")
 RESCORE |= consts(ceiling=None, STAGED=False)
-REPAIR = GATHER | BOUNDS | dict(flags="*i32", kth="*i64", best="*i64", num_queries="i32", float32_error="fp32")
+REPAIR = (
+    GATHER | BOUNDS | dict(flags="*i32", kth="*i64", best="*i64", num_queries="i32", float32_error="fp32")
+)
 REPAIR |= consts(ceiling=None, terms=None, codes=None, bounds=None, stride_code=0, BLOCK_D=1)
 CODES = dict(terms="*fp32", codes="*i8", bounds="*fp32", num_queries="i32", stride_code="i32:16")
 CODES |= dict(float32_error="fp32", BLOCK_D=const(32))
-REFINE = {name: kind for name, kind in GATHER.items() if name not in ("rows", "stride_row", "stride_d")} | CODES
+REFINE = {
+    name: kind for name, kind in GATHER.items() if name not in ("rows", "stride_row", "stride_d")
+} | CODES
 REFINE |= dict(selected="*i64", keys="*i64", num_positions="i32")
 PREPARE_CODES = dict(queries="*fp32", mean="*fp32", scanned="*i8", terms="*fp32", left_out="*i64")
 PREPARE_CODES |= dict(num_queries="i32", stride_b="i32:16", float64_error="fp32")
@@ -129,7 +141,7 @@ ROWS_BY_ID |= dict(stride_row="i32:16")
 MASKED = {"row_mask": "*i1", "HAS_MASK": const(True)}
 
 
-# The constants are those of triton_plan.py for D = 128 and k = 8, 100 and 2048.
+# The constants are those of triton_plan.py for D = 128 and k = 8, 100 and 1024.
 MIPS_TOPK = [
     scan("bf16 B=128 D=128", "bf16", "bf16", 128, 128, 128, 128, 128, matrix=TENSOR_CORES),
     scan(
@@ -176,10 +188,10 @@ MIPS_TOPK = [
         SELECT | U_ALONE | dict(ceiling="*i64"),
         "of a pass",
         on=HOPPER,
-        warps=sort_warps(8192),
-        PART=8192,
-        TOP=4096,
-        KEEP=4096,
+        warps=sort_warps(4096),
+        PART=4096,
+        TOP=2048,
+        KEEP=2048,
         GROUP=64,
     ),
     mips(
@@ -215,13 +227,23 @@ MIPS_TOPK = [
         TOP=16,
         REPAIRED=True,
     ),
-    mips("repair", REPAIR, "k=8", warps=repair_warps(16), GROUP=128, PART=128, TOP=16),
+    mips(
+        "repair",
+        REPAIR,
+        "k=8",
+        warps=repair_warps(16),
+        registers=repair_registers(16),
+        GROUP=128,
+        PART=128,
+        TOP=16,
+    ),
     mips(
         "repair",
         REPAIR | U_ALONE | CODES,
         "codes",
         on=HOPPER,
         warps=repair_warps(128),
+        registers=repair_registers(128),
         GROUP=128,
         PART=128,
         TOP=128,
@@ -237,7 +259,17 @@ MIPS_TOPK = [
         SELECTED=True,
         STAGED=True,
     ),
-    mips("repair", REPAIR, "k=2048", on=HOPPER, warps=repair_warps(2048), GROUP=16, PART=128, TOP=2048),
+    mips(
+        "repair",
+        REPAIR,
+        "k=1024",
+        on=HOPPER,
+        warps=repair_warps(1024),
+        registers=repair_registers(1024),
+        GROUP=16,
+        PART=128,
+        TOP=1024,
+    ),
 ]
 
 MARGINAL = dict(scores="*fp32", log_weight="*fp32", token_mask="*u8", doc_mask="*u8")

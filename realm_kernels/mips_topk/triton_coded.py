@@ -88,18 +88,15 @@ class CodedBlock(Block):
         )
 
     def select(self) -> Tensor:
-        """Keys of (U, row) of the rows to read [B, kept]; of groups where bounds are lowered between passes."""
+        """Keys of (U, row) of the rows to read [B, kept]."""
         plan = self._plan
+        assert plan.kept is not None
         selected = super().select()
-        if plan.kept is None:
-            return selected
         keys = self._space.keys(self._batch, selected.shape[1] * plan.group)
         self._refine(self._gather, 0, selected, keys)
         return self._shrink(keys, plan.kept, to_one_list=True, group=1)
 
     def rescore(self, selected: Tensor) -> Tensor:
-        if self._plan.kept is None:
-            return super().rescore(selected)
         keys = self._space.keys(*selected.shape)
         launch_rescore(self._gather, selected, keys)
         return keys
@@ -122,7 +119,7 @@ UNREAD = ("rows", "stride_row", "stride_d")  # what the closer look at the codes
 
 
 class StagedBlock(CodedBlock):
-    """CodedBlock over rows that only the host can read: it gathers them, and waits for the GPU to know which."""
+    """CodedBlock over rows that only the host can read: it waits to know which, and gathers them."""
 
     def __init__(self, piece: Piece, plan: Plan, workspace: Workspace, start: int, stop: int) -> None:
         refuse_capture()
@@ -134,7 +131,7 @@ class StagedBlock(CodedBlock):
         return keys
 
     def repair(self, scores: Tensor, indices: Tensor) -> None:
-        """One flagged query after the other: all rows whose bound reaches the k-th score, some groups at a time."""
+        """For each flagged query, all rows whose bound reaches the k-th score, some groups at a time."""
         plan, space = self._plan, self._space
         for query in space.flags[: self._batch].nonzero().flatten().tolist():
             last = space.kth[query]

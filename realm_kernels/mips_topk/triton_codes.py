@@ -61,8 +61,9 @@ def prepare_codes_kernel(
         place = queries + query * stride_b + d.to(tl.int64) * stride_d
         q = tl.load(place, mask=d < DIM, other=0.0).to(tl.float32)
         m = tl.load(mean + d, mask=d < DIM, other=0.0).to(tl.float64)
-        code = tl.floor(q / step + 0.5)
-        # Any integer will do: a finite query has these, one with an infinity or NaN is never bounded.
+        # Any integer will do, as the residual is what it leaves; what is not finite is not bounded.
+        code = q / step
+        code = (code + tl.where(code < 0, -0.5, 0.5)).to(tl.int32).to(tl.float32)
         code = tl.where(tl.abs(code) <= 127, code, 0.0)
         tl.store(scanned + query * D_PADDED + d, code.to(tl.int8))
         residual = q.to(tl.float64) - step.to(tl.float64) * code.to(tl.float64)
@@ -89,7 +90,7 @@ def prepare_codes_kernel(
 def _bound(product, error, centre, norm):
     """U >= centre + product + what they stand for; +inf where nothing is known, -inf for a NaN query."""
     error = (error + _RELATIVE * tl.abs(product)) * ROUND_UP
-    # Below 2^100 no sum here can have reached 2^128, as the error is at least 2^-21 of it. NaN compares false.
+    # Below 2^100 no sum here can reach 2^128: the error is at least 2^-21 of it. NaN compares false.
     bound = tl.where(error < OVERFLOW, (centre + product) + error, float("inf"))
     return tl.where(norm == norm, bound, float("-inf"))
 

@@ -289,6 +289,7 @@ class Block:
             PART=triton_plan.REPAIR_LOOK,
             TOP=plan.top,
             num_warps=triton_plan.repair_warps(plan.top),
+            maxnreg=triton_plan.repair_registers(plan.top),
         )
         self.finish(best, scores, indices, repaired=True)
 

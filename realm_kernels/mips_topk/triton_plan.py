@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 WORKSPACE_BYTES = 256 << 20
-MAX_K = 2048  # of a pass: the repair keeps as many 64-bit keys of a query in registers
-MAX_SELECTED = 4096  # groups of a pass: those of k = 2048 and its slack
+MAX_K = 1024  # of a pass: the repair keeps as many 64-bit keys of a query in registers
+MAX_SELECTED = (
+    2048  # groups of a pass: those of k = 1024 and its slack; twice as many are sorted in registers
+)
 SORT_KEYS = 2048  # keys a program sorts: sixteen in each of 128 threads
 ROUNDOFF = 2.0**-22  # of an addition in a tensor core, which truncates; to be confirmed on a GPU
 FILTER_KEYS = 4096  # keys a program filters: sixteen in each of 256 threads
@@ -43,7 +45,7 @@ class Plan:
     repair_parts: int  # programs that share the repair of a query
     passes: int = 1  # of up to MAX_K rows each, over one scan
     early: int = 0  # rounds before them that only lower the bounds of groups whose best rows are excluded
-    kept: int | None = None  # with codes: rows of a query that are read themselves
+    kept: int | None = None  # rows of a query that are read themselves; None: codes are of no use
     staged_bytes: int = 0  # of each of these that is copied from the host
 
     @property
@@ -104,7 +106,7 @@ def plan_for(
         group = code_group
     num_groups = ceil_div(num_rows, group)
     kept = None
-    if code_group is not None and passes + early == 1:
+    if code_group is not None and passes == 1 and in_pass + num_excluded + slack <= MAX_SELECTED:
         kept = min(power_of_two(round(in_pass * codes_growth(dim, with_query=False)) + 16, 2), SORT_KEYS)
         kept = max(kept, power_of_two(in_pass, 2))
     plan = Plan(
@@ -134,12 +136,12 @@ def scores_all(plan: Plan, num_rows: int) -> bool:
 
 
 def codes_growth(dim: int, with_query: bool) -> float:
-    """How many times k groups, or rows, the bound of int8 codes cannot exclude, of normally distributed rows.
+    """How many times k groups, or rows, the bound of int8 codes cannot exclude, were elements normal.
 
-    The step is 4.5 standard deviations of an element / 127, so the bound of a row's residual is 0.01 sqrt(D) of
-    those of a score, and with a query's nearly twice that. At the tail of a normal distribution, 4.5 standard
-    deviations out, so much lower there are exp(4.5 * bound) times as many. Measured at D = 128: 16 to 26 groups
-    for k = 8 and 179 to 203 for k = 100.
+    The step is 4.5 standard deviations of an element / 127, so the bound of a row's residual is 0.01 sqrt(D)
+    of those of a score, and with a query's nearly twice that. In the tail of a normal distribution, 4.5
+    standard deviations out, there are exp(4.5 * bound) times as many rows so much lower. Measured at D = 128:
+    16 to 26 groups for k = 8 and 179 to 203 for k = 100.
     """
     return math.exp(4.5 * 0.01 * math.sqrt(dim) * (1.8 if with_query else 1.0))
 
@@ -172,7 +174,10 @@ def _bytes(plan: Plan, dim: int) -> tuple[int, int]:
     slope_and_offset, left_out_and_kth, flag = 4 + 4, 8 + 8, 4
     ceiling, terms, staged = 8, 4 * CODE_TERMS, plan.staged_bytes * (plan.kept or 0)
     maxima, keys = 4 * plan.num_groups, 8 * (sum(scratch_widths(plan)) + sum(held_widths(plan)))
-    return fixed, scanned + slope_and_offset + left_out_and_kth + flag + ceiling + terms + staged + maxima + keys
+    return (
+        fixed,
+        scanned + slope_and_offset + left_out_and_kth + flag + ceiling + terms + staged + maxima + keys,
+    )
 
 
 def scratch_widths(plan: Plan) -> tuple[int, int]:
@@ -275,13 +280,18 @@ def repair_warps(top: int) -> int:
     return max(4, sort_warps(2 * top) * 2)
 
 
+def repair_registers(top: int) -> int:
+    """Of a thread: enough not to spill, and three programs of the usual four warps side by side."""
+    return min(168, 65536 // (32 * repair_warps(top)))
+
+
 def scan_warps(block_b: int) -> int:
     """Warps of 16 query rows; wgmma wants them in fours."""
     return 8 if block_b == 128 else 4
 
 
 def float32_error(dim: int) -> float:
-    """What a float32 sum of D products may lose, in any order, of the norms; twice that, for its own rounding."""
+    """What a float32 sum of D products may lose of the norms, in any order, and as much for safety."""
     return (dim + 8) * 2.0**-23
 
 

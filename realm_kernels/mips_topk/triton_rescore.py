@@ -181,9 +181,7 @@ def repair_kernel(
     found = tl.full([TOP], NOTHING, tl.int64)
     for first in range(part * run, end, PART):
         several = first + tl.arange(0, PART)
-        uppers = load_bounds(
-            group_max, group_norm, slope, offset, query, several, several < end, num_groups
-        )
+        uppers = load_bounds(group_max, group_norm, slope, offset, query, several, several < end, num_groups)
         if (tl.max(uppers, axis=0) >= tau) & (tl.max(uppers, axis=0) > float("-inf")):
             for group in range(first, tl.minimum(first + PART, end)):
                 upper = load_bounds(

@@ -69,7 +69,7 @@ def _plans(
     codes: Sequence[Tensor],
     planner: Planner,
 ) -> Iterator[tuple[int, Tensor, Codes | None, Plan]]:
-    """(first row, rows, codes, plan) of each piece; rows of host memory without use for codes come in windows."""
+    """(first row, rows, codes, plan) of each piece. Rows of the host come in windows, unless codes serve."""
     batch, dim = queries.shape
 
     def plan_of(rows: Tensor, **more: Any) -> Plan:
@@ -87,8 +87,7 @@ def _plans(
                 group = piece_codes.codes.shape[1]
                 staged = dim * rows.element_size() if on_host and not device_stream.is_pinned([rows]) else 0
                 plan = plan_of(rows, code_group=group, staged_bytes=staged)
-                # Rescoring whole groups, or every row, reads more of the host than all rows once.
-                if on_host and plan.kept is None:
+                if plan.kept is None:
                     plan = None
             if plan is not None:
                 yield start, rows, piece_codes, plan
@@ -104,9 +103,7 @@ def is_on_host(queries: Tensor, shards: Sequence[Tensor]) -> bool:
     return shards[0].device != queries.device
 
 
-def _with_codes(
-    shards: list[Tensor], codes: Sequence[Tensor]
-) -> Iterator[tuple[int, Tensor, Codes | None]]:
+def _with_codes(shards: list[Tensor], codes: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Codes | None]]:
     """(first row, shard, its codes) of the shards that have rows."""
     for number, (first, shard) in enumerate(device_stream.spans(shards)):
         if shard.shape[0] > 0:

@@ -82,7 +82,7 @@ def bound_kernel(
     num_groups,
     PART: tl.constexpr,
 ):
-    """U in the place of the maxima, where several passes are to lower it. Reads and writes 4 bytes a group."""
+    """U in the place of the maxima, to be lowered between passes. Reads and writes 4 bytes a group."""
     query = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * PART + tl.arange(0, PART)
     inside = group < num_groups

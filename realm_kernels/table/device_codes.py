@@ -16,12 +16,14 @@ RESCORED_GROUPS = 64  # of a query, about as many as k = 8 needs
 
 
 def group_rows(num_rows: int, dim: int) -> int:
-    """G, as triton_plan.py balances it: a query's maxima, 8 N / G bytes, against the codes it looks at again."""
+    """G, as triton_plan.py balances it: a query's maxima, 8 N / G bytes, against codes looked at again."""
     balanced = math.log2(max(1.0, 8 * num_rows / (RESCORED_GROUPS * dim))) / 2
     return 1 << min(7, max(5, round(balanced)))
 
 
-def empty(shards: Sequence[Tensor], device: torch.device, group: int | None = None) -> tuple[list[Tensor], ...]:
+def empty(
+    shards: Sequence[Tensor], device: torch.device, group: int | None = None
+) -> tuple[list[Tensor], ...]:
     """Uninitialised codes int8 [groups, G, D32] and bounds float32 [groups, 3] of each shard.
 
     D32 is D rounded up to 32, what a tensor core takes at once.
@@ -39,7 +41,7 @@ def encode(shard: Tensor, mean: Tensor, codes: Tensor, bounds: Tensor) -> None:
     """Fill codes and bounds of one shard: x = mean + s c + e with |c| <= 127, a step s for each group.
 
     bounds of a group: s, at least ||e|| and at least ||s c|| of each of its rows. A row with NaN is never
-    returned: its codes are 0, and it takes no part in the bounds. A row with an infinity makes ||e|| infinite.
+    returned: its codes are 0, and it has no part in the bounds. A row with an infinity makes ||e|| infinite.
     """
     groups, group, _ = codes.shape
     dim = shard.shape[1]

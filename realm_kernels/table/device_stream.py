@@ -25,18 +25,18 @@ def is_pinned(shards: Sequence[Tensor]) -> bool:
 
 
 def refuse_capture() -> None:
-    """Raise RuntimeError where a CUDA graph is being captured: the host cannot read rows when it is replayed."""
+    """Raise RuntimeError during the capture of a CUDA graph: the host has no part in a replay."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "mips_topk: rows in pageable or mapped host memory are read by the host, which cannot be captured in "
-            "a CUDA graph: use table.pin_memory() or table.to(device)"
+            "mips_topk: rows in pageable or mapped host memory are read by the host, which cannot be "
+            "captured in a CUDA graph: use table.pin_memory() or table.to(device)"
         )
 
 
 def windows(
     rows: Iterable[tuple[int, Tensor]], device: torch.device, window_bytes: int = WINDOW_BYTES
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows on `device`) of parts of at most window_bytes; each is overwritten by the one after next.
+    """(first row, rows on `device`) of parts of window_bytes at most; the next but one overwrites it.
 
     rows: (first row, rows on the CPU), all of one width and dtype. Work that the caller launches on the
     current stream between two windows is waited for before the first of them is overwritten. The copy of the
@@ -58,7 +58,7 @@ def windows(
 
 
 class _Buffers:
-    """Two buffers of rows on a device, and what orders the copies into them. On the CPU they are only copied."""
+    """Two buffers of rows on a device, and what orders the copies into them; on the CPU nothing need."""
 
     def __init__(self, part_rows: int, like: Tensor, device: torch.device) -> None:
         shape = (BUFFERS, part_rows, like.shape[1])
@@ -66,6 +66,8 @@ class _Buffers:
         self._on_gpu = device.type == "cuda"
         if not self._on_gpu:
             return
+        if not like.is_pinned():
+            refuse_capture()
         self._search = torch.cuda.current_stream(device)
         self._copies = torch.cuda.Stream(device)
         self._copies.wait_stream(self._search)  # for what had this memory before
@@ -96,7 +98,6 @@ class _Buffers:
             self._is_used[which] = True
 
     def _staged(self, which: int, part: Tensor) -> Tensor:
-        refuse_capture()
         if self._staging is None:
             self._staging = torch.empty(self._rows.shape, dtype=self._rows.dtype, pin_memory=True)
         if self._is_used[which]:

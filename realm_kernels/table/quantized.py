@@ -27,7 +27,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Int8Codes:
-    """Codes c of rows x = mean + s c + e: the rows of a panel or group share a scale s and bounds of e and s c.
+    """Codes c of rows x = mean + s c + e; those of a panel or group share a scale s and bounds of e and s c.
 
     A cache of the rows: once they are written to it is out of date, and `refresh` encodes them anew.
 
