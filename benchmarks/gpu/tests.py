@@ -24,16 +24,17 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 200
 OPS = ("mips_topk", "linear_marginal_loss", "marginal_loss", "span_marginal_loss")
 REST = "table"
-# What makes a test file one that a GPU makes a difference to: it looks for one, or marks tests for one.
-FOR_A_GPU = re.compile(r"torch\.cuda\.is_available\(\)|mark\.gpu\b|cuda_unusable\(\)")
+# What makes a test file one that a GPU makes a difference to: it looks for one, puts what it tests on DEVICE,
+# or marks tests for one.
+FOR_A_GPU = re.compile(r"torch\.cuda\.is_available\(\)|\bDEVICE\b|mark\.gpu\b|cuda_unusable\(\)")
 MARKED = re.compile(r"mark\.gpu\b")
 # About what needs no GPU, or the interpreter that is not used where one is.
 NOT_THERE = {"test_gpu_harness.py", "test_triton_interpreter.py"}
 # Of these files only some tests: the other backends are the CPU's.
 SELECTED = {"test_marginal_loss.py": ["-k", "triton or cuda"]}
 # Compiling is what takes the time, on one core a process.
-PROCESSES_OF_LARGEST, PROCESSES = max(2, min(12, (os.cpu_count() or 2) - 4)), 2
-LARGEST = "tests/test_mips_topk_triton.py"
+PROCESSES = {"test_mips_topk_triton.py": 8, "test_mips_topk_triton_gpu.py": 5}
+PROCESSES_OF_OTHERS = 3
 
 
 def selections(op: str) -> list[list[str]]:
@@ -103,7 +104,7 @@ def run_tests(ops: list[str], out: Path, extra: list[str], seconds: float = SECO
     running = []
     for op in ops:
         for number, selection in enumerate(selections(op)):
-            processes = PROCESSES_OF_LARGEST if LARGEST in selection else PROCESSES
+            processes = PROCESSES.get(Path(selection[0]).name, PROCESSES_OF_OTHERS)
             for share in range(processes):
                 stem = out / f"test-{op}-{number}-{share}"
                 junit = stem.with_suffix(".xml")
