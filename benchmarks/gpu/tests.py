@@ -23,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 200
 # To add a test file: a line here. A selection is a file and what else pytest is given.
 TESTS: dict[str, list[list[str]]] = {
-    "mips_topk": [["tests/test_mips_topk_triton.py"], ["tests/test_mips_topk_gpu.py"]],
+    "mips_topk": [
+        ["tests/test_mips_topk_triton.py"],
+        ["tests/test_mips_topk_triton_codes.py", "tests/test_mips_topk_triton_passes.py"],
+        ["tests/test_mips_topk_triton_gpu.py", "tests/test_mips_topk_gpu.py"],
+    ],
     "marginal_loss": [
         ["tests/test_marginal_loss.py", "-k", "triton or cuda"],
         ["tests/test_marginal_loss_cuda.py"],
