@@ -4,9 +4,9 @@ A chunk holds all K * M rows of its examples, so their posteriors are known as s
 pass does everything:
 
     logits = W hidden^T + b                                [V, R]   first product
-    statistics over V: log p(target), sum of exponentials  [R]
+    statistics over V: log p(target), sum of exponentials  [R]      passes.py
     posterior of the chunk's examples, by marginal_loss    [R]
-    d_logits = posterior (p - onehot(target)), in place    [V, R]
+    d_logits = posterior (p - onehot(target)), in place    [V, R]   passes.py
     d_hidden = d_logits^T W                                [R, H]   second product
     d_weight += d_logits hidden, in float32                [V, H]   third product
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from .chunks import chunks_of
+from .passes import Statistics, passes_for
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
 
@@ -43,35 +44,6 @@ def may_count_rows(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class Statistics(NamedTuple):
-    log_p: Tensor  # [R] float64, log softmax of the logits at the target
-    total: Tensor  # [R] float64, sum over V of exp(logit - the largest)
-
-
-def softmax_statistics_(logits: Tensor, targets: Tensor) -> Statistics:
-    """The statistics of logits [V, R], which become exp(logit - the largest), and 0 at the target.
-
-    The target is summed apart from the rest: log p = -log1p(rest / e) keeps its digits where p is near 1.
-    What is left of a row is a handful of numbers on which all hangs, and those are float64.
-    """
-    largest = logits.amax(0)
-    at_target = targets[None]
-    distance = logits.gather(0, at_target)[0].double() - largest.double()
-    logits.sub_(largest).exp_()
-    logits.scatter_(0, at_target, 0.0)
-    e, rest = distance.exp(), logits.sum(0).double()
-    total = e + rest
-    log_p = torch.where(rest < e, -(rest / e).log1p(), distance - total.log())
-    return Statistics(log_p, total)
-
-
-def logits_gradient_(exponentials: Tensor, targets: Tensor, statistics: Statistics, factor: Tensor) -> None:
-    """exponentials [V, R], as softmax_statistics_ left them, become factor [R] (p - onehot(target))."""
-    dtype = exponentials.dtype
-    exponentials.mul_((factor / statistics.total).to(dtype))
-    exponentials.scatter_(0, targets[None], (factor * statistics.log_p.expm1()).to(dtype)[None])
-
-
 class Pass:
     """The buffers of one call, and what it does with one chunk."""
 
@@ -79,11 +51,12 @@ class Pass:
         self.problem, self.needs = problem, needs
         self.chunks = chunks_of(problem)
         self.products = products_for(problem.weight, problem.sum_dtype)
+        self.passes = passes_for(problem.weight.device)
         self.bias = None
         if problem.bias is not None:
             # Softmax does not see a common offset, which would cost the logits the digits it has.
             bias = problem.bias.double()
-            self.bias = (bias - bias.amax()).to(problem.sum_dtype)[:, None]  # [V, 1]
+            self.bias = (bias - bias.amax()).to(problem.sum_dtype)  # [V]
         hidden, weight = problem.hidden, problem.weight
         self.hidden = hidden.reshape(-1, hidden.shape[3])  # [B * K * M, H]
         self.live = problem.live().flatten()
@@ -111,16 +84,14 @@ class Pass:
             targets = torch.where(live, targets, 0)
             hidden = torch.where(live[:, None], hidden, 0.0)
         outside = (targets < 0) | (targets >= self.problem.weight.shape[0])
-        return Rows(place, self.products.operand(hidden), torch.where(outside, 0, targets), outside)
+        return Rows(place, hidden.to(self.products.operand_dtype), torch.where(outside, 0, targets), outside)
 
-    def exponentials(self, rows: Rows) -> tuple[Tensor, Statistics]:
+    def logits(self, rows: Rows) -> tuple[Tensor, Statistics]:
         """First product and statistics."""
         vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
         logits = self.workspace[: vocabulary * count].view(vocabulary, count)
         self.products.logits(rows.hidden, logits)
-        if self.bias is not None:
-            logits.add_(self.bias)
-        return logits, softmax_statistics_(logits, rows.targets)
+        return logits, self.passes.statistics_(logits, self.bias, rows.targets)
 
     def keep_log_likelihood(self, rows: Rows, statistics: Statistics) -> None:
         log_p = torch.where(rows.outside, torch.nan, statistics.log_p)
@@ -128,19 +99,24 @@ class Pass:
             log_p = torch.where(self.live[rows.place], log_p, 0.0)
         self.log_likelihood.view(-1)[rows.place] = log_p
 
-    def add_gradients(self, rows: Rows, exponentials: Tensor, statistics: Statistics, factor: Tensor) -> None:
+    def add_gradients(self, rows: Rows, logits: Tensor, statistics: Statistics, factor: Tensor) -> None:
         """Second and third product; factor: float64 [R], the upstream gradient times the posterior."""
         scale = self.products.scale
-        logits_gradient_(exponentials, rows.targets, statistics, factor * scale)
-        d_logits = self.products.operand(exponentials)
+        d_logits = self.passes.gradient_(
+            logits,
+            self.bias,
+            rows.targets,
+            statistics,
+            factor * scale,
+            self.products.operand_dtype,
+            self.d_bias if self.needs.bias else None,
+        )
         if self.needs.hidden:
             d_hidden = self.products.d_hidden(d_logits) / scale
             self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
         if self.needs.weight:
             self.products.add_d_weight(self.d_weight, d_logits, rows.hidden, not self.d_weight_begun)
             self.d_weight_begun = True
-        if self.needs.bias:
-            self.d_bias += exponentials.sum(1)
 
     def gradients(self) -> Gradients:
         scale = self.products.scale
@@ -159,7 +135,7 @@ def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     one_pass = any(needs) and work.chunks.examples_at_once > 0
     for first, last in work.chunks.ranges():
         rows = work.rows(first, last)
-        exponentials, statistics = work.exponentials(rows)
+        logits, statistics = work.logits(rows)
         work.keep_log_likelihood(rows, statistics)
         if one_pass:
             examples = first // work.chunks.rows_of_example, last // work.chunks.rows_of_example
@@ -168,7 +144,7 @@ def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
                 problem.examples(*examples), work.log_likelihood[part], ones[part]
             ).flatten()
             kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
-            work.add_gradients(rows, exponentials, statistics, factor[kept])
+            work.add_gradients(rows, logits, statistics, factor[kept])
     if any(needs) and not one_pass:
         _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
     return work.log_likelihood, work.gradients()
@@ -184,8 +160,8 @@ def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Ne
 def _second_pass(work: Pass, factor: Tensor) -> None:
     for first, last in work.chunks.ranges():
         rows = work.rows(first, last)
-        exponentials, statistics = work.exponentials(rows)
-        work.add_gradients(rows, exponentials, statistics, factor[rows.place])
+        logits, statistics = work.logits(rows)
+        work.add_gradients(rows, logits, statistics, factor[rows.place])
 
 
 BACKEND = Backend(name="torch", refuses=lambda *arguments: None, forward=forward, backward=backward)
