@@ -189,7 +189,7 @@ MARGINAL_LOSS = [
 
 CHUNK = dict(logits="*fp32", bias="*fp32", targets="*i64", R="i32:16")
 PARTS = dict(peaks="*fp32", sums="*fp32")
-ROWS = dict(shift="*fp32", inverse="*fp32", at_target="*fp32")
+ROWS = dict(log_p="*fp64", total="*fp64", largest="*fp32")
 LINEAR_WARPS = dict(
     statistics=linear.STATISTICS_WARPS, combine=linear.COMBINE_WARPS, gradient=linear.GRADIENT_WARPS
 )
@@ -204,19 +204,20 @@ def chunk(name, arguments, variant="", on=ARCHITECTURES, **constants):
 
 
 STATISTICS = PARTS | dict(V="i32") | consts(BLOCK_V=linear.STATISTICS_V, BLOCK_R=linear.STATISTICS_R)
-COMBINE = PARTS | ROWS | dict(log_p="*fp64", S="i32") | consts(NO_PART=linear.NO_PART)
-COMBINE |= consts(BLOCK_S=linear.COMBINE_S, BLOCK_R=linear.COMBINE_R)
-GRADIENT = ROWS | dict(d_bias="*fp32", factor="*fp64", scale="fp32", V="i32")
+COMBINE = PARTS | ROWS | dict(S="i32") | consts(BLOCK_S=linear.COMBINE_S, BLOCK_R=linear.COMBINE_R)
+GRADIENT = ROWS | dict(d_bias="*fp32", factor="*fp64", V="i32")
 GRADIENT |= consts(BLOCK_V=linear.GRADIENT_V, BLOCK_R=linear.GRADIENT_R)
 UNBIASED = dict(bias=None)
 LINEAR_MARGINAL_LOSS = [
     chunk("statistics", STATISTICS),
     chunk("statistics", STATISTICS, "bare", on=HOPPER, **UNBIASED),
+    chunk("statistics", STATISTICS, "of one word", on=HOPPER, V=1, R=1, **UNBIASED),
     chunk("combine", COMBINE),
-    chunk("combine", COMBINE, "bare", on=HOPPER, **UNBIASED),
+    chunk("combine", COMBINE, "of one word", on=HOPPER, R=1, S=1, **UNBIASED),
     chunk("gradient", GRADIENT | dict(d_logits="*bf16"), "bf16", PITCH=2),
     chunk("gradient", GRADIENT | dict(d_logits="*fp16", R="i32"), "fp16 R odd", on=HOPPER, PITCH=2),
     chunk("gradient", GRADIENT | dict(d_logits="*fp32"), "fp32", PITCH=1),
+    chunk("gradient", GRADIENT | dict(d_logits="*bf16"), "of one word", on=HOPPER, PITCH=2, V=1, R=1),
     chunk(
         "gradient",
         GRADIENT | dict(d_logits="*bf16"),

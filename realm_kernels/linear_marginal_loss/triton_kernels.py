@@ -1,11 +1,11 @@
 """The Triton kernels of linear_marginal_loss: the passes over a chunk of logits between its matrix products.
 
-Legend: V vocabulary, R rows of the chunk (pairs of document and token), S parts of the vocabulary. Logits stand
-vocabulary first, [V, R] float32, R contiguous. What moves, in bytes a logit:
+Legend: V vocabulary, R rows of the chunk (pairs of document and token), S parts of the vocabulary. Logits
+stand vocabulary first, [V, R] float32, R contiguous. What moves, in bytes a logit:
 
-    statistics   read 4              one program a tile [BLOCK_V, BLOCK_R], held in registers
-    combine      S numbers a row     one program BLOCK_R rows; S = V / BLOCK_V
-    gradient     read 4, write 2     one program BLOCK_V whole rows of the vocabulary, in place
+    statistics   read 4                one program a tile [BLOCK_V, BLOCK_R], held in registers
+    combine      read 8 S / V, twice   one program BLOCK_R rows, S = V / BLOCK_V
+    gradient     read 4, write 2 or 4  one program BLOCK_V words with all their rows, in place
 
 All sums have a fixed order; no atomics. triton.py launches them.
 """
@@ -25,6 +25,18 @@ def _log1p(x):
     y = 1.0 + x
     exact = y == 1.0
     return tl.where(exact, x, tl.log(y) * (x / tl.where(exact, 1.0, y - 1.0)))
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0: the Taylor series, whose term x^9 / 9! is below 2^-24 of x, down to -1/2."""
+    q = 1.0 / 40320.0 * x + 1.0 / 5040.0
+    q = q * x + 1.0 / 720.0
+    q = q * x + 1.0 / 120.0
+    q = q * x + 1.0 / 24.0
+    q = q * x + 1.0 / 6.0
+    q = q * x + 0.5
+    return tl.where(x > -0.5, x + q * (x * x), tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -51,7 +63,7 @@ def _tile(logits, bias, v, r, V, R):
 def linear_marginal_loss_statistics_kernel(
     logits,  # [V, R] float32
     bias,  # [V] float32 or None
-    targets,  # [R] int64, below 0 where a row has none
+    targets,  # [R] int64, in [0, V)
     peaks,  # [S, R] float32, the largest logit of a part but the target's
     sums,  # [S, R] float32, sum over the part but the target of exp(logit - peak)
     V,
@@ -62,9 +74,10 @@ def linear_marginal_loss_statistics_kernel(
     """The (max, sum) pairs of one part of the vocabulary.
 
     The target is summed apart from the rest: log p = -log1p(rest / e) keeps its digits where p is near 1.
+    The last words first: the product wrote them last, and some are still in the cache.
     """
     row_blocks = tl.cdiv(R, BLOCK_R)
-    part = tl.program_id(0) // row_blocks
+    part = tl.cdiv(V, BLOCK_V) - 1 - tl.program_id(0) // row_blocks
     v = part * BLOCK_V + tl.arange(0, BLOCK_V)
     r = tl.program_id(0) % row_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < R
@@ -90,50 +103,44 @@ def _parts(pointer, start, r, R, S, other, BLOCK_S: tl.constexpr):
 def linear_marginal_loss_combine_kernel(
     logits,  # [V, R] float32
     bias,  # [V] float32 or None
-    targets,  # [R] int64, NO_PART or OUTSIDE where a row has none
+    targets,  # [R] int64, in [0, V)
     peaks,  # [S, R] float32
     sums,  # [S, R] float32
-    log_p,  # [R] float64, log softmax at the target: 0 for NO_PART, NaN for OUTSIDE
-    shift,  # [R] float32, the largest logit
-    inverse,  # [R] float32, 1 / sum over V of exp(logit - shift)
-    at_target,  # [R] float32, p - 1
+    log_p,  # [R] float64, log softmax at the target
+    total,  # [R] float64, sum over V of exp(logit - largest)
+    largest,  # [R] float32, of the logits; 0 where all are -inf
     R,
     S,
-    NO_PART: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The statistics of rows from those of their parts, in float64: a handful of numbers on which all hangs."""
+    """The statistics of rows from those of their parts, in float64: few numbers, on which all hangs."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < R
-    target = tl.load(targets + r, mask=inside, other=-1)
-    has_target = inside & (target >= 0)
-    logit = tl.load(logits + target * R + r, mask=has_target, other=-_INF)
+    target = tl.load(targets + r, mask=inside, other=0)
+    logit = tl.load(logits + target * R + r, mask=inside, other=0.0)
     if bias is not None:
-        logit += tl.load(bias + target, mask=has_target, other=0.0)
+        logit += tl.load(bias + target, mask=inside, other=0.0)
 
     tops = tl.full([BLOCK_S, BLOCK_R], -_INF, tl.float32)
     for start in range(0, S, BLOCK_S):
         tops = tl.maximum(tops, _parts(peaks, start, r, R, S, -_INF, BLOCK_S))
-    largest = tl.maximum(tl.max(tops, axis=0), logit)
-    largest = tl.where(largest == -_INF, 0.0, largest)
+    peak = tl.maximum(tl.max(tops, axis=0), logit)
+    peak = tl.where(peak == -_INF, 0.0, peak)
     rests = tl.zeros([BLOCK_S, BLOCK_R], tl.float64)
     for start in range(0, S, BLOCK_S):
-        below = _parts(peaks, start, r, R, S, -_INF, BLOCK_S).to(tl.float64) - largest.to(tl.float64)[None, :]
+        below = _parts(peaks, start, r, R, S, -_INF, BLOCK_S).to(tl.float64) - peak.to(tl.float64)[None, :]
         rests += _parts(sums, start, r, R, S, 0.0, BLOCK_S).to(tl.float64) * tl.exp(below)
     rest = tl.sum(rests, axis=0)
 
-    distance = logit.to(tl.float64) - largest.to(tl.float64)
-    e = tl.where(inside, tl.exp(distance), 1.0)
-    total = e + rest
+    distance = logit.to(tl.float64) - peak.to(tl.float64)
+    e = tl.exp(distance)
     near = rest < e
     q_near = -_log1p(tl.where(near, rest / tl.where(near, e, 1.0), 0.0))
-    q = tl.where(near, q_near, distance - tl.log(tl.where(near, 1.0, total)))
-    q = tl.where(has_target, q, tl.where(target == NO_PART, 0.0, float("nan")))
+    q = tl.where(near, q_near, distance - tl.log(tl.where(near, 1.0, e + rest)))
     tl.store(log_p + r, q, mask=inside)
-    tl.store(shift + r, largest, mask=inside)
-    tl.store(inverse + r, (1.0 / total).to(tl.float32), mask=inside)
-    tl.store(at_target + r, (-rest / total).to(tl.float32), mask=inside)
+    tl.store(total + r, e + rest, mask=inside)
+    tl.store(largest + r, peak, mask=inside)
 
 
 @triton.jit
@@ -142,22 +149,21 @@ def linear_marginal_loss_gradient_kernel(
     d_logits,  # the same memory, [V, R] of pitch PITCH * R
     bias,  # [V] float32 or None
     d_bias,  # [V] float32, added to, or None
-    targets,  # [R] int64, below 0 where a row has none
-    shift,  # [R] float32
-    inverse,  # [R] float32
-    at_target,  # [R] float32
+    targets,  # [R] int64, in [0, V)
+    log_p,  # [R] float64
+    total,  # [R] float64
+    largest,  # [R] float32
     factor,  # [R] float64, the upstream gradient times the posterior
-    scale,  # float, on all results
     V,
     R,
     PITCH: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """d_logits = scale factor (p - onehot(target)), over the logits; d_bias += its sum over rows.
+    """d_logits = factor (p - onehot(target)), over the logits; d_bias += its sum over rows.
 
     Half precision takes the first half of the bytes of each word's logits. A program owns its words whole and
-    writes columns [r, r + BLOCK_R) where columns from r / 2 on were read: all threads have read theirs first.
+    writes columns [r, r + BLOCK_R) where it read columns from r / 2 on: all of its threads have read by then.
     """
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     by_word = tl.zeros([BLOCK_V, BLOCK_R], tl.float32)
@@ -165,11 +171,11 @@ def linear_marginal_loss_gradient_kernel(
         r = start + tl.arange(0, BLOCK_R)
         inside = r < R
         x = _tile(logits, bias, v, r, V, R)
-        weight = tl.load(factor + r, mask=inside, other=0.0).to(tl.float32) * scale
-        slope = weight * tl.load(inverse + r, mask=inside, other=0.0)
-        peak = weight * tl.load(at_target + r, mask=inside, other=0.0)
+        weight = tl.load(factor + r, mask=inside, other=0.0).to(tl.float32)
+        slope = weight / tl.load(total + r, mask=inside, other=1.0).to(tl.float32)
+        peak = weight * _expm1(tl.load(log_p + r, mask=inside, other=0.0).to(tl.float32))
         target = tl.load(targets + r, mask=inside, other=-1).to(tl.int32)
-        d = tl.exp(x - tl.load(shift + r, mask=inside, other=0.0)[None, :]) * slope[None, :]
+        d = tl.exp(x - tl.load(largest + r, mask=inside, other=0.0)[None, :]) * slope[None, :]
         d = tl.where(v[:, None] == target[None, :], peak[None, :], d)
         # Selected, not multiplied: the logits of a row without a part may be infinite.
         d = tl.where((weight != 0)[None, :], d, 0.0)
@@ -181,5 +187,5 @@ def linear_marginal_loss_gradient_kernel(
         there = (v < V)[:, None] & inside[None, :]
         tl.store(d_logits + place, _narrow(d, d_logits.dtype.element_ty), mask=there)
     if d_bias is not None:
-        total = tl.load(d_bias + v, mask=v < V, other=0.0) + tl.sum(by_word, axis=1)
-        tl.store(d_bias + v, total, mask=v < V)
+        sum_of_rows = tl.load(d_bias + v, mask=v < V, other=0.0) + tl.sum(by_word, axis=1)
+        tl.store(d_bias + v, sum_of_rows, mask=v < V)
