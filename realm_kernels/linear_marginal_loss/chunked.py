@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from .chunks import chunks_of
-from .passes import Statistics, passes_for
+from .passes import TORCH, Passes, Statistics
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
 
@@ -47,11 +47,10 @@ def may_count_rows(device: torch.device) -> bool:
 class Pass:
     """The buffers of one call, and what it does with one chunk."""
 
-    def __init__(self, problem: Problem, needs: Needs) -> None:
-        self.problem, self.needs = problem, needs
-        self.chunks = chunks_of(problem)
+    def __init__(self, problem: Problem, needs: Needs, passes: Passes) -> None:
+        self.problem, self.needs, self.passes = problem, needs, passes
+        self.chunks = chunks_of(problem, passes.in_place)
         self.products = products_for(problem.weight, problem.sum_dtype)
-        self.passes = passes_for(problem.weight.device)
         self.bias = None
         if problem.bias is not None:
             # Softmax does not see a common offset, which would cost the logits the digits it has.
@@ -60,7 +59,10 @@ class Pass:
         hidden, weight = problem.hidden, problem.weight
         self.hidden = hidden.reshape(-1, hidden.shape[3])  # [B * K * M, H]
         self.live = problem.live().flatten()
-        self.targets = problem.targets[:, None, :].expand(hidden.shape[:3]).flatten()
+        targets = problem.targets[:, None, :].expand(hidden.shape[:3]).flatten()
+        # Of rows without a part too, which are left out by counting, or whose log likelihood is made 0.
+        self.outside = (targets < 0) | (targets >= weight.shape[0])
+        self.targets = torch.where(self.outside, 0, targets)
 
         dtype = problem.sum_dtype
         self.workspace = weight.new_empty(
@@ -75,16 +77,14 @@ class Pass:
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
 
     def rows(self, first: int, last: int) -> Rows:
-        live, targets, hidden = self.live[first:last], self.targets[first:last], self.hidden[first:last]
         place: Tensor | slice = slice(first, last)
+        live, hidden = self.live[place], self.hidden[place]
         if may_count_rows(live.device):
             kept = live.nonzero()[:, 0]
-            place, targets, hidden = kept + first, targets[kept], hidden[kept]
+            place, hidden = kept + first, hidden[kept]
         else:
-            targets = torch.where(live, targets, 0)
             hidden = torch.where(live[:, None], hidden, 0.0)
-        outside = (targets < 0) | (targets >= self.problem.weight.shape[0])
-        return Rows(place, hidden.to(self.products.operand_dtype), torch.where(outside, 0, targets), outside)
+        return Rows(place, hidden.to(self.products.operand_dtype), self.targets[place], self.outside[place])
 
     def logits(self, rows: Rows) -> tuple[Tensor, Statistics]:
         """First product and statistics."""
@@ -107,12 +107,12 @@ class Pass:
             self.bias,
             rows.targets,
             statistics,
-            factor * scale,
+            factor if scale == 1.0 else factor * scale,
             self.products.operand_dtype,
             self.d_bias if self.needs.bias else None,
         )
         if self.needs.hidden:
-            d_hidden = self.products.d_hidden(d_logits) / scale
+            d_hidden = self.products.d_hidden(d_logits)
             self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
         if self.needs.weight:
             self.products.add_d_weight(self.d_weight, d_logits, rows.hidden, not self.d_weight_begun)
@@ -123,14 +123,14 @@ class Pass:
         if not self.d_weight_begun:
             self.d_weight.zero_()
         if scale != 1.0:
-            self.d_weight.div_(scale)
-            self.d_bias.div_(scale)
+            for gradient in (self.d_hidden, self.d_weight, self.d_bias):
+                gradient.div_(scale)
         return Gradients(self.d_hidden, self.d_weight, self.d_bias)
 
 
-def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:
     """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
-    work = Pass(problem, needs)
+    work = Pass(problem, needs, passes)
     ones = work.log_likelihood.new_ones(problem.scores.shape[0])
     one_pass = any(needs) and work.chunks.examples_at_once > 0
     for first, last in work.chunks.ranges():
@@ -150,9 +150,11 @@ def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     return work.log_likelihood, work.gradients()
 
 
-def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
+def backward(
+    problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs, passes: Passes = TORCH
+) -> Gradients:
     """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
-    work = Pass(problem, needs)
+    work = Pass(problem, needs, passes)
     _second_pass(work, posterior_factor(problem, log_likelihood, d_loss).flatten())
     return work.gradients()
 

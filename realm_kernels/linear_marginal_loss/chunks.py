@@ -35,11 +35,12 @@ class Chunks:
             yield first, min(first + self.step(), self.rows)
 
 
-def chunks_of(problem: Problem) -> Chunks:
+def chunks_of(problem: Problem, in_place: bool = False) -> Chunks:
+    """in_place: half-precision gradients take the place of the logits."""
     batch, documents, tokens, _ = problem.hidden.shape
     weight = problem.weight
     bytes_of_row = weight.shape[0] * problem.sum_dtype.itemsize
-    if takes_narrow_operands(weight):
+    if takes_narrow_operands(weight) and not in_place:
         bytes_of_row += weight.shape[0] * weight.element_size()
     rows_of_example = documents * tokens
     rows_at_once = max(1, WORKSPACE_BYTES // bytes_of_row)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, chunked, reference
+from . import checks, chunked, reference, triton
 from .problem import Gradients, Needs, Problem
 
-BACKENDS = (chunked.BACKEND, reference.BACKEND)
+BACKENDS = (triton.BACKEND, chunked.BACKEND, reference.BACKEND)
 
 _INPUTS = (
     "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"

@@ -17,6 +17,10 @@ class Statistics(NamedTuple):
 class Passes(Protocol):
     """What a device brings. `logits` [V, R] is the workspace: between the calls it holds what they like."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether half-precision gradients take the place of the logits, or memory of their own."""
+
     def statistics_(self, logits: Tensor, bias: Tensor | None, targets: Tensor) -> Statistics:
         """Of logits W hidden^T, to which bias [V] is still to be added; targets int64 [R] in [0, V)."""
 
@@ -38,6 +42,8 @@ class Passes(Protocol):
 
 class TorchPasses:
     """Any device, as torch's own operations: logits become exp(logit - largest), and 0 at the target."""
+
+    in_place = False
 
     def statistics_(self, logits: Tensor, bias: Tensor | None, targets: Tensor) -> Statistics:
         """The target is summed apart from the rest: log p = -log1p(rest / e) keeps its digits where p is near
@@ -72,5 +78,4 @@ class TorchPasses:
         return logits.to(dtype)
 
 
-def passes_for(device: torch.device) -> Passes:
-    return TorchPasses()
+TORCH = TorchPasses()

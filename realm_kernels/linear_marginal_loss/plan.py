@@ -39,7 +39,7 @@ def explain(
     backend = op.backend_for(problem)
     products = 1 + hidden.requires_grad + weight.requires_grad
     recomputed = reduction == "none" and weight.requires_grad
-    chunks = chunks_of(problem)
+    chunks = chunks_of(problem, in_place=backend.name == "triton")
     if backend.name == "reference":
         plan = f"all {chunks.rows} rows of logits at once, in float64"
     elif chunks.examples_at_once > 0:
