@@ -18,14 +18,16 @@ README.md counts the bytes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend
-from .chunks import chunks_of
-from .passes import TORCH, Passes, Statistics
+from .chunks import Chunks, chunks_of
+from .passes import TORCH, Passes
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
 
@@ -44,13 +46,11 @@ def may_count_rows(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class Pass:
-    """The buffers of one call, and what it does with one chunk."""
+class Pass(ABC):
+    """The inputs of one call by rows, and its results; what a chunk is computed with is a subclass's own."""
 
-    def __init__(self, problem: Problem, needs: Needs, passes: Passes) -> None:
-        self.problem, self.needs, self.passes = problem, needs, passes
-        self.chunks = chunks_of(problem, passes.in_place)
-        self.products = products_for(problem.weight, problem.sum_dtype)
+    def __init__(self, problem: Problem, needs: Needs, chunks: Chunks) -> None:
+        self.problem, self.needs, self.chunks = problem, needs, chunks
         self.bias = None
         if problem.bias is not None:
             # Softmax does not see a common offset, which would cost the logits the digits it has.
@@ -65,9 +65,6 @@ class Pass:
         self.targets = torch.where(self.outside, 0, targets)
 
         dtype = problem.sum_dtype
-        self.workspace = weight.new_empty(
-            weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=dtype
-        )
         self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=torch.float64)
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
@@ -76,94 +73,132 @@ class Pass:
         self.d_weight_begun = False
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
 
+    @abstractmethod
+    def score(self, rows: Rows) -> Tensor:
+        """Logits of a chunk and their statistics: float64 [R], log softmax at the target."""
+
+    @abstractmethod
+    def add_gradients(self, rows: Rows, factor: Tensor) -> None:
+        """Of the chunk scored last; factor: float64 [R], the upstream gradient times the posterior."""
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """[first, last) of each chunk, by the rows that have a part where they may be counted."""
+        by_example = self.chunks.rows_of_example
+        if by_example == 0 or not may_count_rows(self.live.device):
+            return self.chunks.ranges()
+        return self.chunks.ranges_of(self.live.view(-1, by_example).sum(1).tolist())
+
     def rows(self, first: int, last: int) -> Rows:
         place: Tensor | slice = slice(first, last)
         live, hidden = self.live[place], self.hidden[place]
-        if may_count_rows(live.device):
+        if not may_count_rows(live.device):
+            hidden = torch.where(live[:, None], hidden, 0.0)
+        elif not live.all():
             kept = live.nonzero()[:, 0]
             place, hidden = kept + first, hidden[kept]
-        else:
-            hidden = torch.where(live[:, None], hidden, 0.0)
-        return Rows(place, hidden.to(self.products.operand_dtype), self.targets[place], self.outside[place])
+        return Rows(place, hidden, self.targets[place], self.outside[place])
 
-    def logits(self, rows: Rows) -> tuple[Tensor, Statistics]:
-        """First product and statistics."""
-        vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
-        logits = self.workspace[: vocabulary * count].view(vocabulary, count)
-        self.products.logits(rows.hidden, logits)
-        return logits, self.passes.statistics_(logits, self.bias, rows.targets)
-
-    def keep_log_likelihood(self, rows: Rows, statistics: Statistics) -> None:
-        log_p = torch.where(rows.outside, torch.nan, statistics.log_p)
+    def keep_log_likelihood(self, rows: Rows, log_p: Tensor) -> None:
+        log_p = torch.where(rows.outside, torch.nan, log_p)
         if isinstance(rows.place, slice):  # rows without a part are 0
             log_p = torch.where(self.live[rows.place], log_p, 0.0)
         self.log_likelihood.view(-1)[rows.place] = log_p
 
-    def add_gradients(self, rows: Rows, logits: Tensor, statistics: Statistics, factor: Tensor) -> None:
-        """Second and third product; factor: float64 [R], the upstream gradient times the posterior."""
+    def keep_d_hidden(self, rows: Rows, d_hidden: Tensor) -> None:
+        self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
+
+    def gradients(self) -> Gradients:
+        if not self.d_weight_begun:
+            self.d_weight.zero_()
+        return Gradients(self.d_hidden, self.d_weight, self.d_bias)
+
+
+class LibraryPass(Pass):
+    """torch's matrix products, with a device's passes between them."""
+
+    def __init__(self, problem: Problem, needs: Needs, passes: Passes) -> None:
+        super().__init__(problem, needs, chunks_of(problem, passes.in_place))
+        self.passes = passes
+        self.products = products_for(problem.weight, problem.sum_dtype)
+        self.workspace = problem.weight.new_empty(
+            problem.weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=problem.sum_dtype
+        )
+
+    def score(self, rows: Rows) -> Tensor:
+        """First product and statistics."""
+        self.operand = rows.hidden.to(self.products.operand_dtype)
+        vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
+        self.logits = self.workspace[: vocabulary * count].view(vocabulary, count)
+        self.products.logits(self.operand, self.logits)
+        self.statistics = self.passes.statistics_(self.logits, self.bias, rows.targets)
+        return self.statistics.log_p
+
+    def add_gradients(self, rows: Rows, factor: Tensor) -> None:
+        """Second and third product."""
         scale = self.products.scale
         d_logits = self.passes.gradient_(
-            logits,
+            self.logits,
             self.bias,
             rows.targets,
-            statistics,
+            self.statistics,
             factor if scale == 1.0 else factor * scale,
             self.products.operand_dtype,
             self.d_bias if self.needs.bias else None,
         )
         if self.needs.hidden:
-            d_hidden = self.products.d_hidden(d_logits)
-            self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
+            self.keep_d_hidden(rows, self.products.d_hidden(d_logits))
         if self.needs.weight:
-            self.products.add_d_weight(self.d_weight, d_logits, rows.hidden, not self.d_weight_begun)
+            self.products.add_d_weight(self.d_weight, d_logits, self.operand, not self.d_weight_begun)
             self.d_weight_begun = True
 
     def gradients(self) -> Gradients:
-        scale = self.products.scale
-        if not self.d_weight_begun:
-            self.d_weight.zero_()
-        if scale != 1.0:
-            for gradient in (self.d_hidden, self.d_weight, self.d_bias):
-                gradient.div_(scale)
-        return Gradients(self.d_hidden, self.d_weight, self.d_bias)
+        found = super().gradients()
+        if self.products.scale != 1.0:
+            for gradient in found:
+                gradient.div_(self.products.scale)
+        return found
 
 
 def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:
     """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
-    work = Pass(problem, needs, passes)
-    ones = work.log_likelihood.new_ones(problem.scores.shape[0])
-    one_pass = any(needs) and work.chunks.examples_at_once > 0
-    for first, last in work.chunks.ranges():
-        rows = work.rows(first, last)
-        logits, statistics = work.logits(rows)
-        work.keep_log_likelihood(rows, statistics)
-        if one_pass:
-            examples = first // work.chunks.rows_of_example, last // work.chunks.rows_of_example
-            part = slice(*examples)
-            factor = posterior_factor(
-                problem.examples(*examples), work.log_likelihood[part], ones[part]
-            ).flatten()
-            kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
-            work.add_gradients(rows, logits, statistics, factor[kept])
-    if any(needs) and not one_pass:
-        _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
-    return work.log_likelihood, work.gradients()
+    return forward_by(LibraryPass(problem, needs, passes))
 
 
 def backward(
     problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs, passes: Passes = TORCH
 ) -> Gradients:
     """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
-    work = Pass(problem, needs, passes)
-    _second_pass(work, posterior_factor(problem, log_likelihood, d_loss).flatten())
+    return backward_by(LibraryPass(problem, needs, passes), log_likelihood, d_loss)
+
+
+def forward_by(work: Pass) -> tuple[Tensor, Gradients]:
+    problem, by_example = work.problem, work.chunks.rows_of_example
+    ones = work.log_likelihood.new_ones(problem.scores.shape[0])
+    one_pass = any(work.needs) and work.chunks.examples_at_once > 0
+    for first, last in work.ranges():
+        rows = work.rows(first, last)
+        work.keep_log_likelihood(rows, work.score(rows))
+        if one_pass:
+            part = slice(first // by_example, last // by_example)
+            examples = problem.examples(part.start, part.stop)
+            factor = posterior_factor(examples, work.log_likelihood[part], ones[part]).flatten()
+            kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
+            work.add_gradients(rows, factor[kept])
+    if any(work.needs) and not one_pass:
+        _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
+    return work.log_likelihood, work.gradients()
+
+
+def backward_by(work: Pass, log_likelihood: Tensor, d_loss: Tensor) -> Gradients:
+    _second_pass(work, posterior_factor(work.problem, log_likelihood, d_loss).flatten())
     return work.gradients()
 
 
 def _second_pass(work: Pass, factor: Tensor) -> None:
-    for first, last in work.chunks.ranges():
+    for first, last in work.ranges():
         rows = work.rows(first, last)
-        logits, statistics = work.logits(rows)
-        work.add_gradients(rows, logits, statistics, factor[rows.place])
+        work.score(rows)
+        work.add_gradients(rows, factor[rows.place])
 
 
 BACKEND = Backend(name="torch", refuses=lambda *arguments: None, forward=forward, backward=backward)

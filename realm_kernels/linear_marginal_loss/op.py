@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, chunked, reference, triton
+from . import checks, chunked, cpu, reference, triton
 from .problem import Gradients, Needs, Problem
 
-BACKENDS = (triton.BACKEND, chunked.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, triton.BACKEND, chunked.BACKEND, reference.BACKEND)
 
 _INPUTS = (
     "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"
@@ -43,9 +43,9 @@ def backend_for(problem: Problem) -> backends.Backend:
 
 @contextmanager
 def _inside(problem: Problem, backend: backends.Backend) -> Iterator[None]:
-    """No autocast within, and the marginal of documents by the reference too, or by the first that can."""
+    """No autocast within, and the marginal of documents by the same backend if it has one of that name."""
     device_type = problem.hidden.device.type
-    marginal = backend.name if backend.name == "reference" else None
+    marginal = backends.forced_backend() if backend.name in ("cpu", "reference") else None
     with torch.autocast(device_type, enabled=False), backends.use_backend(marginal):
         yield
 
