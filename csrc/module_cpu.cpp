@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/fma_ceiling.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/linear_marginal_loss.h"
 #include "cpu/marginal_loss.h"
@@ -246,6 +247,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("encode_rows", &encode_rows, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("linear_marginal_loss_memory", &linear_marginal_loss_memory);
   m.def("linear_marginal_loss_fwd", &linear_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("linear_marginal_loss_bwd", &linear_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());

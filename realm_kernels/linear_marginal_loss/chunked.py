@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..backends import Backend
 from .chunks import Chunks, chunks_of
+from .memory import fresh
 from .passes import TORCH, Passes
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
@@ -69,7 +70,7 @@ class Pass(ABC):
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
         )
-        self.d_weight = weight.new_empty(weight.shape if needs.weight else (0,), dtype=dtype)
+        self.d_weight = fresh(weight, weight.shape if needs.weight else (0,), dtype)
         self.d_weight_begun = False
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
 

@@ -12,6 +12,7 @@ from ..backends import Backend, forced_variant
 from ..validation import dtype_name
 from . import chunked
 from .chunks import chunks_in_cache
+from .memory import fresh
 from .problem import Gradients, Needs, Problem
 
 
@@ -30,7 +31,7 @@ class NativePass(chunked.Pass):
         workspace, scratch = native.cpu.linear_marginal_loss_memory(
             self._shape(max(1, rows)), self.weight.stride(0), self.dtype, self.threads, self.variant
         )
-        self.workspace = weight.new_empty(workspace if any(needs) else 0, dtype=torch.float32)
+        self.workspace = fresh(weight, (workspace if any(needs) else 0,), torch.float32)
         self.scratch = weight.new_empty(scratch, dtype=torch.float32)
         self.log_sum = weight.new_empty(rows, dtype=torch.float64)
         self.d_rows = weight.new_empty((rows if needs.hidden else 0, weight.shape[1]), dtype=torch.float32)

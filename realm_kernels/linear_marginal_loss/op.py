@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from . import checks, chunked, cpu, reference, triton
+from .memory import fresh, scale_into
 from .problem import Gradients, Needs, Problem
 
 BACKENDS = (cpu.BACKEND, triton.BACKEND, chunked.BACKEND, reference.BACKEND)
@@ -164,8 +165,8 @@ def _scaled(
         torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
         d_hidden.masked_fill_(~problem.live()[..., None], 0.0)  # where an infinite scale made 0 a NaN
     if needs.weight:
-        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-        torch.mul(units.d_weight, by_all, out=d_weight)
+        d_weight = fresh(problem.weight, problem.weight.shape, problem.weight.dtype)
+        scale_into(d_weight, units.d_weight, by_all)
     if needs.bias:
         d_bias = problem.weight.new_empty(problem.weight.shape[0])
         torch.mul(units.d_bias, by_all, out=d_bias)
