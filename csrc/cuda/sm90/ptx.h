@@ -1,14 +1,15 @@
 // The instructions of sm_90a that the scan is made of, a function each. Compiled by g++ they come from the
-// model of the machine (tests/cuda_model/machine.h), which runs the same kernels on a CPU.
+// model of the machine (tests/cuda_model/hopper.h), which runs the same kernels on a CPU.
 #pragma once
 
 #include "cuda/sm90/layout.h"
 
 #ifndef __CUDACC__
-#include "machine.h"
+#include "hopper.h"
 #else
 
 #include <cuda.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define RK_DEVICE __device__ __forceinline__
@@ -75,9 +76,13 @@ RK_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "mem
 RK_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 RK_DEVICE void keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 RK_DEVICE void keep(int& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <int kPending>
+RK_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 template <int kPending, class T, int kCount>
 RK_DEVICE void wgmma_wait(T (&accumulators)[kCount]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  wgmma_wait<kPending>();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     keep(accumulators[i]);  // no read of them moves above the wait
@@ -100,6 +105,10 @@ RK_DEVICE void warp_group_sync(int group) {
   } else {
     asm volatile("bar.sync 2, 128;" ::: "memory");
   }
+}
+
+RK_DEVICE float half_to_float(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
 
 RK_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }

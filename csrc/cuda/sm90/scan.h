@@ -171,7 +171,7 @@ struct DeepConsumer {
         }
         wgmma_commit();
         if (p > 0) {
-          wgmma_wait<1>(upper);
+          wgmma_wait<1>();
           arrive_warp(ring.empty + previous);
         }
         previous = at.stage;
@@ -237,7 +237,7 @@ struct NarrowConsumer {
         }
         wgmma_commit();
         if (p > 0) {
-          wgmma_wait<1>(upper);
+          wgmma_wait<1>();
           arrive_warp(ring.empty + previous);
         }
         previous = at.stage;
