@@ -19,7 +19,6 @@ struct TensorMap {  // of a row-major matrix, in bytes; the box is one panel wid
 };
 
 inline uint32_t shared_address(const void* pointer) { return machine().address(pointer); }
-inline unsigned char* dynamic_shared_memory() { return machine().shared(); }
 
 inline void barrier_init(uint64_t* barrier, uint32_t count) {
   auto& b = machine().barrier(barrier);
@@ -96,21 +95,10 @@ void take_registers() {}
 inline void warp_group_sync(int group) { machine().meet(machine().named(group), kWarpGroup); }
 inline int uniform(int x) { return x; }
 
-struct Vector16 {
-  uint32_t words[4];
-};
 inline Vector16 load_shared(uint32_t address) {
   Vector16 v;
   std::memcpy(&v, machine().at(address), sizeof v);
   return v;
-}
-
-inline float half_to_float(uint32_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
-                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-  return (bits & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
 struct BFloat16;

@@ -322,3 +322,24 @@ T atomicMax(T* place, T value) {
   *place = before > value ? before : value;
   return before;
 }
+
+namespace realm_kernels {
+namespace cuda {
+
+inline unsigned char* dynamic_shared_memory() { return cuda_model::machine().shared(); }
+inline int64_t load_from_others(const int64_t* place) { return *place; }
+inline float round_up_to_float(double x) {
+  const float nearest = static_cast<float>(x);
+  return static_cast<double>(nearest) < x ? std::nextafter(nearest, INFINITY) : nearest;
+}
+inline float half_to_float(uint32_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return (bits & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+
+}  // namespace cuda
+}  // namespace realm_kernels

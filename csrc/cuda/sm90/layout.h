@@ -3,13 +3,7 @@
 // that the kernels (nvcc) and their model on a CPU (g++, tests/cuda_model) use the same ones.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define RK_BOTH __host__ __device__
-#else
-#define RK_BOTH
-#endif
+#include "cuda/device.h"
 
 namespace realm_kernels {
 namespace cuda {
@@ -47,11 +41,6 @@ constexpr int kSharedBytes = 227 * 1024;  // of a block on sm_90
 constexpr int kMaxStages = 12;
 constexpr int kBarrierBytes = (2 * kMaxStages + 1) * 8;
 constexpr int kExchangeBytes = 2 * 4 * kBlockQueries * 4;  // per consumer group of the narrow scan
-
-template <class T>
-RK_BOTH constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
 
 // Accumulator i of a thread of the warp group, m64nN: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"
 // (matrix D). A warp owns 16 rows, four lanes a row, each lane two neighbouring columns of every eight, and

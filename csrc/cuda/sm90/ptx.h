@@ -9,10 +9,6 @@
 #else
 
 #include <cuda.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#define RK_DEVICE __device__ __forceinline__
 
 namespace realm_kernels {
 namespace cuda {
@@ -22,11 +18,6 @@ using TensorMap = CUtensorMap;
 
 RK_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-RK_DEVICE unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(1024) unsigned char memory[];
-  return memory;
 }
 
 // mbarrier: `count` arrivals, and all bytes that were announced, end a phase.
@@ -107,15 +98,8 @@ RK_DEVICE void warp_group_sync(int group) {
   }
 }
 
-RK_DEVICE float half_to_float(uint32_t bits) {
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-}
-
 RK_DEVICE int uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
-struct Vector16 {
-  uint32_t words[4];
-};
 RK_DEVICE Vector16 load_shared(uint32_t address) {
   Vector16 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -10,7 +10,7 @@ namespace sm90 {
 
 struct ScanArguments {
   void* group_max;       // [B, pitch] float32 (int32 for codes), largest inner product of the group's rows
-  float* group_norm;     // [N / norm_rows], at least the largest norm of these rows; null: nobody asks
+  float* group_norm;     // [N / norm_rows], at least the largest norm of these rows; codes bring theirs
   const bool* row_mask;  // [N], or null: every row counts
   int64_t pitch;
   int num_queries, num_rows, num_groups;
