@@ -3,11 +3,10 @@
 #pragma once
 
 #include "cuda/device.h"
+#include "cuda/mips_topk_params.h"
 
 namespace realm_kernels {
 namespace cuda {
-
-enum class Number { kFloat32, kBFloat16, kFloat16 };
 
 // The value, so mapped that integers compare as floats do, above the complement of the index: descending keys are
 // value descending, then index ascending, and no two rows share one. Keys of the Triton backend are the same.
@@ -98,7 +97,7 @@ RK_DEVICE float canonical_score(const double* query, const void* rows, int64_t r
   const void* x_row = static_cast<const unsigned char*>(rows) + row * stride * kBytes;
   double p[kLanes] = {};
   const int chunks = aligned ? dim / kLanes : 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int c = 0; c < chunks; ++c) {
     float x[kLanes];
     load_lanes<kType>(x_row, c, x);

@@ -11,17 +11,6 @@
 namespace realm_kernels {
 namespace cuda {
 
-enum class Scanned { kBFloat16, kFloat16, kInt8 };
-
-struct SearchShape {
-  int64_t batch, num_rows, dim, k, num_excluded;
-  Scanned scanned;      // what the scan multiplies
-  bool is_exact;        // queries are not rounded for it
-  int code_group;       // rows of a group of codes; 0: rows are scanned as they are
-  int multiprocessors;  // of the device
-  int64_t workspace;    // bytes
-};
-
 constexpr int kSearchThreads = 512;
 constexpr int kPrepareThreads = 128;
 constexpr int64_t kAlignment = 256;  // of each array of the workspace
@@ -140,6 +129,14 @@ inline int scattered_step(int runs) {
   return runs == 1 ? 0 : step % runs;
 }
 
+// The scan of a pass of `batch` queries, at most p.batch: the last pass may have fewer.
+inline void plan_scan(SearchPlan& p, const SearchShape& s, int64_t batch) {
+  choose_shape(p, batch, static_cast<int>(p.scanned_pitch * bytes_of(s.scanned) / sm90::kPanelBytes));
+  const int64_t tiles = ceil_div<int64_t>(s.num_rows, sm90::kTileRows);
+  const int64_t workers = s.multiprocessors / p.query_blocks;
+  p.scan_blocks = p.query_blocks * static_cast<int>(workers < 1 ? 1 : workers < tiles ? workers : tiles);
+}
+
 inline SearchPlan search_plan(const SearchShape& s) {
   SearchPlan p{};
   const int64_t wanted = selected_groups(s);
@@ -150,8 +147,7 @@ inline SearchPlan search_plan(const SearchShape& s) {
   p.selected = static_cast<int>(wanted < p.num_groups ? wanted : p.num_groups);
   // Whole panels: what TMA loads beyond D is then zero whatever the memory holds.
   const int panel_columns = sm90::kPanelBytes / bytes_of(s.scanned);
-  const int panels = static_cast<int>(ceil_div<int64_t>(s.dim, panel_columns));
-  p.scanned_pitch = int64_t{panels} * panel_columns;
+  p.scanned_pitch = ceil_div<int64_t>(s.dim, panel_columns) * panel_columns;
   p.relative = relative_error(s);
   p.visit_step = scattered_step(ceil_div(p.num_groups, kOffersPerRound * kSearchThreads));
   // One flagged query should still spread over the device; their keys, over all queries, stay below 16 MiB.
@@ -165,22 +161,13 @@ inline SearchPlan search_plan(const SearchShape& s) {
     p.batch = half > block ? half / block * block : half;
     p.at = lay_out(p, s, p.batch);
   }
-  choose_shape(p, p.batch, panels);
-  const int64_t tiles = ceil_div<int64_t>(s.num_rows, sm90::kTileRows);
-  const int64_t workers = s.multiprocessors / p.query_blocks;
-  p.scan_blocks = p.query_blocks * static_cast<int>(workers < 1 ? 1 : workers < tiles ? workers : tiles);
+  plan_scan(p, s, p.batch);
   return p;
 }
 
-// What the caller knows beside the plan.
-struct SearchInputs {
-  SearchArguments call;  // queries, rows, exclude, codes, outputs; the plan fills in the rest
-  unsigned char* workspace;
-};
-
-inline SearchArguments search_arguments(const SearchPlan& p, const SearchInputs& inputs) {
-  SearchArguments a = inputs.call;
-  unsigned char* w = inputs.workspace;
+inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParams& params, unsigned char* w) {
+  SearchArguments a{};
+  static_cast<MipsTopkParams&>(a) = params;
   a.relative = p.relative;
   a.group = p.group;
   a.num_groups = p.num_groups;
@@ -220,6 +207,23 @@ inline sm90::ScanArguments scan_arguments(const SearchPlan& p, const SearchArgum
   scan.norm_hidden = static_cast<float>(a.dim * 0x1p-63);  // of squares below 2^-126; sqrt(D) <= D
   scan.plan = p.shared;
   return scan;
+}
+
+// What the scan's tensor maps describe: the rows, or their codes.
+struct Matrix {
+  const void* base;
+  int64_t rows, columns, pitch;  // in elements
+  int box_rows;
+};
+inline Matrix scanned_rows(const SearchArguments& a) {
+  if (a.codes != nullptr) {
+    const int64_t rows = ceil_div<int64_t>(a.num_rows, a.code_group) * a.code_group;
+    return {a.codes, rows, a.dim, a.code_pitch, sm90::kTileRows};
+  }
+  return {a.rows, a.num_rows, a.dim, a.row_stride, sm90::kTileRows};
+}
+inline Matrix scanned_queries(const SearchArguments& a) {
+  return {a.scanned, a.batch, a.scanned_pitch, a.scanned_pitch, sm90::kBlockQueries};
 }
 
 // Blocks of rescore: every query's rows, one a thread.

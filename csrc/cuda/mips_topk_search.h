@@ -8,28 +8,10 @@
 namespace realm_kernels {
 namespace cuda {
 
-// Everything of one block of queries over one piece of a table. B queries, N rows, D columns, G rows of a group,
-// m groups rescored.
-struct SearchArguments {
-  const void* queries;  // [B, D], with the strides below
-  Number query_type;
-  int64_t query_stride, query_stride_d;
-  const void* rows;  // [N, D]; elements of a row contiguous
-  Number row_type;
-  int64_t row_stride;
-  bool aligned;  // rows start on multiples of 16 bytes
-  int batch, num_rows, dim, k;
-  int64_t first_row;        // its id
-  const bool* row_mask;     // [N], or null
-  const int64_t* exclude;   // [B, E], ids, with the strides below
-  int num_excluded;
-  int64_t exclude_stride, exclude_stride_e;
-
-  const float* mean;         // [D] of the codes; null: rows are scanned as they are
-  const float* code_bounds;  // [N / code_group, 3]: step, residual norm, code norm
-  int code_group;
-  double relative;  // bound of |s~ - q^.x| / (|q^| |x|); with codes of what a float64 sum of D products may lose
-
+// The caller's arguments, the plan, and the arrays of the workspace. G rows of a group, m groups rescored.
+struct SearchArguments : MipsTopkParams {
+  // Bound of |s~ - q^.x| / (|q^| |x|); with codes, of what a float64 sum of D products may lose.
+  double relative;
   int group, num_groups, norm_rows;
   int64_t pitch;    // of group_max, in groups
   int selected;     // m
@@ -49,10 +31,6 @@ struct SearchArguments {
   int64_t* repaired;     // [B, parts, k] keys
   int32_t* flagged;      // [B], the first num_flagged are queries to repair
   int32_t* arrived;      // [B + 1] blocks that are done with a query; the last one is num_flagged
-
-  float* scores;     // [B, k]
-  int64_t* indices;  // [B, k]
-  unsigned long long* repairs;  // how many certificates failed, ever
 };
 
 // Shared memory of rescore and repair: the query in float64 behind the keys, and the groups a repair found.

@@ -35,6 +35,10 @@ void run_scan(Scanned scanned, Shape shape, const sm90::ScanArguments& a, const 
                                  : run_scan<sm90::Int8>(shape, a, rows, queries, blocks, seed);
 }
 
+TensorMap tensor_map(const Matrix& m, int bytes) {
+  return {static_cast<const unsigned char*>(m.base), m.pitch * bytes, m.rows, m.columns * bytes, m.box_rows, bytes};
+}
+
 template <class Run>
 const char* caught(const Run& run) {
   try {
@@ -69,10 +73,8 @@ const char* model_scan(int scanned, int shape, const void* queries, const void* 
   a.query_blocks = ceil_div(batch, blocks_of_queries * sm90::kBlockQueries);
   a.dim = dim;
   a.norm_scale = 1.0f;
-  const TensorMap row_map{static_cast<const unsigned char*>(rows), row_stride * bytes, num_rows, dim * bytes,
-                          sm90::kTileRows, bytes};
-  const TensorMap query_map{static_cast<const unsigned char*>(queries), int64_t{dim} * bytes, batch, dim * bytes,
-                            sm90::kBlockQueries, bytes};
+  const TensorMap row_map = tensor_map({rows, num_rows, dim, row_stride, sm90::kTileRows}, bytes);
+  const TensorMap query_map = tensor_map({queries, batch, dim, dim, sm90::kBlockQueries}, bytes);
   return caught([&] {
     if (!sm90::fits(kind, a.plan)) {
       throw std::runtime_error("the shape does not fit shared memory");
@@ -89,7 +91,7 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
       *reinterpret_cast<const std::array<int64_t, 16>*>(numbers);
   SearchShape shape{batch, num_rows, dim, k, num_excluded, static_cast<Scanned>(scanned), false,
                     static_cast<int>(code_group), 2, int64_t{1} << 26};
-  SearchArguments call{};
+  MipsTopkParams call{};
   call.queries = pointers[0];
   call.query_type = static_cast<Number>(query_type);
   call.query_stride = dim;
@@ -108,7 +110,8 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
   call.num_excluded = static_cast<int>(num_excluded);
   call.exclude_stride = num_excluded;
   call.exclude_stride_e = 1;
-  const void* codes = pointers[4];
+  call.codes = static_cast<const int8_t*>(pointers[4]);
+  call.code_pitch = code_pitch;
   call.mean = static_cast<const float*>(pointers[5]);
   call.code_bounds = static_cast<const float*>(pointers[6]);
   call.code_group = static_cast<int>(code_group);
@@ -145,22 +148,14 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
     told[1] = p.group;
     told[2] = p.selected;
     std::vector<unsigned char> workspace(static_cast<size_t>(p.at.bytes), 0xFF);  // NaN
-    const SearchInputs inputs{call, workspace.data()};
-    const SearchArguments a = search_arguments(p, inputs);
-    const int bytes = bytes_of(shape.scanned);
+    const SearchArguments a = search_arguments(p, call, workspace.data());
     const auto launch = [&](int blocks, int64_t shared, const std::function<void()>& kernel) {
       machine().launch(static_cast<unsigned>(blocks), static_cast<unsigned>(block), static_cast<size_t>(shared),
                        seed, kernel);
     };
     launch(a.batch, 8 * 64, [&] { prepare(a, shape.scanned == Scanned::kFloat16); });
-    const bool has_codes = codes != nullptr;
-    const void* matrix = has_codes ? codes : a.rows;
-    const int64_t matrix_pitch = has_codes ? code_pitch : a.row_stride;
-    const int64_t matrix_rows = has_codes ? int64_t{p.num_groups} * p.group : a.num_rows;
-    const TensorMap rows{static_cast<const unsigned char*>(matrix), matrix_pitch * bytes,
-                         matrix_rows, int64_t{a.dim} * bytes, sm90::kTileRows, bytes};
-    const TensorMap queries{static_cast<const unsigned char*>(a.scanned), a.scanned_pitch * bytes, a.batch,
-                            a.scanned_pitch * bytes, sm90::kBlockQueries, bytes};
+    const TensorMap rows = tensor_map(scanned_rows(a), bytes_of(shape.scanned));
+    const TensorMap queries = tensor_map(scanned_queries(a), bytes_of(shape.scanned));
     run_scan(shape.scanned, p.shape, scan_arguments(p, a), rows, queries, p.scan_blocks, seed);
     launch(a.batch, top_keys_bytes(block), [&] { select(a); });
     launch(rescore_blocks(a, block), scoring_bytes(block, a.dim), [&] { rescore(a); });
