@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernels import launched_functions, triton_kernels
+from realm_kernels.linear_marginal_loss import triton as linear
 from realm_kernels.marginal_loss.triton import REDUCE_BLOCK
 from realm_kernels.marginal_loss.triton import tile as tile_of
 from realm_kernels.mips_topk.triton_plan import (
@@ -314,7 +315,49 @@ MARGINAL_LOSS = [
     ),
 ]
 
-CASES = [*MIPS_TOPK, *MARGINAL_LOSS]
+CHUNK = dict(logits="*fp32", bias="*fp32", targets="*i64", R="i32:16")
+PARTS = dict(peaks="*fp32", sums="*fp32")
+ROWS = dict(log_p="*fp64", total="*fp64", largest="*fp32")
+LINEAR_WARPS = dict(
+    statistics=linear.STATISTICS_WARPS, combine=linear.COMBINE_WARPS, gradient=linear.GRADIENT_WARPS
+)
+
+
+def chunk(name, arguments, variant="", on=ARCHITECTURES, **constants):
+    """linear_marginal_loss with the tiles of its launches."""
+    kernel = f"realm_kernels.linear_marginal_loss.triton_kernels:linear_marginal_loss_{name}_kernel"
+    arguments = CHUNK | arguments | consts(**constants)
+    title = f"linear_marginal_loss {name} {variant}".rstrip()
+    return Case(title, kernel, arguments, LINEAR_WARPS[name], architectures=on)
+
+
+STATISTICS = PARTS | dict(V="i32") | consts(BLOCK_V=linear.STATISTICS_V, BLOCK_R=linear.STATISTICS_R)
+COMBINE = PARTS | ROWS | dict(S="i32") | consts(BLOCK_S=linear.COMBINE_S, BLOCK_R=linear.COMBINE_R)
+GRADIENT = ROWS | dict(d_bias="*fp32", factor="*fp64", V="i32")
+GRADIENT |= consts(BLOCK_V=linear.GRADIENT_V, BLOCK_R=linear.GRADIENT_R)
+UNBIASED = dict(bias=None)
+LINEAR_MARGINAL_LOSS = [
+    chunk("statistics", STATISTICS),
+    chunk("statistics", STATISTICS, "bare", on=HOPPER, **UNBIASED),
+    chunk("statistics", STATISTICS, "of one word", on=HOPPER, V=1, R=1, **UNBIASED),
+    chunk("combine", COMBINE),
+    chunk("combine", COMBINE, "of one word", on=HOPPER, R=1, S=1, **UNBIASED),
+    chunk("gradient", GRADIENT | dict(d_logits="*bf16"), "bf16", PITCH=2),
+    chunk("gradient", GRADIENT | dict(d_logits="*fp16", R="i32"), "fp16 R odd", on=HOPPER, PITCH=2),
+    chunk("gradient", GRADIENT | dict(d_logits="*fp32"), "fp32", PITCH=1),
+    chunk("gradient", GRADIENT | dict(d_logits="*bf16"), "of one word", on=HOPPER, PITCH=2, V=1, R=1),
+    chunk(
+        "gradient",
+        GRADIENT | dict(d_logits="*bf16"),
+        "bf16 bare",
+        on=HOPPER,
+        PITCH=2,
+        d_bias=None,
+        **UNBIASED,
+    ),
+]
+
+CASES = [*MIPS_TOPK, *MARGINAL_LOSS, *LINEAR_MARGINAL_LOSS]
 
 
 def cases_for(architecture):

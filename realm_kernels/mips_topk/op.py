@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import backends
 from ..table import device_stream
 from ..table.sharded import gather
-from . import checks, cpu, reference, triton
+from . import checks, cpu, cuda, reference, triton
 
-BACKENDS = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
 # return_rows: the caller will ask for d_queries, so the gathered rows [B, k, D] come along as a third result.
 # codes: empty, or Int8Codes.tensors() of the shards; a backend may scan the rows all the same.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..table import device_stream, quantized
 from . import triton_plan
+from .merging import merge
 from .triton_coded import CodedBlock, StagedBlock
 from .triton_keys import NOTHING
 from .triton_launch import Block, Codes, Piece, Workspace, decoded, launch_rescore, shared_bytes
@@ -49,16 +50,6 @@ def search(
             result = found if result is None else merge(result, found)
     assert result is not None  # 1 <= k <= N: some shard has rows
     return result
-
-
-def merge(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The k first of two results [B, k] by score, then id, then nothing; all ids of `later` are larger."""
-    scores = torch.cat([earlier[0], later[0]], dim=1)  # [B, 2k]
-    indices = torch.cat([earlier[1], later[1]], dim=1)
-    bits = scores.view(torch.int32)
-    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(indices < 0, -(1 << 31))
-    order = high.sort(dim=1, descending=True, stable=True).indices[:, : earlier[0].shape[1]]
-    return scores.gather(1, order), indices.gather(1, order)
 
 
 def _plans(
