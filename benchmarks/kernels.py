@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+_COMMENT = re.compile(r"//[^\n]*")
 _GLOBAL = re.compile(r"__global__\s+(?:void\s+)?(?:__launch_bounds__\s*\([^)]*\)\s*)?(?:void\s+)?(\w+)\s*\(")
 
 
@@ -46,7 +47,8 @@ def cuda_kernels(root: Path = ROOT) -> list[str]:
     files = sorted(
         path for path in (root / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".inl")
     )
-    return sorted({name for path in files for name in _GLOBAL.findall(path.read_text())})
+    texts = (_COMMENT.sub("", path.read_text()) for path in files)
+    return sorted({name for text in texts for name in _GLOBAL.findall(text)})
 
 
 def _is_jit(decorator: ast.expr) -> bool:

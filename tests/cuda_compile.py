@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+CMAKE = ROOT / "CMakeLists.txt"
 CACHE = ROOT / "build" / "cuda-resources"
 FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v"]
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
@@ -46,16 +47,15 @@ def find_cuobjdump() -> str | None:
 
 def architectures() -> list[str]:
     """Those of CMakeLists.txt that get machine code: "80", "90a"."""
-    listed = re.search(
-        r"set\(REALM_KERNELS_CUDA_ARCHITECTURES ([^)]*?) CACHE", (ROOT / "CMakeLists.txt").read_text()
-    )
+    listed = re.search(r"set\(REALM_KERNELS_CUDA_ARCHITECTURES ([^)]*?) CACHE", CMAKE.read_text())
     return re.findall(r"(\w+)-real", listed[1])
 
 
 def architectures_of(source: Path) -> list[str]:
-    """All, or those of the folder it lies in: csrc/cuda/sm90 is for 90a alone."""
-    folder = next((part[2:] for part in source.parts if re.fullmatch(r"sm\d+", part)), "")
-    return [name for name in architectures() if name.rstrip("a") == folder or not folder]
+    """All, or the one of the list it stands in: SM90_SOURCES are for 90a alone."""
+    lists = re.findall(r"file\(GLOB SM(\d+)_SOURCES CONFIGURE_DEPENDS ([^)]+)\)", CMAKE.read_text())
+    of = {path: number for number, globs in lists for glob in globs.split() for path in ROOT.glob(glob)}
+    return [name for name in architectures() if source not in of or name.rstrip("a") == of[source]]
 
 
 def sources() -> list[Path]:

@@ -19,17 +19,27 @@ MOST_REGISTERS = 255  # of a thread, by the architecture
 
 @dataclass(frozen=True)
 class Kernel:
-    """instances: of each architecture it is compiled for, at most, and why so many. matrix: in its SASS."""
+    """instances: of each architecture it is compiled for, at most, and why so many. matrix: in the SASS of
+    each instance, one of these and no other."""
 
     instances: int
     why: str
-    matrix: str = ""
+    matrix: tuple[str, ...] = ()
 
 
 # Each instance costs seconds of every build and bytes of every wheel.
 KERNELS = {
     "marginal_loss_fwd_kernel": Kernel(4, "one a float type that torch tensors have"),
     "marginal_loss_bwd_kernel": Kernel(4, "one a float type that torch tensors have"),
+    "mips_topk_prepare_kernel": Kernel(1, ""),
+    "mips_topk_scan_kernel": Kernel(
+        14,
+        "wide, deep and narrow shapes of bfloat16, float16 and int8; five without maxima, for the benchmark",
+        ("HGMMA", "IGMMA"),
+    ),
+    "mips_topk_select_kernel": Kernel(1, ""),
+    "mips_topk_rescore_kernel": Kernel(1, ""),
+    "mips_topk_repair_kernel": Kernel(1, ""),
 }
 
 
@@ -64,7 +74,7 @@ def test_instances_keep_to_their_budget(found):
 def test_the_tensor_cores_are_used_as_meant(found):
     for one in found:
         meant = KERNELS[one.kernel].matrix
-        assert (meant in one.matrix) if meant else not one.matrix, f"{one.architecture} {one.instance}"
+        assert len(one.matrix) == bool(meant) and set(one.matrix) <= set(meant), f"{one}"
 
 
 def test_what_ptxas_says_is_read():
