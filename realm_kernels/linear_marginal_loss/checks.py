@@ -23,6 +23,7 @@ def check(
     ignore_index: int,
     mode: str,
     reduction: str,
+    min_posterior: float,
 ) -> None:
     """Raise TypeError or ValueError for arguments the op does not take."""
     check_documents(OP, scores, doc_mask, log_weight)
@@ -40,6 +41,10 @@ def check(
         check_tensor(OP, "bias", bias, "[V]", (weight.shape[0],), (hidden.dtype,), device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{OP}: ignore_index must be an int, got {describe(ignore_index)}")
+    if isinstance(min_posterior, bool) or not isinstance(min_posterior, (int, float)):
+        raise TypeError(f"{OP}: min_posterior must be a float, got {describe(min_posterior)}")
+    if not 0.0 <= min_posterior <= 1.0:
+        raise ValueError(f"{OP}: min_posterior must be in [0, 1], got {min_posterior}")
     check_choice(OP, "mode", mode, MODES)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
 

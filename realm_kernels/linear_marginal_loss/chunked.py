@@ -29,6 +29,8 @@ from .passes import TORCH, Passes, Statistics
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
 
+WORDS_MOVED = 256  # at a time, where rows are left out of a chunk
+
 
 class Rows(NamedTuple):
     """Some rows of a problem, those without a part in the loss left out or neutral."""
@@ -101,6 +103,8 @@ class Pass:
 
     def add_gradients(self, rows: Rows, logits: Tensor, statistics: Statistics, factor: Tensor) -> None:
         """Second and third product; factor: float64 [R], the upstream gradient times the posterior."""
+        if self.problem.min_posterior > 0.0 and may_count_rows(factor.device):
+            rows, logits, statistics, factor = _with_factor(rows, logits, statistics, factor)
         scale = self.products.scale
         d_logits = self.passes.gradient_(
             logits,
@@ -126,6 +130,21 @@ class Pass:
             for gradient in (self.d_hidden, self.d_weight, self.d_bias):
                 gradient.div_(scale)
         return Gradients(self.d_hidden, self.d_weight, self.d_bias)
+
+
+def _with_factor(
+    rows: Rows, logits: Tensor, statistics: Statistics, factor: Tensor
+) -> tuple[Rows, Tensor, Statistics, Tensor]:
+    """The same without the rows whose factor is 0; their logits move to the front of the same memory."""
+    kept = factor.nonzero()[:, 0]
+    vocabulary, count = logits.shape[0], len(kept)
+    place = kept + rows.place.start if isinstance(rows.place, slice) else rows.place[kept]
+    fewer = logits.view(-1)[: vocabulary * count].view(vocabulary, count)
+    for first in range(0, vocabulary, WORDS_MOVED):
+        words = slice(first, first + WORDS_MOVED)
+        fewer[words] = logits[words].index_select(1, kept)
+    rows = Rows(place, rows.hidden[kept], rows.targets[kept], rows.outside[kept])
+    return rows, fewer, Statistics(*(each[kept] for each in statistics)), factor[kept]
 
 
 def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:

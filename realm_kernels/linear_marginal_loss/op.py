@@ -19,7 +19,9 @@ _INPUTS = (
     "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"
     " Tensor? log_weight"
 )
-_OPTIONS = "int ignore_index, str mode, bool needs_hidden, bool needs_weight, bool needs_bias"
+_OPTIONS = (
+    "int ignore_index, str mode, bool needs_hidden, bool needs_weight, bool needs_bias, float min_posterior"
+)
 
 # Gradients come with the forward, for an upstream gradient of 1. needs_weight and needs_bias promise an
 # upstream gradient equal for all examples: a sum over examples cannot be taken apart again.
@@ -64,10 +66,13 @@ def linear_marginal_loss_fwd(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
 ) -> tuple[Tensor, ...]:
     """loss [B], count int64 [B] as of marginal_loss, log_likelihood float64 [B, K, M], gradients for 1."""
     checks.check_values(targets, weight.shape[0], ignore_index)
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
+    )
     backend = backend_for(problem)
     with _inside(problem, backend):
         log_likelihood, units = backend.forward(problem, Needs(needs_hidden, needs_weight, needs_bias))
@@ -91,6 +96,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
 ) -> tuple[Tensor, ...]:
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
     batch, vocabulary, dtype = scores.shape[0], weight.shape[0], problem.sum_dtype
@@ -124,9 +130,12 @@ def linear_marginal_loss_bwd(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
     needs_scores: bool,
 ) -> tuple[Tensor, ...]:
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
+    )
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     backend = backend_for(problem)
     with _inside(problem, backend):
@@ -192,6 +201,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
     needs_scores: bool,
 ) -> tuple[Tensor, ...]:
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
@@ -204,7 +214,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias = inputs
+    *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias, ctx.min_posterior = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(*tensors, *rest[1:])
@@ -226,6 +236,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, 
             wants_hidden,
             wants_weight,
             wants_bias,
+            ctx.min_posterior,
             wants_scores or wants_log_weight,
         )
     return (
@@ -236,7 +247,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, 
         d_bias if wants_bias else None,
         None,
         d_scores.to(log_weight.dtype) if wants_log_weight else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 

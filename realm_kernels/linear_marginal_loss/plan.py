@@ -33,8 +33,21 @@ def explain(
     mode: str = "sequence",
     reduction: str = "mean",
     return_posterior: bool = False,
+    min_posterior: float = 0.0,
 ) -> Explanation:
-    check(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, reduction)
+    check(
+        scores,
+        hidden,
+        weight,
+        targets,
+        bias,
+        doc_mask,
+        log_weight,
+        ignore_index,
+        mode,
+        reduction,
+        min_posterior,
+    )
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
     backend = op.backend_for(problem)
     products = 1 + hidden.requires_grad + weight.requires_grad

@@ -41,6 +41,7 @@ class Problem:
     log_weight: Tensor | None  # [B, K]
     ignore_index: int
     mode: str
+    min_posterior: float = 0.0  # rows whose posterior is below it have no part in d_hidden, d_weight, d_bias
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -82,7 +83,12 @@ class Problem:
 
 
 def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:
-    """d_loss [B] times the posterior: float64 [B, K, M] as log_likelihood, 0 for rows without a part."""
+    """d_loss [B] times the posterior: float64 [B, K, M] as log_likelihood, 0 for rows without a part.
+
+    Those are also rows whose posterior is below min_posterior. |p - onehot| <= sqrt(2), so each leaves out of
+    d_weight at most sqrt(2) min_posterior |d_loss| |hidden| (in Frobenius' norm), of d_bias as much with
+    |hidden| = 1, and of d_hidden at most 2 min_posterior |d_loss| max_v |W_v|: README.md derives it.
+    """
     _, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
         d_loss,
         problem.scores,
@@ -94,4 +100,8 @@ def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -
         False,
         True,
     )
-    return -d_log_likelihood
+    factor = -d_log_likelihood
+    if problem.min_posterior > 0.0:
+        least = problem.min_posterior * d_loss.abs()[:, None, None]
+        factor = torch.where(factor.abs() < least, 0.0, factor)  # NaN stays
+    return factor
