@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from .chunks import chunks_of
+from .chunks import Chunks, chunks_of
 from .passes import TORCH, Passes, Statistics
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
@@ -47,11 +47,11 @@ def may_count_rows(device: torch.device) -> bool:
 
 
 class Pass:
-    """The buffers of one call, and what it does with one chunk."""
+    """The buffers of one call, and what it does with one chunk. distributed.py says what ranks add to it."""
 
-    def __init__(self, problem: Problem, needs: Needs, passes: Passes) -> None:
+    def __init__(self, problem: Problem, needs: Needs, passes: Passes, chunks: Chunks | None = None) -> None:
         self.problem, self.needs, self.passes = problem, needs, passes
-        self.chunks = chunks_of(problem, passes.in_place)
+        self.chunks = chunks_of(problem, passes.in_place) if chunks is None else chunks
         self.products = products_for(problem.weight, problem.sum_dtype)
         self.bias = None
         if problem.bias is not None:
@@ -67,9 +67,7 @@ class Pass:
         self.targets = torch.where(self.outside, 0, targets)
 
         dtype = problem.sum_dtype
-        self.workspace = weight.new_empty(
-            weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=dtype
-        )
+        self.workspace = weight.new_empty(self.chunks.words * self.chunks.most_rows(), dtype=dtype)
         self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=torch.float64)
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
@@ -90,10 +88,15 @@ class Pass:
 
     def logits(self, rows: Rows) -> tuple[Tensor, Statistics]:
         """First product and statistics."""
-        vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
-        logits = self.workspace[: vocabulary * count].view(vocabulary, count)
+        words, count = self.chunks.words, rows.hidden.shape[0]
+        logits = self.workspace[: words * count].view(words, count)
         self.products.logits(rows.hidden, logits)
         return logits, self.passes.statistics_(logits, self.bias, rows.targets)
+
+    def factor(self, examples: slice, d_loss: Tensor) -> Tensor:
+        """Of the rows of examples whose log likelihoods are kept: float64, d_loss [B] times the posterior."""
+        part = self.problem.examples(examples.start, examples.stop)
+        return posterior_factor(part, self.log_likelihood[examples], d_loss[examples]).flatten()
 
     def keep_log_likelihood(self, rows: Rows, statistics: Statistics) -> None:
         log_p = torch.where(rows.outside, torch.nan, statistics.log_p)
@@ -114,7 +117,7 @@ class Pass:
             factor if scale == 1.0 else factor * scale,
             self.products.operand_dtype,
             self.d_bias if self.needs.bias else None,
-        )
+        )[: self.problem.weight.shape[0]]
         if self.needs.hidden:
             d_hidden = self.products.d_hidden(d_logits)
             self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
@@ -149,23 +152,24 @@ def _with_factor(
 
 def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:
     """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
-    work = Pass(problem, needs, passes)
-    ones = work.log_likelihood.new_ones(problem.scores.shape[0])
-    one_pass = any(needs) and work.chunks.examples_at_once > 0
+    return run_forward(Pass(problem, needs, passes))
+
+
+def run_forward(work: Pass) -> tuple[Tensor, Gradients]:
+    batch, wanted = work.problem.scores.shape[0], any(work.needs)
+    ones = work.log_likelihood.new_ones(batch)
+    one_pass = wanted and work.chunks.examples_at_once > 0
     for first, last in work.chunks.ranges():
         rows = work.rows(first, last)
         logits, statistics = work.logits(rows)
         work.keep_log_likelihood(rows, statistics)
         if one_pass:
-            examples = first // work.chunks.rows_of_example, last // work.chunks.rows_of_example
-            part = slice(*examples)
-            factor = posterior_factor(
-                problem.examples(*examples), work.log_likelihood[part], ones[part]
-            ).flatten()
+            rows_of_example = work.chunks.rows_of_example
+            factor = work.factor(slice(first // rows_of_example, last // rows_of_example), ones)
             kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
             work.add_gradients(rows, logits, statistics, factor[kept])
-    if any(needs) and not one_pass:
-        _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
+    if wanted and not one_pass:
+        _second_pass(work, work.factor(slice(0, batch), ones))
     return work.log_likelihood, work.gradients()
 
 
@@ -173,8 +177,12 @@ def backward(
     problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs, passes: Passes = TORCH
 ) -> Gradients:
     """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
-    work = Pass(problem, needs, passes)
-    _second_pass(work, posterior_factor(problem, log_likelihood, d_loss).flatten())
+    return run_backward(Pass(problem, needs, passes), log_likelihood, d_loss)
+
+
+def run_backward(work: Pass, log_likelihood: Tensor, d_loss: Tensor) -> Gradients:
+    work.log_likelihood = log_likelihood
+    _second_pass(work, work.factor(slice(0, d_loss.shape[0]), d_loss))
     return work.gradients()
 
 

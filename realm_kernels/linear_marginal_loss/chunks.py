@@ -16,6 +16,7 @@ ALIGNMENT = 8  # examples: chunks of a multiple keep the pitch of the logits a m
 class Chunks:
     """Rows are the B * K * M pairs of document and token, an example's standing together."""
 
+    words: int  # of a row of logits
     rows: int  # in all
     rows_of_example: int  # K * M
     bytes_of_row: int  # of logits, and of their half-precision gradients where products take such
@@ -24,7 +25,11 @@ class Chunks:
 
     @property
     def workspace_bytes(self) -> int:
-        return min(self.rows, self.step()) * self.bytes_of_row
+        return self.most_rows() * self.bytes_of_row
+
+    def most_rows(self) -> int:
+        """Of a chunk."""
+        return min(self.rows, self.step())
 
     def step(self) -> int:
         return self.examples_at_once * self.rows_of_example or self.rows_at_once
@@ -35,16 +40,22 @@ class Chunks:
             yield first, min(first + self.step(), self.rows)
 
 
-def chunks_of(problem: Problem, in_place: bool = False) -> Chunks:
-    """in_place: half-precision gradients take the place of the logits."""
-    batch, documents, tokens, _ = problem.hidden.shape
+def chunks_of(
+    problem: Problem, in_place: bool = False, words: int | None = None, documents: int | None = None
+) -> Chunks:
+    """in_place: half-precision gradients take the place of the logits.
+
+    words, documents: the most of a rank, where not the problem's; rows are the problem's all the same.
+    """
+    batch, here, tokens, _ = problem.hidden.shape
     weight = problem.weight
-    bytes_of_row = weight.shape[0] * problem.sum_dtype.itemsize
+    words = weight.shape[0] if words is None else words
+    bytes_of_row = words * problem.sum_dtype.itemsize
     if takes_narrow_operands(weight) and not in_place:
-        bytes_of_row += weight.shape[0] * weight.element_size()
-    rows_of_example = documents * tokens
+        bytes_of_row += words * weight.element_size()
+    rows_of_example = here * tokens
     rows_at_once = max(1, WORKSPACE_BYTES // bytes_of_row)
-    examples = rows_at_once // max(1, rows_of_example)
+    examples = rows_at_once // max(1, (documents or here) * tokens)
     if examples > ALIGNMENT:
         examples -= examples % ALIGNMENT
-    return Chunks(batch * rows_of_example, rows_of_example, bytes_of_row, rows_at_once, examples)
+    return Chunks(words, batch * rows_of_example, rows_of_example, bytes_of_row, rows_at_once, examples)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..marginal_loss.reference import reduce
 from . import checks, chunked, reference, triton
 from .problem import Gradients, Needs, Problem
 
@@ -152,17 +153,40 @@ def linear_marginal_loss_bwd(
         )
         if has_units:
             units = Gradients(unit_d_hidden, unit_d_weight, unit_d_bias)
-            return d_scores.to(problem.loss_dtype), *_scaled(problem, units, needs, d_loss, d_loss[:1].sum())
+            return d_scores.to(problem.loss_dtype), *scaled(problem, units, needs, d_loss, d_loss[:1].sum())
         # Of the size of one, as the units are: half precision has no room for the scale of a loss.
         size = d_loss.abs().amax() if d_loss.numel() > 0 else d_loss.sum()
         relative = torch.where(size > 0, d_loss / size, 0.0)
         assert backend.backward is not None
         units = backend.backward(problem, log_likelihood, relative, needs)
-        scaled = _scaled(problem, units, needs, size.expand(d_loss.shape), size)
-        return d_scores.to(problem.loss_dtype), *scaled
+        gradients = scaled(problem, units, needs, size.expand(d_loss.shape), size)
+        return d_scores.to(problem.loss_dtype), *gradients
 
 
-def _scaled(
+def loss(problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and log_likelihood float64 [B, K, M], of inputs that were checked."""
+    needs = needs_of(problem)
+    # One example's share of d_weight cannot be scaled afterwards, so with "none" nothing is made beforehand.
+    beforehand = reduction != "none" or not (needs.weight or needs.bias)
+    each, count, log_likelihood, *_ = torch.ops.realm_kernels.linear_marginal_loss(
+        *problem.tensors,
+        problem.ignore_index,
+        problem.mode,
+        *(beforehand and needed for needed in needs),
+        problem.min_posterior,
+    )
+    return reduce(each, count, reduction), log_likelihood
+
+
+def needs_of(problem: Problem) -> Needs:
+    return Needs(*(_needs_gradient(x) for x in (problem.hidden, problem.weight, problem.bias)))
+
+
+def _needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
+
+
+def scaled(
     problem: Problem, units: Gradients, needs: Needs, by_example: Tensor, by_all: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the inputs, in their dtypes, in memory of their own."""

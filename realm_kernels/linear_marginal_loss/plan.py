@@ -35,20 +35,10 @@ def explain(
     return_posterior: bool = False,
     min_posterior: float = 0.0,
 ) -> Explanation:
-    check(
-        scores,
-        hidden,
-        weight,
-        targets,
-        bias,
-        doc_mask,
-        log_weight,
-        ignore_index,
-        mode,
-        reduction,
-        min_posterior,
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
     )
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    check(problem, reduction)
     backend = op.backend_for(problem)
     products = 1 + hidden.requires_grad + weight.requires_grad
     recomputed = reduction == "none" and weight.requires_grad

@@ -44,6 +44,22 @@ class Problem:
     min_posterior: float = 0.0  # rows whose posterior is below it have no part in d_hidden, d_weight, d_bias
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return (
+            self.scores,
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.bias,
+            self.doc_mask,
+            self.log_weight,
+        )
+
+    @property
+    def options(self) -> tuple[int, str, float]:
+        return self.ignore_index, self.mode, self.min_posterior
+
+    @property
     def sum_dtype(self) -> torch.dtype:
         """Of logits and of sums over rows: float32, or float64 where the hidden states are."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
@@ -83,12 +99,7 @@ class Problem:
 
 
 def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:
-    """d_loss [B] times the posterior: float64 [B, K, M] as log_likelihood, 0 for rows without a part.
-
-    Those are also rows whose posterior is below min_posterior. |p - onehot| <= sqrt(2), so each leaves out of
-    d_weight at most sqrt(2) min_posterior |d_loss| |hidden| (in Frobenius' norm), of d_bias as much with
-    |hidden| = 1, and of d_hidden at most 2 min_posterior |d_loss| max_v |W_v|: README.md derives it.
-    """
+    """d_loss [B] times the posterior: float64 [B, K, M] as log_likelihood, 0 for rows without a part."""
     _, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
         d_loss,
         problem.scores,
@@ -100,8 +111,17 @@ def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -
         False,
         True,
     )
-    factor = -d_log_likelihood
-    if problem.min_posterior > 0.0:
-        least = problem.min_posterior * d_loss.abs()[:, None, None]
-        factor = torch.where(factor.abs() < least, 0.0, factor)  # NaN stays
-    return factor
+    return keep_likely(problem, -d_log_likelihood, d_loss)
+
+
+def keep_likely(problem: Problem, factor: Tensor, d_loss: Tensor) -> Tensor:
+    """factor [B, K, M], d_loss [B] times the posterior, but 0 where that is below min_posterior.
+
+    |p - onehot| <= sqrt(2), so a row that is left out is missed by at most sqrt(2) min_posterior |d_loss|
+    |hidden| in d_weight (Frobenius' norm), as much with |hidden| = 1 in d_bias, and by at most
+    2 min_posterior |d_loss| max_v |W_v| in d_hidden: README.md derives it.
+    """
+    if problem.min_posterior == 0.0:
+        return factor
+    least = problem.min_posterior * d_loss.abs()[:, None, None]
+    return torch.where(factor.abs() < least, 0.0, factor)  # NaN stays
