@@ -15,6 +15,7 @@ what marginal_loss/distributed.py tells of it. d_weight and d_bias are of this r
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..mips_topk.checks import DTENSOR
 from ..ranks import Ranks
 from ..validation import describe
 from . import checks, chunked, op, triton
-from .chunked import Pass, Rows
+from .chunked import LibraryPass, Rows
 from .chunks import chunks_of
 from .passes import TORCH, Passes, Statistics
 from .problem import Gradients, Needs, Problem, keep_likely
@@ -59,7 +60,7 @@ class Call:
         scores, hidden, weight, targets, bias, doc_mask, log_weight = tensors
         return Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, *self.options)
 
-    def new_pass(self, problem: Problem, needs: Needs) -> Pass:
+    def new_pass(self, problem: Problem, needs: Needs) -> LibraryPass:
         backend = backends.choose(f"{OP} across ranks", BACKENDS, problem)
         passes = triton.TritonPasses() if backend.name == "triton" else TORCH
         if self.words is None:
@@ -67,37 +68,34 @@ class Call:
         return VocabularyPass(problem, needs, passes, self.ranks, self.words)
 
 
-class VocabularyPass(Pass):
+class VocabularyPass(LibraryPass):
     """Logits get one word more, which no row has but those whose target is another rank's."""
+
+    EXTRA_WORDS = 1
 
     def __init__(
         self, problem: Problem, needs: Needs, passes: Passes, ranks: Ranks, words: list[int]
     ) -> None:
-        self.ranks, self.here = ranks, words[ranks.rank]
-        chunks = replace(chunks_of(problem, passes.in_place, words=max(words) + 1), words=self.here + 1)
+        chunks = chunks_of(problem, passes.in_place, words=max(words) + 1)
         super().__init__(replace(problem, bias=None), needs, passes, chunks)
-        first = sum(words[: ranks.rank])
+        self.ranks, first = ranks, sum(words[: ranks.rank])
         targets = problem.targets[:, None, :].expand(problem.hidden.shape[:3]).flatten()
         self.outside = (targets < 0) | (targets >= sum(words))
         local = targets - first
-        self.targets = torch.where((local >= 0) & (local < self.here), local, self.here)
+        self.targets = torch.where((local >= 0) & (local < self.words), local, self.words)
         if problem.bias is not None:
             bias = problem.bias.double()
-            top = bias.amax(0, keepdim=True) if self.here else bias.new_full((1,), -torch.inf)
+            top = bias.amax(0, keepdim=True) if self.words else bias.new_full((1,), -torch.inf)
             largest = ranks.gather(top, [1] * ranks.size, "the largest bias").amax()
             self.bias = torch.cat([bias - largest, bias.new_zeros(1)]).to(problem.sum_dtype)
         # A sum over words, rounded to what the problem asks once all are added.
         self.d_hidden = self.d_hidden.to(problem.sum_dtype)
         if needs.bias:
-            self.d_bias = problem.weight.new_zeros(self.here + 1, dtype=problem.sum_dtype)
+            self.d_bias = problem.weight.new_zeros(self.words + 1, dtype=problem.sum_dtype)
 
-    def logits(self, rows: Rows) -> tuple[Tensor, Statistics]:
-        words, count = self.here + 1, rows.hidden.shape[0]
-        logits = self.workspace[: words * count].view(words, count)
-        logits[self.here].fill_(-torch.inf)
-        if self.here > 0:
-            self.products.logits(rows.hidden, logits[: self.here])
-        return logits, self._of_all_words(self.passes.statistics_(logits, self.bias, rows.targets), rows)
+    def statistics_(self, rows: Rows) -> Statistics:
+        self.logits[self.words].fill_(-torch.inf)
+        return self._of_all_words(super().statistics_(rows), rows)
 
     def _of_all_words(self, here: Statistics, rows: Rows) -> Statistics:
         """log p over all words; the total, still over this rank's largest logit.
@@ -106,7 +104,7 @@ class VocabularyPass(Pass):
         """
         log_p, total, largest = here
         empty = total == 0  # all logits -inf
-        mine = (rows.targets < self.here) & ~empty
+        mine = (rows.targets < self.words) & ~empty
         rest = torch.where(mine, -log_p.expm1() * total, total)
         log_e = torch.where(mine, log_p + total.log(), -torch.inf)
         shift = torch.where(empty, -torch.inf, largest.double())
@@ -120,22 +118,25 @@ class VocabularyPass(Pass):
         log_p = torch.where(rest < e, -(rest / e).log1p(), distance - (e + rest).log())
         return Statistics(log_p, (e + rest) * (top - largest.double()).exp(), largest)
 
-    def add_gradients(self, rows: Rows, logits: Tensor, statistics: Statistics, factor: Tensor) -> None:
-        if self.here > 0:
-            super().add_gradients(rows, logits, statistics, factor)
+    def add_gradients(self, rows: Rows, factor: Tensor) -> None:
+        if self.words > 0:
+            super().add_gradients(rows, factor)
 
     def gradients(self) -> Gradients:
         d_hidden, d_weight, d_bias = super().gradients()
         self.ranks.sum_(d_hidden, "d_hidden")
-        return Gradients(d_hidden.to(self.problem.hidden_gradient_dtype), d_weight, d_bias[: self.here])
+        return Gradients(d_hidden.to(self.problem.hidden_gradient_dtype), d_weight, d_bias[: self.words])
 
 
-class DocumentsPass(Pass):
+class DocumentsPass(LibraryPass):
     """A chunk holds the same examples on all ranks, whose posteriors take what all of them know."""
 
     def __init__(self, problem: Problem, needs: Needs, passes: Passes, ranks: Ranks, documents: int) -> None:
         super().__init__(problem, needs, passes, chunks_of(problem, passes.in_place, documents=documents))
         self.ranks = ranks
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        return self.chunks.ranges()  # by what all ranks know, not by the rows here that have a part
 
     def factor(self, examples: slice, d_loss: Tensor) -> Tensor:
         part = self.problem.examples(examples.start, examples.stop)
@@ -261,7 +262,7 @@ class _Differentiable(torch.autograd.Function):
         problem = call.problem(*tensors)
         with torch.autocast(problem.hidden.device.type, enabled=False):
             needs = call.needs if call.beforehand else NOTHING
-            log_likelihood, units = chunked.run_forward(call.new_pass(problem, needs))
+            log_likelihood, units = chunked.forward_by(call.new_pass(problem, needs))
             each, count, d_relevance = _of_examples(problem, call, log_likelihood)
         divisor = count.sum() if call.reduction == "mean" else None
         ctx.call = call
@@ -285,12 +286,13 @@ class _Gradients(torch.autograd.Function):
         g = marginal_reference.upstream(d_loss, divisor, len(d_relevance))
         d_relevance = torch.where(d_relevance != 0, g[:, None] * d_relevance, 0.0)
         with torch.autocast(problem.hidden.device.type, enabled=False):
+            g = g.to(problem.loss_dtype)
             by_example, by_all = g, g[:1].sum()
             if not call.beforehand:
                 by_all = g.abs().amax() if len(g) else g.sum()
                 by_example = by_all.expand(g.shape)
                 relative = torch.where(by_all > 0, g / by_all, 0.0)
-                units = chunked.run_backward(call.new_pass(problem, call.needs), log_likelihood, relative)
+                units = chunked.backward_by(call.new_pass(problem, call.needs), log_likelihood, relative)
             d_hidden, d_weight, d_bias = op.scaled(problem, units, call.needs, by_example, by_all)
         d_log_weight = None
         if problem.log_weight is not None and wants[6]:

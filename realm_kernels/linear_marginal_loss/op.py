@@ -11,10 +11,11 @@ from torch import Tensor
 
 from .. import backends
 from ..marginal_loss.reference import reduce
-from . import checks, chunked, reference, triton
+from . import checks, chunked, cpu, reference, triton
+from .memory import fresh, scale_into
 from .problem import Gradients, Needs, Problem
 
-BACKENDS = (triton.BACKEND, chunked.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, triton.BACKEND, chunked.BACKEND, reference.BACKEND)
 
 _INPUTS = (
     "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"
@@ -46,9 +47,9 @@ def backend_for(problem: Problem) -> backends.Backend:
 
 @contextmanager
 def _inside(problem: Problem, backend: backends.Backend) -> Iterator[None]:
-    """No autocast within, and the marginal of documents by the reference too, or by the first that can."""
+    """No autocast within, and the marginal of documents by the same backend if it has one of that name."""
     device_type = problem.hidden.device.type
-    marginal = backend.name if backend.name == "reference" else None
+    marginal = backends.forced_backend() if backend.name in ("cpu", "reference") else None
     with torch.autocast(device_type, enabled=False), backends.use_backend(marginal):
         yield
 
@@ -197,8 +198,8 @@ def scaled(
         torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
         d_hidden.masked_fill_(~problem.live()[..., None], 0.0)  # where an infinite scale made 0 a NaN
     if needs.weight:
-        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-        torch.mul(units.d_weight, by_all, out=d_weight)
+        d_weight = fresh(problem.weight, problem.weight.shape, problem.weight.dtype)
+        scale_into(d_weight, units.d_weight, by_all)
     if needs.bias:
         d_bias = problem.weight.new_empty(problem.weight.shape[0])
         torch.mul(units.d_bias, by_all, out=d_bias)
