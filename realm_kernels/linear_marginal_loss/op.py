@@ -152,7 +152,7 @@ def linear_marginal_loss_bwd(
             needs_scores,
             False,
         )
-        if has_units:
+        if has_units or not any(needs):
             units = Gradients(unit_d_hidden, unit_d_weight, unit_d_bias)
             return d_scores.to(problem.loss_dtype), *scaled(problem, units, needs, d_loss, d_loss[:1].sum())
         # Of the size of one, as the units are: half precision has no room for the scale of a loss.
