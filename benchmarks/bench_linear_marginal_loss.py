@@ -44,7 +44,7 @@ def test_linear_marginal_loss(benchmark, measure, quick, dtype, shape, batch, pa
     moved, flops = cost(batch * 8 * SCORED[padding], width, vocabulary, tensors[1].element_size(), products=3)
     loss = measure(implementation, step, bytes_moved=moved, flops=flops, dtype=DTYPES[dtype])
     if implementation == "realm_kernels":
-        # No speed of a wrong answer: the loss against torch's in float64, float32 roundings of M logits.
+        # No speed of a wrong answer: the loss against torch's in float64, within float32 roundings.
         wide = [tensor.detach().double() for tensor in tensors[:4]]
         if shape == "tiny" or batch == 4:
             expected = peers.eager(*wide, tensors[4])
