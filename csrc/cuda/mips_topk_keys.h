@@ -36,15 +36,19 @@ struct QueryBound {
 // An error from here on says nothing: float32 sums of the scan may have overflowed.
 constexpr double kOverflow = 0x1p100;
 
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+RK_DEVICE float infinity() { return __uint_as_float(kInfinityBits); }
+
+// has_row: false where the scan met no row that counts. With an error that is not finite that is not known: the
+// scores of rows may themselves be -inf.
 RK_DEVICE float upper_bound(const QueryBound& q, double product, bool has_row, double scale, double norm,
                             double residual) {
   const double error = q.of_norm * norm + q.of_residual * residual + q.own;
-  float bound = __uint_as_float(0x7F800000u);  // +inf
-  if (error < kOverflow) {                     // NaN compares false
-    bound = round_up_to_float(q.shift + q.factor * scale * product + error) + 0.0f;
+  float bound = infinity();
+  if (error < kOverflow) {  // NaN compares false
+    bound = has_row ? round_up_to_float(q.shift + q.factor * scale * product + error) + 0.0f : -infinity();
   }
-  // Nothing is returned for a NaN query, nor from a group without a row.
-  return q.of_norm != q.of_norm || !has_row ? __uint_as_float(0xFF800000u) : bound;
+  return q.of_norm != q.of_norm ? -infinity() : bound;  // nothing is returned for a NaN query
 }
 
 RK_DEVICE float bfloat16_to_float(uint32_t bits) { return __uint_as_float(bits << 16); }

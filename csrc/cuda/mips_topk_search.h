@@ -84,7 +84,7 @@ RK_DEVICE void prepare(const SearchArguments& a, bool is_float16) {
       largest = fmaxf(largest, fabsf(query(d)));
     }
     largest = block_reduce(largest, partial_float, Most{}) / 127.0f;
-    step = largest < __uint_as_float(0x7F800000u) ? fmaxf(largest, static_cast<float>(kSmallestStep)) : 1.0f;
+    step = largest < infinity() ? fmaxf(largest, static_cast<float>(kSmallestStep)) : 1.0f;
   }
   double square = 0.0, residual_square = 0.0, scanned_square = 0.0, mean_square = 0.0, centre = 0.0;
   for (int d = static_cast<int>(threadIdx.x); d < a.scanned_pitch; d += threads) {
@@ -158,7 +158,7 @@ RK_DEVICE float group_bound(const SearchArguments& a, const QueryBound& q, int b
     const int last = ceil_div(a.num_rows, a.norm_rows) - 1, first = 2 * group;
     norm = fmaxf(a.group_norm[first], a.group_norm[first < last ? first + 1 : last]);
   }
-  const bool has_row = product != __uint_as_float(0xFF800000u);
+  const bool has_row = product != -infinity();
   return upper_bound(q, product, has_row, 1.0, norm, 0.0);
 }
 
@@ -175,12 +175,12 @@ RK_DEVICE void select(const SearchArguments& a) {
 #pragma unroll
     for (int i = 0; i < kOffersPerRound; ++i) {
       const int group = at * run + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      bounds[i] = group < a.num_groups ? group_bound(a, q, b, group) : __uint_as_float(0xFF800000u);
+      bounds[i] = group < a.num_groups ? group_bound(a, q, b, group) : -infinity();
     }
 #pragma unroll
     for (int i = 0; i < kOffersPerRound; ++i) {
       const int group = at * run + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      top.offer(bounds[i] > __uint_as_float(0xFF800000u) ? key_of(bounds[i], group) : kNothing);
+      top.offer(bounds[i] > -infinity() ? key_of(bounds[i], group) : kNothing);
     }
     top.end_round();
     at = (at + a.visit_step) % runs;
@@ -323,8 +323,8 @@ RK_DEVICE void repair(const SearchArguments& a) {
       }
       __syncthreads();
       const int group = first + static_cast<int>(threadIdx.x);
-      const float bound = group < end ? group_bound(a, q, b, group) : __uint_as_float(0xFF800000u);
-      if (bound >= tau && bound > __uint_as_float(0xFF800000u)) {
+      const float bound = group < end ? group_bound(a, q, b, group) : -infinity();
+      if (bound >= tau && bound > -infinity()) {
         groups[atomicAdd(found, 1)] = group;
       }
       __syncthreads();

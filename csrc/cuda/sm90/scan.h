@@ -79,6 +79,8 @@ struct WideConsumer {
         valid = valid_columns(a, item.tile);
       }
       store_maxima(a, d, item.tile, (share.query_block * a.plan.blocks + item.block) * kBlockQueries, valid);
+    } else {
+      pretend_to_read(a, d);
     }
   }
 
@@ -189,6 +191,9 @@ struct DeepConsumer {
         if constexpr (kTwo) {
           store_maxima(a, lower, tile, first_query + kConsumerGroups * kBlockQueries, valid);
         }
+      } else {
+        pretend_to_read(a, upper);
+        pretend_to_read(a, lower);
       }
     }
   }
@@ -252,6 +257,9 @@ struct NarrowConsumer {
         warp_group_sync(group);
         store(tile);
         warp_group_sync(group);
+      } else {
+        pretend_to_read(a, upper);
+        pretend_to_read(a, lower);
       }
       at = at.ahead(a.plan.panels, ring.stages);  // past the other group's tile
     }
