@@ -47,7 +47,7 @@ class Model:
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def scan(self, shape, queries, rows, *, group, blocks, workers=1, row_mask=None, seed=0):
-        """(group maxima [B, N / G], norms) of queries and rows of one scanned dtype, by one shape of the scan."""
+        """(group maxima [B, N / G], norms) by one shape of the scan; queries and rows in the scanned dtype."""
         (B, D), N = queries.shape, rows.shape[0]
         groups = -(-N // group)
         if rows.dtype == torch.int8:
@@ -65,7 +65,7 @@ class Model:
         return maxima, norms
 
     def search(self, queries, rows, k, exclude=None, row_mask=None, codes=None, **how):
-        """A whole search of one piece. how: threads of the search kernels, group, selected, shape, first_row, seed."""
+        """A whole search of one piece. how: threads of a block, group, selected, shape, first_row, seed."""
         (B, D), N = queries.shape, rows.shape[0]
         result = Found(torch.full((B, k), NAN), torch.full((B, k), -99), torch.zeros(1, dtype=torch.int64))
         tensors = [queries, rows, row_mask, exclude, *(codes or [None] * 3)]
@@ -111,7 +111,7 @@ def pointer(tensor):
 
 
 def encode(rows, group=32):
-    """(codes int8 [N / G, G, D32], mean [D], bounds [N / G, 3]) as a GPU scans them; NaN rows take no part."""
+    """(codes int8 [N / G, G, D32], mean [D], bounds [N / G, 3]) as a GPU scans them, without NaN rows."""
     N, D = rows.shape
     x = rows.double()
     is_row = ~x.isnan().any(1, keepdim=True)
@@ -122,7 +122,9 @@ def encode(rows, group=32):
     largest = centred.abs().amax((1, 2))
     step = torch.where(largest.isfinite(), (largest / 127).clamp(min=2.0**-60), 1.0).float().double()
     codes = torch.where(centred.isfinite(), (centred / step[:, None, None]).round().clamp(-127, 127), 0.0)
-    error = (centred - step[:, None, None] * codes).norm(dim=2).amax(1) + 2.0**-50 * centred.norm(dim=2).amax(1)
+    error = (centred - step[:, None, None] * codes).norm(dim=2).amax(1) + 2.0**-50 * centred.norm(dim=2).amax(
+        1
+    )
     error = torch.where(largest.isfinite(), error, INF)
     norm = (step[:, None, None] * codes).norm(dim=2).amax(1)
     bounds = torch.stack([step, error * (1 + 2.0**-20), norm * (1 + 2.0**-20)], 1).float().contiguous()
@@ -148,7 +150,7 @@ ORDERS = {
 
 
 def ordered_table(order, N, D=8):
-    """Rows of bfloat16 whose first column is in an adversarial order, and two queries, one looking backwards."""
+    """Two queries, and rows of bfloat16 whose first column is in an adversarial order."""
     table = torch.ones(N, D)
     table[:, 0] = ORDERS[order](N).float()
     queries = torch.zeros(2, D)

@@ -1,4 +1,4 @@
-"""The Hopper kernels of mips_topk as nvcc compiles them: registers, spills, instructions, shared memory, plans."""
+"""The Hopper kernels of mips_topk as nvcc makes them: registers, spills, instructions, shared memory, plans."""
 
 import os
 import re
@@ -16,7 +16,9 @@ REGISTERS = 65536  # of a multiprocessor
 SCAN_THREADS, SEARCH_THREADS = 384, 512
 # What ptxas says where a wgmma waits for the one before, or setmaxnreg has no effect.
 COMPLAINTS = re.compile(r"Potential Performance Loss|C7508|C7510|C7520|setmaxnreg ignored|are spilled")
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+NVCC = shutil.which("nvcc") or shutil.which(
+    "nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"
+)
 
 
 def cuobjdump():
@@ -29,7 +31,7 @@ needs_module = pytest.mark.skipif(native.cuda is None, reason="the CUDA module w
 
 
 class Compiled:
-    """One source for one architecture: what ptxas said, and a section of SASS and resources for each kernel."""
+    """One source for one architecture: what ptxas said, and SASS and resources of each kernel."""
 
     def __init__(self, source, architecture, folder):
         self.cubin = folder / f"{Path(source).stem}-{architecture}.cubin"
@@ -61,7 +63,11 @@ class Compiled:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cubin")
-    sources = [("cuda/sm90/mips_topk_scan.cu", "90a"), ("cuda/mips_topk.cu", "90a"), ("cuda/mips_topk.cu", "100a")]
+    sources = [
+        ("cuda/sm90/mips_topk_scan.cu", "90a"),
+        ("cuda/mips_topk.cu", "90a"),
+        ("cuda/mips_topk.cu", "100a"),
+    ]
     running = [Compiled(source, architecture, folder) for source, architecture in sources]
     return [one.finish() for one in running]
 

@@ -1,18 +1,17 @@
 """The CUDA kernels of mips_topk, the very source that nvcc compiles, on a model of a GPU.
 
-The model (tests/cuda_model) switches threads at random, delays TMA and wgmma as long as they may be delayed, and
-decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of barriers and
-everything after the scan are tested here; instructions and clocks are not.
+The model (tests/cuda_model) switches threads at random, delays TMA and wgmma as long as they may be delayed,
+and decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of barriers
+and everything after the scan are tested here; instructions and clocks are not.
 """
 
+import mips_topk_cuda_cases as cases
 import pytest
 import torch
+from mips_topk_cuda_cases import INF, NAN, ORDERS, integers
 
 from realm_kernels.mips_topk import reference
 from realm_kernels.testing import assert_same_topk
-
-import mips_topk_cuda_cases as cases
-from mips_topk_cuda_cases import INF, NAN, ORDERS, integers
 
 pytestmark = pytest.mark.skipif(cases.compiler() is None, reason="no C++ compiler")
 
@@ -64,7 +63,9 @@ def check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked, see
         assert torch.equal(maxima.double(), best)
         return
     # The sum truncates: each addition loses at most 2^-22 of what is summed.
-    bound = 2.0**-22 * (D + D / 8 + 4) * (queries.double().abs() @ rows.double().abs().T).amax(1, keepdim=True)
+    bound = (
+        2.0**-22 * (D + D / 8 + 4) * (queries.double().abs() @ rows.double().abs().T).amax(1, keepdim=True)
+    )
     assert ((maxima.double() - best).abs().nan_to_num(0.0) <= bound).all()  # -inf in the same places
     assert torch.equal(maxima == -INF, best == -INF)
     longest = lengths.view(-1, min(group, 64)).amax(1)
@@ -119,7 +120,11 @@ MISTAKES = {
         "if (item.block + kConsumerGroups >= a.plan.blocks) {\n#",
         "if (item.block == group) {\n#",
     ),
-    "fragments lie otherwise": ("sm90/layout.h", "2 * (thread % 4) + i % 2;", "2 * (thread % 4) + i / 2 % 2;"),
+    "fragments lie otherwise": (
+        "sm90/layout.h",
+        "2 * (thread % 4) + i % 2;",
+        "2 * (thread % 4) + i / 2 % 2;",
+    ),
 }
 
 

@@ -20,7 +20,8 @@ constexpr double kTensorCoreRoundoff = 0x1p-22;  // of an addition; it truncates
 
 // Offsets in the workspace, in the order of SearchArguments.
 struct Workspace {
-  int64_t scanned, bounds, group_max, group_norm, chosen, left_out, candidates, kth, repaired, flagged, arrived;
+  int64_t scanned, bounds, group_max, group_norm, chosen, left_out, candidates, kth, repaired, flagged,
+      arrived;
   int64_t bytes;
 };
 
@@ -40,8 +41,8 @@ struct SearchPlan {
 
 inline int bytes_of(Scanned scanned) { return scanned == Scanned::kInt8 ? 1 : 2; }
 
-// Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore; the
-// nearest of 32, 64 and 128 to sqrt(8 N / m row bytes).
+// Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore;
+// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes).
 inline int group_rows(const SearchShape& s, int64_t selected) {
   if (s.code_group > 0) {
     return s.code_group < sm90::kTileRows ? s.code_group : sm90::kTileRows;
@@ -50,8 +51,9 @@ inline int group_rows(const SearchShape& s, int64_t selected) {
   return square < 32 * 64 ? 32 : square < 64 * 128 ? 64 : 128;
 }
 
-// k + E groups hold every row that may be returned, were U exact. Unrounded operands leave an error of a few ulp;
-// a rounded query up to 2 % of a standard deviation; codes, at the tail of a normal distribution, this many.
+// k + E groups hold every row that may be returned, were U exact. Unrounded operands leave an error of a few
+// ulp; a rounded query up to 2 % of a standard deviation; codes, at the tail of a normal distribution, this
+// many.
 inline int64_t selected_groups(const SearchShape& s) {
   double slack = s.is_exact ? 4 + s.k / 8 : 8 + s.k / 2;
   if (s.code_group > 0) {

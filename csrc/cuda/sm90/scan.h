@@ -21,7 +21,7 @@ struct WideConsumer {
 
   struct Item {
     int tile;
-    int block;  // of 64 queries
+    int block;        // of 64 queries
     RingPosition at;  // of the tile's first panel
   };
 
@@ -122,8 +122,9 @@ struct WideConsumer {
   }
 };
 
-// kDeep. Both operands stream: a stage is a panel of 128 rows and the same panel of up to 256 queries, of which
-// a consumer group owns two blocks, every second one. A stage is free one stage later, when its products are.
+// kDeep. Both operands stream: a stage is a panel of 128 rows and the same panel of up to 256 queries, of
+// which a consumer group owns two blocks, every second one. A stage is free one stage later, when its
+// products are.
 template <class Element, bool kWithMaxima>
 struct DeepConsumer {
   using T = typename Element::Accumulator;
