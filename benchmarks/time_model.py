@@ -27,13 +27,14 @@ from realm_kernels.mips_topk.plan import cost as mips_cost
 from realm_kernels.mips_topk.triton_plan import ceil_div
 from realm_kernels.table import device_codes
 
-from .bench_linear_marginal_loss import DOCUMENTS, TOKENS, VOCABULARY, WIDTH
 from .bench_marginal_loss import SHAPES as MARGINAL_SHAPES
+from .linear_marginal_loss_cases import DOCUMENTS, SHAPES, TOKENS
 from .report import Lines, markdown_of
 
 DOCS = Path(__file__).parents[1] / "docs/benchmarks.md"
 BEGIN, END = "<!-- time model: begin -->", "<!-- time model: end -->"
 WIKIPEDIA, DIM = 13_353_718, 128
+WIDTH, VOCABULARY = SHAPES["base"]
 BATCHES = (1, 16, 64, 128, 256, 512, 1024, 4096)
 LINEAR_BATCHES = (16, 64, 512)
 
@@ -112,8 +113,8 @@ def mips_topk_stages(
     passes = ceil_div(batch, plan.batch)
     row_bytes = dim * dtype.itemsize
     scanned_bytes = dim if codes else row_bytes
-    tiles_of_queries = passes * ceil_div(min(batch, plan.batch), plan.block_b)
-    scored = tiles_of_queries * plan.block_b * num_rows  # padded queries are multiplied too
+    tiles_of_queries = passes * ceil_div(min(batch, plan.batch), plan.scan.block_b)
+    scored = tiles_of_queries * plan.scan.block_b * num_rows  # padded queries are multiplied too
     part, keep = triton_plan.select_part(plan.num_groups, plan.selected)
     select = sorting(plan.num_groups, part, plan.selected)
     if keep != plan.selected:
@@ -190,7 +191,8 @@ def linear_marginal_loss_stages(batch: int, fused: bool) -> list[Stage]:
         weight = torch.empty(VOCABULARY, WIDTH, dtype=torch.bfloat16, device="cuda")
         scores = torch.empty(batch, DOCUMENTS, device="cuda")
         targets = torch.empty(batch, TOKENS, dtype=torch.int64, device="cuda")
-        plan = chunks_of(Problem(scores, hidden, weight, targets, None, None, None, -100, "sequence"))
+        problem = Problem(scores, hidden, weight, targets, None, None, None, -100, "sequence")
+        plan = chunks_of(problem, in_place=fused)
     chunks = ceil_div(plan.rows, plan.step())
     logits, operand, table = 4 * VOCABULARY * plan.rows, 2 * plan.rows * WIDTH, 2 * VOCABULARY * WIDTH
     flops = 2 * plan.rows * WIDTH * VOCABULARY

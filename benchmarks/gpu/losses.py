@@ -19,16 +19,16 @@ from realm_kernels.marginal_loss import op as marginal_op
 from realm_kernels.marginal_loss import plan as marginal_plan
 from realm_kernels.span_marginal_loss import plan as span_plan
 
-from .. import bench_linear_marginal_loss as linear
 from .. import bench_marginal_loss as marginal
 from .. import bench_span_marginal_loss as span
+from .. import linear_marginal_loss_cases as linear
 from .. import marginal_loss_peers, roofline
+from ..bench_linear_marginal_loss import SCORED
 from . import peers, served
 from .rows import OURS, Call, Row
 from .served import forced_backends, served_by
 
 LINEAR_BATCHES = (64, 16, 512)
-LINEAR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Of plain torch's loss in float64: what float32 sums of a few thousand terms may lose. Peers round more.
 TOLERANCE, PEER_TOLERANCE = 2.0**-18, 2.0**-6
 
@@ -84,11 +84,12 @@ def job(
     return found
 
 
-def linear_rows(batch: int, dtype_name: str, padding: str) -> list[Row]:
-    dtype, scored = LINEAR_DTYPES[dtype_name], linear.SCORED[padding]
+def linear_rows(batch: int, dtype_name: str, padding: str, shape: str = "base") -> list[Row]:
+    dtype, scored = linear.DTYPES[dtype_name], SCORED[padding]
+    width, vocabulary = linear.SHAPES[shape]
 
     def make() -> tuple[list[Tensor], list[Tensor]]:
-        inputs = [x.detach().to(served.GPU) for x in linear.inputs(batch, scored, dtype)]
+        inputs = [x.detach().to(served.GPU) for x in linear.inputs(batch, scored, width, vocabulary, dtype)]
         return inputs, [x.requires_grad_() for x in inputs[:3]]
 
     def reference(scores: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -103,12 +104,12 @@ def linear_rows(batch: int, dtype_name: str, padding: str) -> list[Row]:
     rows = batch * linear.DOCUMENTS * scored
 
     def limit() -> float:
-        moved, flops = linear_plan.cost(rows, linear.WIDTH, linear.VOCABULARY, dtype.itemsize, products=3)
+        moved, flops = linear_plan.cost(rows, width, vocabulary, dtype.itemsize, products=3)
         return roofline.limit_seconds(moved, flops, dtype, served.GPU)
 
     name = (
         f"linear_marginal_loss {dtype_name} B={batch} K={linear.DOCUMENTS} M={scored} of {linear.TOKENS}"
-        f" H={linear.WIDTH} V={linear.VOCABULARY}"
+        f" H={width} V={vocabulary}"
     )
     others = {name: peer.make for name, peer in peers.installed(peers.LOSSES).items()}
     return job(name, make, linear.ours, others, linear_op.BACKENDS, limit, reference)
@@ -180,7 +181,7 @@ def _in_double(loss_of: Loss) -> Loss:
 def rows(op: str, quick: bool) -> list[Row]:
     if op == "linear_marginal_loss":
         if quick:
-            return linear_rows(1, "bfloat16", "padded")
+            return linear_rows(2, "bfloat16", "padded", "tiny")
         found = [row for batch in LINEAR_BATCHES for row in linear_rows(batch, "bfloat16", "full")]
         return found + linear_rows(64, "bfloat16", "padded") + linear_rows(16, "float32", "full")
     make, shapes, modes = {

@@ -179,8 +179,8 @@ def shape_rows(num_rows: int, dim: int, batches: tuple[int, ...]) -> list[Row]:
     return found + [peer_row(num_rows, dim, name, batch, k) for name in others for batch, k in jobs]
 
 
-def host_rows(num_rows: int, dim: int) -> list[Row]:
-    return [our_row(num_rows, dim, kind, batch, HOST_K) for kind in HOST_TABLES for batch in HOST_BATCHES]
+def host_rows(num_rows: int, dim: int, batches: tuple[int, ...]) -> list[Row]:
+    return [our_row(num_rows, dim, kind, batch, HOST_K) for kind in HOST_TABLES for batch in batches]
 
 
 def order_rows(num_rows: int) -> list[Row]:
@@ -193,9 +193,10 @@ def order_rows(num_rows: int) -> list[Row]:
 
 def rows(op: str, quick: bool) -> list[Row]:
     if quick:
-        return shape_rows(20_000, 128, (1, ORDER_BATCH)) + host_rows(20_000, 128) + order_rows(20_000)
+        shape, batches = (20_000, 128), (1, ORDER_BATCH)
+        return shape_rows(*shape, batches) + host_rows(*shape, batches) + order_rows(shape[0])
     largest, *others, smallest = (shape_rows(*shape, BATCHES) for shape in SHAPES)
-    in_order = [largest, host_rows(*SHAPES[0]), *others, order_rows(ORDER_ROWS), smallest]
+    in_order = [largest, host_rows(*SHAPES[0], HOST_BATCHES), *others, order_rows(ORDER_ROWS), smallest]
     return [row for rows in in_order for row in rows]
 
 
