@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import realm_kernels as rk
-from realm_kernels.mips_topk import op as mips_op
 from realm_kernels.mips_topk import cuda, plan, triton
+from realm_kernels.mips_topk import op as mips_op
 
 from .. import mips_topk_tables, roofline
 from . import peers, served
