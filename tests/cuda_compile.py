@@ -17,6 +17,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 # Of tensor cores, in SASS: sm_80 and before, sm_90, sm_100.
+EMPTY = "gdesc[URZ]"  # multiplies nothing: how an empty group of wgmma is closed
 MATRIX = re.compile(r"\b([HI]MMA|[HIQ]GMMA|UTC[HIQ]MMA)\b")
 
 
@@ -117,7 +118,7 @@ def matrix_instructions(sass: str) -> dict[tuple[str, str], set[str]]:
             architecture = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             instance = match[1]
-        elif match := MATRIX.search(line):
+        elif (match := MATRIX.search(line)) and EMPTY not in line:
             found.setdefault((instance, architecture), set()).add(match[1])
     return found
 

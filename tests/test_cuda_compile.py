@@ -87,7 +87,9 @@ Used 168 registers, used 1 barriers, 8 bytes cumulative stack size, 5120 bytes s
 Used 10 registers, used 0 barriers, 352 bytes cmem[0]"""
     sass = f"""code for sm_90a
 		Function : {scan}
-        /*0330*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;"""
+        /*0330*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+		Function : {plain}
+        /*1810*/                   HGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0 ;"""
     first, second = cuda_compile.parse(text, cuda_compile.matrix_instructions(sass))
     assert (first.kernel, first.architecture, first.registers, first.shared) == (
         "scan_kernel",
