@@ -133,7 +133,8 @@ def _compiled(source: Path) -> tuple[str, str]:
     ]:
         digest.update(path.read_bytes())
     kept = CACHE / f"{source.stem}-{digest.hexdigest()[:24]}"
-    said, sass, binary = (kept.with_suffix(end) for end in (".ptxas", ".sass", ".o"))
+    # A name of its own for what is in the making: another session may be at it too.
+    said, sass, binary = (kept.with_suffix(end) for end in (".ptxas", ".sass", f".{os.getpid()}.o"))
     if not sass.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in targets]
