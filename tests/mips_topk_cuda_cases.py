@@ -47,7 +47,7 @@ class Model:
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def scan(self, shape, queries, rows, *, group, blocks, workers=1, row_mask=None, seed=0):
-        """(group maxima [B, N / G], norms) by one shape of the scan; queries and rows in the scanned dtype."""
+        """(group maxima [B, N / G], norms) by one shape of the scan; all in the scanned dtype."""
         (B, D), N = queries.shape, rows.shape[0]
         groups = -(-N // group)
         if rows.dtype == torch.int8:

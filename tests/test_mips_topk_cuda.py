@@ -33,6 +33,7 @@ def on_gpu(test):
         (torch.randn(2, 8), torch.randn(9, 8).half(), 1, "float16 need queries of float16"),
         (torch.randn(2, 9), torch.randn(9, 9).bfloat16(), 1, "multiples of 16 bytes, got a stride of 18"),
         (torch.randn(2, 8), torch.randn(8, 9).bfloat16().t(), 1, "must be contiguous"),
+        (torch.randn(2, 8), torch.randn(1, 8).bfloat16().expand(9, 8), 1, "must not overlap"),
         (torch.randn(2, 8), torch.randn(9, 8).bfloat16(), 2049, "k must be at most 2048"),
         (torch.randn(2, 8200), torch.randn(9, 8200).bfloat16(), 1, "D must be at most 8192"),
         (torch.randn(2, 8), torch.randn(9, 8).bfloat16(), 1, None),
@@ -183,9 +184,7 @@ def test_a_hundred_million_scored_pairs(B):
 @pytest.mark.parametrize("scale", [1.0, 2.0**-62, 2.0**40])
 def test_the_bound_of_a_sum_holds_on_the_hardware(B, D, scale):
     """|s~ - s| of the scan itself is within what tensor cores may lose: truncation, flushed subnormals."""
-    queries = (
-        torch.rand(B, D, device="cuda") * scale
-    ).bfloat16()  # all positive: every cut goes the same way
+    queries = (torch.rand(B, D, device="cuda") * scale).bfloat16()  # positive: all cuts go one way
     rows = (torch.rand(5000, D, device="cuda") * scale).bfloat16()
     piece = backend.Piece(rows, 0, None)
     plan = backend.plan_for(B, piece, D, 1, 0, queries.dtype, backend.multiprocessors(queries.device))

@@ -1,4 +1,4 @@
-"""The Hopper kernels of mips_topk as nvcc makes them: registers, spills, instructions, shared memory, plans."""
+"""The Hopper kernels of mips_topk as nvcc makes them: registers, spills, instructions, memory, plans."""
 
 import os
 import re

@@ -1,8 +1,8 @@
 """The CUDA kernels of mips_topk, the very source that nvcc compiles, on a model of a GPU.
 
 The model (tests/cuda_model) switches threads at random, delays TMA and wgmma as long as they may be delayed,
-and decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of barriers
-and everything after the scan are tested here; instructions and clocks are not.
+and decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of
+barriers and everything after the scan are tested here; instructions and clocks are not.
 """
 
 import mips_topk_cuda_cases as cases
