@@ -1,7 +1,7 @@
 """python -m benchmarks.hopper_scan: the scan of mips_topk on Hopper, its maxima, and the whole search, apart.
 
-Times of a scan with an empty epilogue, with the maxima, and of all five launches, beside the measured limits of
-the same GPU. docs/hopper_scan.md says what to look at. It has not run yet.
+Times of a scan with an empty epilogue, with the maxima, and of all five launches, beside the measured limits
+of the same GPU. docs/hopper_scan.md says what to look at. It has not run yet.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def main() -> None:
         raise SystemExit(f"hopper_scan: it needs a Hopper GPU: {reason}")
     bandwidth = roofline.measure_bandwidth("cuda")
     rate = roofline.measure_matrix_rate(torch.bfloat16, "cuda")
-    print(
-        f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} Tflop/s bfloat16"
-    )
+    print(f"{torch.cuda.get_device_name()}: {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} Tflop/s bfloat16")
     print(
         "B D k: limit, empty epilogue, with maxima, whole search (ms); whole search as a share of the limit"
     )
