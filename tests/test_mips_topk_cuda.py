@@ -150,6 +150,18 @@ def test_repairs_are_counted_and_right():
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("B,D", [(3, 128), (200, 128), (130, 768)])
+def test_int8_codes(dtype, B, D):
+    queries, rows = torch.randn(B, D), (torch.randn(20_000, D) + 3).to(dtype)
+    with rk.use_backend("cpu"):
+        expected = rk.mips_topk(queries, rows, 8)
+    with rk.use_backend("cuda"):
+        table = rk.ShardedTable.from_tensors([rows.cuda()]).quantize("int8")
+        assert_same_topk(rk.mips_topk(queries.cuda(), table, 8), expected)
+
+
+@on_gpu
 def test_in_a_cuda_graph_and_on_a_stream_of_its_own():
     queries, rows = torch.randn(80, 128, device="cuda"), torch.randn(30_000, 128, device="cuda").bfloat16()
     with rk.use_backend("cuda"):
