@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from realm_kernels.table import device_codes, quantized
+
 ROOT = Path(__file__).parent.parent
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCANNED = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2}
@@ -47,7 +49,7 @@ class Model:
             getattr(self._library, name).restype = ctypes.c_char_p
 
     def scan(self, shape, queries, rows, *, group, blocks, workers=1, row_mask=None, seed=0):
-        """(group maxima [B, N / G], norms) by one shape of the scan; queries and rows in the scanned dtype."""
+        """(group maxima [B, N / G], norms) by one shape of the scan; all in the scanned dtype."""
         (B, D), N = queries.shape, rows.shape[0]
         groups = -(-N // group)
         if rows.dtype == torch.int8:
@@ -111,24 +113,10 @@ def pointer(tensor):
 
 
 def encode(rows, group=32):
-    """(codes int8 [N / G, G, D32], mean [D], bounds [N / G, 3]) as a GPU scans them, without NaN rows."""
-    N, D = rows.shape
-    x = rows.double()
-    is_row = ~x.isnan().any(1, keepdim=True)
-    finite = x[x.isfinite().all(1)]
-    mean = (finite.mean(0) if len(finite) else torch.zeros(D)).float()
-    centred = torch.where(is_row, x - mean.double(), 0.0)
-    centred = torch.nn.functional.pad(centred, (0, 0, 0, -N % group)).view(-1, group, D)
-    largest = centred.abs().amax((1, 2))
-    step = torch.where(largest.isfinite(), (largest / 127).clamp(min=2.0**-60), 1.0).float().double()
-    codes = torch.where(centred.isfinite(), (centred / step[:, None, None]).round().clamp(-127, 127), 0.0)
-    error = (centred - step[:, None, None] * codes).norm(dim=2).amax(1) + 2.0**-50 * centred.norm(dim=2).amax(
-        1
-    )
-    error = torch.where(largest.isfinite(), error, INF)
-    norm = (step[:, None, None] * codes).norm(dim=2).amax(1)
-    bounds = torch.stack([step, error * (1 + 2.0**-20), norm * (1 + 2.0**-20)], 1).float().contiguous()
-    codes = torch.nn.functional.pad(codes, (0, -D % 32)).to(torch.int8).contiguous()
+    """(codes int8 [N / G, G, D32], mean [D], bounds [N / G, 3]) as the table makes them for a GPU."""
+    (codes,), (bounds,) = device_codes.empty([rows], rows.device, group)
+    mean = quantized.sample_mean([rows])
+    device_codes.encode(rows, mean, codes, bounds)
     return codes, mean, bounds
 
 

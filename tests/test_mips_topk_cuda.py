@@ -33,6 +33,7 @@ def on_gpu(test):
         (torch.randn(2, 8), torch.randn(9, 8).half(), 1, "float16 need queries of float16"),
         (torch.randn(2, 9), torch.randn(9, 9).bfloat16(), 1, "multiples of 16 bytes, got a stride of 18"),
         (torch.randn(2, 8), torch.randn(8, 9).bfloat16().t(), 1, "must be contiguous"),
+        (torch.randn(2, 8), torch.randn(1, 8).bfloat16().expand(9, 8), 1, "must not overlap"),
         (torch.randn(2, 8), torch.randn(9, 8).bfloat16(), 2049, "k must be at most 2048"),
         (torch.randn(2, 8200), torch.randn(9, 8200).bfloat16(), 1, "D must be at most 8192"),
         (torch.randn(2, 8), torch.randn(9, 8).bfloat16(), 1, None),
@@ -149,6 +150,18 @@ def test_repairs_are_counted_and_right():
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("B,D", [(3, 128), (200, 128), (130, 768)])
+def test_int8_codes(dtype, B, D):
+    queries, rows = torch.randn(B, D), (torch.randn(20_000, D) + 3).to(dtype)
+    with rk.use_backend("cpu"):
+        expected = rk.mips_topk(queries, rows, 8)
+    with rk.use_backend("cuda"):
+        table = rk.ShardedTable.from_tensors([rows.cuda()]).quantize("int8")
+        assert_same_topk(rk.mips_topk(queries.cuda(), table, 8), expected)
+
+
+@on_gpu
 def test_in_a_cuda_graph_and_on_a_stream_of_its_own():
     queries, rows = torch.randn(80, 128, device="cuda"), torch.randn(30_000, 128, device="cuda").bfloat16()
     with rk.use_backend("cuda"):
@@ -183,9 +196,7 @@ def test_a_hundred_million_scored_pairs(B):
 @pytest.mark.parametrize("scale", [1.0, 2.0**-62, 2.0**40])
 def test_the_bound_of_a_sum_holds_on_the_hardware(B, D, scale):
     """|s~ - s| of the scan itself is within what tensor cores may lose: truncation, flushed subnormals."""
-    queries = (
-        torch.rand(B, D, device="cuda") * scale
-    ).bfloat16()  # all positive: every cut goes the same way
+    queries = (torch.rand(B, D, device="cuda") * scale).bfloat16()  # positive: all cuts go one way
     rows = (torch.rand(5000, D, device="cuda") * scale).bfloat16()
     piece = backend.Piece(rows, 0, None)
     plan = backend.plan_for(B, piece, D, 1, 0, queries.dtype, backend.multiprocessors(queries.device))

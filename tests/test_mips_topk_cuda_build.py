@@ -1,4 +1,4 @@
-"""The Hopper kernels of mips_topk as nvcc makes them: registers, spills, instructions, shared memory, plans."""
+"""The Hopper kernels of mips_topk as nvcc makes them: registers, spills, instructions, memory, plans."""
 
 import os
 import re
@@ -15,7 +15,7 @@ SHARED_BYTES = 227 << 10
 REGISTERS = 65536  # of a multiprocessor
 SCAN_THREADS, SEARCH_THREADS = 384, 512
 # What ptxas says where a wgmma waits for the one before, or setmaxnreg has no effect.
-COMPLAINTS = re.compile(r"Potential Performance Loss|C7508|C7510|C7520|setmaxnreg ignored|are spilled")
+COMPLAINTS = re.compile(r"Potential Performance Loss|C7508|C7510|C7519|C7520|setmaxnreg ignored|are spilled")
 NVCC = shutil.which("nvcc") or shutil.which(
     "nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"
 )
@@ -104,8 +104,12 @@ def test_the_scan_is_made_of_wgmma_and_tma(compiled):
         assert "UTMALDG.2D" in sass, name
         # Registers go from the producer to the consumers.
         assert len(re.findall(r"USETMAXREG", sass)) == 2, name
-        # Waits for products: one or two where accumulators are read, not one after each product.
-        assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) < len(re.findall(rf"\b{wanted}\b", sass)), name
+        if "ShapeE0" in name:
+            # kWide, of one to four panels: each has two places that issue a product, 4 wgmma a panel of which
+            # the last commits, and two waits for the product before the one under way.
+            assert len(re.findall(rf"\b{wanted}\b", sass)) == 2 * 4 * (1 + 2 + 3 + 4), name
+            assert len(re.findall(rf"\b{wanted}\b.*gsb0", sass)) == 2 * 4, name
+            assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", sass)) == 2 * 4, name
 
 
 @needs_nvcc

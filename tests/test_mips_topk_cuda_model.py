@@ -1,8 +1,8 @@
 """The CUDA kernels of mips_topk, the very source that nvcc compiles, on a model of a GPU.
 
 The model (tests/cuda_model) switches threads at random, delays TMA and wgmma as long as they may be delayed,
-and decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of barriers
-and everything after the scan are tested here; instructions and clocks are not.
+and decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of
+barriers and everything after the scan are tested here; instructions and clocks are not.
 """
 
 import mips_topk_cuda_cases as cases
@@ -90,9 +90,8 @@ def test_no_order_of_threads_and_transfers_matters(model, shape, blocks, seed):
 MISTAKES = {
     "a stage is not waited for": (
         "sm90/scan.h",
-        "if (item.block == group) {  // the first product with this tile\n"
-        "        barrier_wait(ring.full + at.stage, at.parity);\n      }",
-        "",
+        "        barrier_wait(ring.full + at.stage, at.parity);\n      }\n    }\n    wgmma_fence();",
+        "      }\n    }\n    wgmma_fence();",
     ),
     "the producer does not wait": (
         "sm90/scan_parts.h",
@@ -112,8 +111,8 @@ MISTAKES = {
     ),
     "maxima are taken while the product is under way": (
         "sm90/scan.h",
-        "multiply(odd, other);\n      wgmma_wait<1>(even);",
-        "multiply(odd, other);\n      wgmma_wait<2>(even);",
+        "multiply<kPanels>(odd, other);\n      wgmma_wait<1>(even);",
+        "multiply<kPanels>(odd, other);\n      wgmma_wait<2>(even);",
     ),
     "a tile is freed by one block of queries of two": (
         "sm90/scan.h",

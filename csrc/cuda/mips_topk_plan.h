@@ -214,7 +214,6 @@ inline sm90::ScanArguments scan_arguments(const SearchPlan& p, const SearchArgum
   scan.num_groups = a.num_groups;
   scan.group = a.group;
   scan.query_blocks = p.query_blocks;
-  scan.dim = a.dim;
   scan.norm_scale = static_cast<float>(1 + (a.dim + 8) * 0x1p-23);
   scan.norm_hidden = static_cast<float>(a.dim * 0x1p-63);  // of squares below 2^-126; sqrt(D) <= D
   scan.plan = p.shared;

@@ -1,7 +1,7 @@
 """The CUDA C++ backend of mips_topk: TMA and wgmma on Hopper (csrc/cuda/mips_topk*, docs/hopper_scan.md).
 
-Reached by use_backend("cuda") only: it is compiled and its kernels run on a model of a GPU, but it has not run
-on a GPU yet.
+Reached by use_backend("cuda") only: it is compiled, and its kernels run on a model of a GPU, but not yet on a
+GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import native
 from ..backends import Backend
+from ..table import quantized
 from ..validation import dtype_name
 from .merging import merge
 
@@ -57,7 +58,7 @@ def refuses_layout(
         return f"D must be at most {MAX_DIM}, got {dim}"
     if any(shard.stride(1) != 1 and dim > 1 for shard in shards):
         return "the elements of a row must be contiguous"
-    if _device_codes(codes):
+    if _device_codes(codes, shards):
         return None
     for shard in shards:
         if shard.dtype == torch.float32:
@@ -65,6 +66,8 @@ def refuses_layout(
         if shard.dtype == torch.float16 and queries.dtype != torch.float16:
             return f"rows of float16 need queries of float16, got {dtype_name(queries.dtype)}"
         row_bytes = shard.stride(0) * shard.element_size()
+        if shard.shape[0] > 1 and row_bytes < dim * shard.element_size():
+            return f"rows must not overlap, got a stride of {row_bytes} bytes"
         if shard.data_ptr() % TMA_BYTES != 0 or row_bytes % TMA_BYTES != 0:
             return f"rows must start on multiples of {TMA_BYTES} bytes, got a stride of {row_bytes}"
     return None
@@ -98,16 +101,18 @@ def forward(
     row_mask = None if row_mask is None else row_mask.contiguous()
     result: tuple[Tensor, Tensor] | None = None
     with torch.cuda.device(queries.device):
-        for piece in _pieces(shards, row_mask, _device_codes(codes)):
+        for piece in _pieces(shards, row_mask, _device_codes(codes, shards)):
             found = _search(queries, piece, k, exclude)
             result = found if result is None else merge(result, found)
     assert result is not None  # 1 <= k <= N: some shard has rows
     return result
 
 
-def _device_codes(codes: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The codes, Int8Codes.tensors(), if they lie as a GPU scans them: row after row."""
-    return codes if codes and codes[2].dtype == torch.int8 and codes[2].dim() == 3 else ()
+def _device_codes(codes: Sequence[Tensor], shards: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The codes, Int8Codes.tensors(), if they are of the rows as they are, and lie as a GPU scans them."""
+    if not codes or quantized.are_for_the_cpu(codes) or codes[0].device != shards[0].device:
+        return ()
+    return codes if quantized.are_of(codes, shards) else ()
 
 
 def _pieces(shards: Sequence[Tensor], row_mask: Tensor | None, codes: Sequence[Tensor]) -> Iterator[Piece]:

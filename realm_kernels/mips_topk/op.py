@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,9 +31,14 @@ torch.library.define(
 
 
 def backend_for(
-    queries: Tensor, shards: list[Tensor], k: int, exclude: Tensor | None, row_mask: Tensor | None
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    codes: Sequence[Tensor] = (),
 ) -> backends.Backend:
-    return backends.choose(checks.OP, BACKENDS, queries, shards, k, exclude, row_mask)
+    return backends.choose(checks.OP, BACKENDS, queries, shards, k, exclude, row_mask, codes)
 
 
 @torch.library.impl("realm_kernels::mips_topk", "CompositeExplicitAutograd")
@@ -46,7 +52,7 @@ def mips_topk_fwd(
     codes: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.check_values(sum(shard.shape[0] for shard in shards), exclude)
-    backend = backend_for(queries, shards, k, exclude, row_mask)
+    backend = backend_for(queries, shards, k, exclude, row_mask, codes)
     scores, indices = backend.forward(queries, shards, k, exclude, row_mask, codes)
     if return_rows:
         rows = _gather_rows(shards, indices)  # [B, k, D]

@@ -50,10 +50,11 @@ def explain(
     if is_across_ranks(table):
         return _explain_across_ranks(queries, table, k, exclude, row_mask)
     shards = check(queries, table, k, exclude, row_mask)
-    backend = op.backend_for(queries, shards, k, exclude, row_mask)
+    codes = codes_of(table)
+    of_rows = () if codes is None else codes.tensors()
+    backend = op.backend_for(queries, shards, k, exclude, row_mask, of_rows)
     batch, dim = queries.shape
     num_rows = sum(shard.shape[0] for shard in shards)
-    codes = codes_of(table)
     if codes is not None and (
         backend.name == "reference"
         or codes.device != queries.device

@@ -76,7 +76,6 @@ const char* model_scan(int scanned, int shape, const void* queries, const void* 
   a.group = group;
   a.plan = sm90::shared_plan(kind, blocks_of_queries, ceil_div(dim * bytes, sm90::kPanelBytes));
   a.query_blocks = ceil_div(batch, blocks_of_queries * sm90::kBlockQueries);
-  a.dim = dim;
   a.norm_scale = 1.0f;
   const TensorMap row_map = tensor_map({rows, num_rows, dim, row_stride, sm90::kTileRows}, bytes);
   const TensorMap query_map = tensor_map({queries, batch, dim, dim, sm90::kBlockQueries}, bytes);

@@ -106,6 +106,7 @@ enum class Shape { kWide, kDeep, kNarrow };
 
 constexpr int kDeepBlocks = 4;  // of queries: two a consumer group, 2 x 64 accumulators
 constexpr int kMaxWideBlocks = 8;
+constexpr int kMaxWidePanels = 4;  // two tiles of more leave no room for two blocks of queries
 
 // Shared memory of a block: [aligning][resident queries][stages][exchange of kNarrow][barriers].
 struct SharedPlan {
@@ -138,8 +139,12 @@ RK_BOTH constexpr SharedPlan shared_plan(Shape shape, int blocks, int panels) {
 // kWide keeps a tile until all its products are done, while the next one is already being multiplied: two
 // tiles must fit, or a consumer waits for a stage that only it can free.
 RK_BOTH constexpr bool fits(Shape shape, const SharedPlan& plan) {
-  return plan.stages >= (shape == Shape::kWide ? 2 * plan.panels : shape == Shape::kNarrow ? 4 : 3);
+  return shape == Shape::kWide     ? plan.stages >= 2 * plan.panels && plan.panels <= kMaxWidePanels
+         : shape == Shape::kNarrow ? plan.stages >= 4
+                                   : plan.stages >= 3;
 }
+static_assert(shared_plan(Shape::kWide, 2, kMaxWidePanels + 1).stages < 2 * (kMaxWidePanels + 1),
+              "no more fit");
 
 // REALM's shapes, in panels of 128 bytes: D = 128 and 768 in a half type, 512 queries at once.
 static_assert(shared_plan(Shape::kWide, 8, 2).stages == 6, "three tiles beside 512 queries of 128 halves");

@@ -45,23 +45,29 @@ struct WideConsumer {
     return item.tile < tiles;
   }
 
+  // All waits come first: a series of wgmma in one block of instructions is committed by the last of them.
+  // Were the panels a loop, the compiler would end a series with each panel, and a wait for one series would
+  // wait for more.
+  template <int kPanels>
   RK_DEVICE void multiply(T (&d)[64], const Item& item) const {
-    int p = 0;
-#pragma unroll 1
-    do {  // there is a panel: the compiler must see that no path leads around the products
-      const RingPosition at = item.at.plus(p, ring.stages);
-      if (item.block == group) {  // the first product with this tile
+    if (item.block == group) {  // the first product with this tile
+      for (int p = 0; p < kPanels; ++p) {
+        const RingPosition at = item.at.plus(p, ring.stages);
         barrier_wait(ring.full + at.stage, at.parity);
       }
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) {
+      const int stage = item.at.plus(p, ring.stages).stage;
       const uint64_t q =
           descriptor(queries + static_cast<uint32_t>((p * a.plan.blocks + item.block) * kBlockBytes));
-      const uint64_t x = descriptor(stages + static_cast<uint32_t>(at.stage * kStageBytes));
-      wgmma_fence();
+      const uint64_t x = descriptor(stages + static_cast<uint32_t>(stage * kStageBytes));
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         wgmma<Element>(d, descriptor_step(q, step), descriptor_step(x, step), p + step > 0);
       }
-    } while (++p < a.plan.panels);
+    }
     wgmma_commit();
   }
 
@@ -85,6 +91,21 @@ struct WideConsumer {
   }
 
   RK_DEVICE void run() {
+    static_assert(kMaxWidePanels == 4, "a case each");
+    switch (a.plan.panels) {
+      case 1:
+        return run_panels<1>();
+      case 2:
+        return run_panels<2>();
+      case 3:
+        return run_panels<3>();
+      default:
+        return run_panels<4>();
+    }
+  }
+
+  template <int kPanels>
+  RK_DEVICE void run_panels() {
     T even[64], odd[64];
 #pragma unroll
     for (int i = 0; i < 64; ++i) {
@@ -97,7 +118,7 @@ struct WideConsumer {
     barrier_wait(ring.resident, 0);
     bool is_first = true;
     while (true) {
-      multiply(even, item);
+      multiply<kPanels>(even, item);
       if (!is_first) {
         wgmma_wait<1>(odd);
         finish(odd, other);
@@ -109,7 +130,7 @@ struct WideConsumer {
         finish(even, item);
         return;
       }
-      multiply(odd, other);
+      multiply<kPanels>(odd, other);
       wgmma_wait<1>(even);
       finish(even, item);
       item = other;

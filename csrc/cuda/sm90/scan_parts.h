@@ -16,7 +16,6 @@ struct ScanArguments {
   int num_queries, num_rows, num_groups;
   int group;          // rows: 32, 64 or 128
   int query_blocks;   // blocks of the grid that read the same tiles
-  int dim;            // columns of a row
   float norm_scale;   // 1 + what the float32 sum of D squares may lose, relative to the norm
   float norm_hidden;  // the norm that squares below 2^-126 may hide
   SharedPlan plan;
