@@ -208,6 +208,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)  # zeros for the units would be as large as they
     ctx.save_for_backward(*tensors, *rest[1:])
     ctx.has_units = needs_hidden or needs_weight or needs_bias
     # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
