@@ -215,7 +215,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.forced = backends.forced_backend()
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * len(ctx.needs_input_grad)
     scores, *_, log_weight = ctx.saved_tensors[:7]
     wants_scores, wants_hidden, wants_weight, _, wants_bias, _, wants_log_weight, *_ = ctx.needs_input_grad
     with backends.use_backend(ctx.forced):
