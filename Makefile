@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' \
-	'tests/sanitize/*' 2>/dev/null)
+	'tests/sanitize/*' 'tests/cuda_model/*' 2>/dev/null)
 
 .PHONY: run squad test bench lint build dist sanitize clean gpu gpu-all gpu-build gpu-test gpu-sanitize gpu-bench
 

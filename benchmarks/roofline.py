@@ -14,6 +14,7 @@ from .gpu.timing import time_calls
 
 # A buffer no cache holds, and a product large enough for the library's peak.
 BANDWIDTH_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+HOST_BYTES = 1 << 30
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 # Some processors multiply bfloat16 a hundred times slower: grow the product only while it is quick.
 FIRST_SIZE, QUICK_SECONDS = 256, 0.02
@@ -47,6 +48,14 @@ def measure_bandwidth(device: str = "cpu") -> float:
         target = torch.empty_like(buffer)
         return 2 * size / seconds(lambda: target.copy_(buffer), device)
     return size / seconds(buffer.sum, device)
+
+
+@functools.cache
+def measure_host_bandwidth() -> float:
+    """Bytes per second from pinned memory of the host to the GPU."""
+    source = torch.ones(HOST_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty(HOST_BYTES, dtype=torch.uint8, device="cuda")
+    return HOST_BYTES / seconds(lambda: target.copy_(source, non_blocking=True), "cuda")
 
 
 @functools.cache

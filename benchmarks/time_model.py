@@ -25,6 +25,7 @@ from realm_kernels.marginal_loss.plan import cost as marginal_cost
 from realm_kernels.mips_topk import triton_plan
 from realm_kernels.mips_topk.plan import cost as mips_cost
 from realm_kernels.mips_topk.triton_plan import ceil_div
+from realm_kernels.table import device_codes
 
 from .bench_linear_marginal_loss import DOCUMENTS, TOKENS, VOCABULARY, WIDTH
 from .bench_marginal_loss import SHAPES as MARGINAL_SHAPES
@@ -40,6 +41,8 @@ LINEAR_BATCHES = (16, 64, 512)
 OPS_PER_SORT_STEP = 10
 # A group in the filter of select_kernel, as its plan says.
 OPS_PER_FILTERED_GROUP = 15
+# From the largest product of a group of codes to its bound, as scan_codes_kernel says.
+OPS_PER_BOUND = 10
 
 
 @dataclass(frozen=True)
@@ -101,57 +104,76 @@ class Stage:
 
 
 def mips_topk_stages(
-    batch: int, num_rows: int, dim: int, k: int, dtype: torch.dtype = torch.bfloat16
+    batch: int, num_rows: int, dim: int, k: int, dtype: torch.dtype = torch.bfloat16, codes: bool = False
 ) -> list[Stage]:
-    """The Triton search of queries [B, D] over rows [N, D] of one dtype, by triton_plan.py."""
-    plan = triton_plan.plan_for(batch, num_rows, dim, k, 0, dtype, dtype)
+    """The Triton search of queries [B, D] over rows [N, D] of one dtype, or over int8 codes of them."""
+    code_group = device_codes.group_rows(num_rows, dim) if codes else None
+    plan = triton_plan.plan_for(batch, num_rows, dim, k, 0, dtype, dtype, code_group=code_group)
     passes = ceil_div(batch, plan.batch)
     row_bytes = dim * dtype.itemsize
+    scanned_bytes = dim if codes else row_bytes
     tiles_of_queries = passes * ceil_div(min(batch, plan.batch), plan.block_b)
     scored = tiles_of_queries * plan.block_b * num_rows  # padded queries are multiplied too
     part, keep = triton_plan.select_part(plan.num_groups, plan.selected)
     select = sorting(plan.num_groups, part, plan.selected)
     if keep != plan.selected:
-        select = OPS_PER_FILTERED_GROUP * plan.num_groups + sorting(
-            plan.num_groups * 2 * keep // part, 2 * keep, plan.selected
-        )
+        bins = plan.num_groups * 2 * keep // part
+        select = OPS_PER_FILTERED_GROUP * plan.num_groups + sorting(bins, 2 * keep, plan.selected)
     kept = ceil_div(plan.num_groups, part) * keep
-    for width in triton_plan.rounds(kept, plan.selected, to_one_list=True)[:-1]:
-        select += sorting(width, triton_plan.sort_keys(width, plan.selected), plan.selected)
-    rescored = plan.selected * plan.group
-    finish = 0.0
-    for width in triton_plan.rounds(rescored, plan.top):
-        finish += sorting(width, triton_plan.sort_keys(width, plan.top), plan.top)
-    select_launches = len(triton_plan.rounds(kept, plan.selected, to_one_list=True))
-    finish_launches = len(triton_plan.rounds(rescored, plan.top))
-    repair_launches = 1 + len(triton_plan.rounds(plan.repair_parts * plan.top, plan.top))
-    return [
+    shrink, select_rounds = tournament(kept, plan.selected, to_one_list=True)
+    of_groups = plan.selected * plan.group
+    read = of_groups if plan.kept is None else min(of_groups, plan.kept)
+    finish, finish_rounds = tournament(read, plan.top)
+    _, repair_rounds = tournament(plan.repair_parts * plan.top, plan.top)
+    stages = [
         Stage(
             "scan",
-            bytes=passes * num_rows * row_bytes + 4 * batch * plan.num_groups,
-            l2_bytes=tiles_of_queries * num_rows * row_bytes,
+            bytes=passes * num_rows * scanned_bytes + 4 * batch * plan.num_groups,
+            l2_bytes=tiles_of_queries * num_rows * scanned_bytes,
             flops=2 * scored * dim,
-            dtype=dtype,
-            # A maximum a score; the squares of the norms once a row.
-            ops=scored + passes * num_rows * dim,
+            dtype=torch.int8 if codes else dtype,
+            # A maximum a score; the bound of a group of codes, or the squares of the norms of rows.
+            ops=scored + (OPS_PER_BOUND * scored / plan.group if codes else passes * num_rows * dim),
             launches=2 * passes,
         ),
         Stage(
             "select",
             bytes=4 * batch * plan.num_groups + 16 * batch * kept,
-            l2_bytes=4 * batch * plan.num_groups,
-            ops=batch * select,
-            launches=passes * select_launches,
+            l2_bytes=0 if codes else 4 * batch * plan.num_groups,
+            ops=batch * (select + shrink),
+            launches=passes * select_rounds,
         ),
+    ]
+    if plan.kept is not None:
+        refine, refine_rounds = tournament(of_groups, plan.kept, to_one_list=True)
+        stages.append(
+            Stage(
+                "refine",
+                bytes=batch * of_groups * (dim + 16),
+                # Conversion and multiply-add, at twice the rate of a maximum.
+                ops=batch * (of_groups * dim + refine),
+                launches=passes * refine_rounds,
+            )
+        )
+    return [
+        *stages,
         Stage(
             "rescore",
-            bytes=batch * rescored * (row_bytes + 8),
-            float64_flops=2 * batch * rescored * dim,
+            bytes=batch * read * (row_bytes + 8),
+            float64_flops=2 * batch * read * dim,
             launches=passes,
         ),
-        Stage("finish", bytes=8 * batch * rescored, ops=batch * finish, launches=passes * finish_launches),
-        Stage("repair", launches=passes * repair_launches),
+        Stage("finish", bytes=8 * batch * read, ops=batch * finish, launches=passes * finish_rounds),
+        Stage("repair", launches=passes * (1 + repair_rounds)),
     ]
+
+
+def tournament(width: int, top: int, to_one_list: bool = False) -> tuple[float, int]:
+    """Instructions of the rounds that leave `top` of `width` keys, and the launches with the one before."""
+    widths = triton_plan.rounds(width, top, to_one_list)
+    sorted_widths = widths[:-1] if to_one_list else widths
+    ops = sum(sorting(keys, triton_plan.sort_keys(keys, top), top) for keys in sorted_widths)
+    return ops, len(widths)
 
 
 def sorting(keys: float, part: int, top: int) -> float:
@@ -234,15 +256,20 @@ def tables(gpu: Gpu) -> str:
 def mips_topk_tables(gpu: Gpu) -> list[str]:
     batches = {f"B={batch}": batch for batch in BATCHES}
     found = []
-    for k in (8, 100):
-        lines = lines_of(
-            list(batches),
-            lambda label, k=k: mips_topk_stages(batches[label], WIKIPEDIA, DIM, k),
-            lambda label, k=k: mips_limit(batches[label], k, torch.bfloat16, gpu),
-            gpu,
-        )
-        title = f"**mips_topk, bfloat16**, N = {WIKIPEDIA:,}, D = {DIM}, k = {k}, Triton"
-        found.append(f"{title}\n\n{markdown_of(lines)}")
+    for codes, told in ((False, "bfloat16"), (True, "int8 codes of bfloat16 rows")):
+        for k in (8, 100):
+            lines = lines_of(
+                list(batches),
+                lambda label, k=k, codes=codes: mips_topk_stages(
+                    batches[label], WIKIPEDIA, DIM, k, codes=codes
+                ),
+                lambda label, k=k, codes=codes: mips_limit(
+                    batches[label], k, torch.int8 if codes else torch.bfloat16, gpu
+                ),
+                gpu,
+            )
+            title = f"**mips_topk, {told}**, N = {WIKIPEDIA:,}, D = {DIM}, k = {k}, Triton"
+            found.append(f"{title}\n\n{markdown_of(lines)}")
     return found
 
 

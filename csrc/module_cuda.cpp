@@ -76,23 +76,21 @@ void marginal_loss(uintptr_t log_prior, uintptr_t log_likelihood, const std::str
 }
 
 Number number(const std::string& dtype) {
-  return dtype == "bfloat16"  ? Number::kBFloat16
-         : dtype == "float16" ? Number::kFloat16
-                              : Number::kFloat32;
+  return dtype == "bfloat16" ? Number::kBFloat16 : dtype == "float16" ? Number::kFloat16 : Number::kFloat32;
 }
 
 Scanned scanned(const std::string& dtype) {
   return dtype == "int8" ? Scanned::kInt8 : dtype == "float16" ? Scanned::kFloat16 : Scanned::kBFloat16;
 }
 
-// B, N, D, k, E; what the scan multiplies, and whether queries are it already; rows of a group of codes, or 0;
-// multiprocessors and bytes of workspace at most.
+// B, N, D, k, E; what the scan multiplies, and whether queries are it already; rows of a group of codes, or
+// 0; multiprocessors and bytes of workspace at most.
 using Shape = std::tuple<std::array<int64_t, 5>, std::string, bool, int, int, int64_t>;
 
 SearchShape search_shape(const Shape& shape) {
   const auto& [sizes, type, is_exact, code_group, multiprocessors, workspace] = shape;
-  return {sizes[0],   sizes[1],   sizes[2],        sizes[3], sizes[4], scanned(type), is_exact,
-          code_group, multiprocessors, workspace};
+  return {sizes[0],      sizes[1], sizes[2],   sizes[3],        sizes[4],
+          scanned(type), is_exact, code_group, multiprocessors, workspace};
 }
 
 py::dict mips_topk_plan(const Shape& shape) {
@@ -106,17 +104,19 @@ py::dict mips_topk_plan(const Shape& shape) {
   told["stages"] = plan.stages;
   told["shared_bytes"] = plan.shared_bytes;
   told["blocks"] = plan.blocks;
+  told["group_max"] = plan.group_max;
+  told["pitch"] = plan.pitch;
   return told;
 }
 
 using Queries = std::tuple<uintptr_t, int, std::string, int64_t, int64_t>;  // address, count, dtype, strides
-using Rows = std::tuple<uintptr_t, std::string, int64_t, int64_t>;     // address, dtype, stride, first id
-using Exclude = std::tuple<uintptr_t, int64_t, int64_t>;               // address, strides
-using Codes = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t>;    // codes, their pitch, mean, bounds
+using Rows = std::tuple<uintptr_t, std::string, int64_t, int64_t>;   // address, dtype, stride, first id
+using Exclude = std::tuple<uintptr_t, int64_t, int64_t>;             // address, strides
+using Codes = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t>;  // codes, their pitch, mean, bounds
 
 void mips_topk(const Shape& shape, const Queries& queries, const Rows& rows, uintptr_t row_mask,
-               const Exclude& exclude, const Codes& codes, std::array<uintptr_t, 3> results, uintptr_t workspace,
-               bool with_maxima, bool whole, uintptr_t stream) {
+               const Exclude& exclude, const Codes& codes, std::array<uintptr_t, 3> results,
+               uintptr_t workspace, bool with_maxima, bool whole, uintptr_t stream) {
   const SearchShape sizes = search_shape(shape);
   MipsTopkParams p{};
   p.num_rows = static_cast<int>(sizes.num_rows);

@@ -1,6 +1,6 @@
 """What `make gpu` decides without looking at a GPU: the gate, the time, crashes, the tables."""
 
-import json
+import ast
 import re
 import subprocess
 import sys
@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import realm_kernels as rk
-from benchmarks import kernels, report, roofline
-from benchmarks.gpu import bench, build, rows, sanitize, served, small, summary, tests, timing
-from benchmarks.gpu.processes import Outcome, run_logged
+from benchmarks import kernels
+from benchmarks.gpu import bench, build, rows, sanitize, small, summary, tests
+from benchmarks.gpu.processes import run_logged
 from benchmarks.gpu.runner import run_rows
-from benchmarks.gpu.served import forced_backends
-from realm_kernels.backends import Backend
 
 ROOT = Path(__file__).parent.parent
 OPS = list(rows.MODULES)
@@ -141,147 +138,58 @@ def test_a_process_of_tests_is_read_by_what_it_wrote(tmp_path):
     assert verdict.reasons == {"needs a CUDA device": 1}
 
 
-def test_every_test_file_that_a_gpu_makes_a_difference_to_is_run_there():
-    listed = {part for selections in tests.TESTS.values() for each in selections for part in each}
-    pattern = re.compile(r"torch\.cuda\.is_available\(\)|mark\.gpu\b|cuda_unusable\(\)")
-    files = {
-        f"tests/{path.name}"
-        for path in (ROOT / "tests").glob("test_*.py")
-        if pattern.search(path.read_text())
-    }
-    assert files - {"tests/test_gpu_harness.py", "tests/test_triton_interpreter.py"} <= listed
-    assert all((ROOT / part).exists() for part in listed if part.startswith("tests/"))
-    assert set(OPS) <= set(tests.TESTS)
+def test_every_test_file_that_looks_for_a_gpu_is_run_there():
+    assert set(tests.OPS) == set(OPS)
+    listed = {op: [selection[0] for selection in tests.selections(op)] for op in [*OPS, tests.REST]}
+    assert all(listed.values())
+    assert "tests/test_mips_topk_triton.py" in listed["mips_topk"]
+    assert "tests/test_linear_marginal_loss_device.py" in listed["linear_marginal_loss"]
+    assert ["tests/test_table_sharded.py", "-m", "gpu"] in tests.selections("table")
+    # Nothing that a GPU is mentioned in is left out, but for what is named.
+    mentioned = {path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()}
+    assert mentioned - tests.NOT_THERE <= {Path(name).name for names in listed.values() for name in names}
 
 
-@pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("op", OPS)
-def test_rows_have_names_of_their_own_and_peers_beside_ours(op, quick):
-    found = rows.rows_of(op, quick)
-    assert len({row.name for row in found}) == len(found)
-    ours = [row for row in found if row.implementation == rows.OURS]
-    assert ours and any(not row.is_ours for row in found)
-    groups = {row.group for row in found}
-    for row in ours:
-        assert set(row.told.get("compare", {}).values()) <= groups or "order" in row.told
-        assert row.told.get("peers_of", row.group) in groups or "order" in row.told
+def file_of(module, folder):
+    """The project's file of that name, seen from `folder`, or None."""
+    places = [base.joinpath(*module.split(".")).with_suffix(".py") for base in (ROOT, ROOT / "tests", folder)]
+    return next((place for place in places if place.exists()), None)
 
 
-def test_the_grid_is_that_of_the_promise():
-    shapes = {
-        tuple(row.told["shape"][name] for name in ("N", "D", "B", "k"))
-        for row in rows.rows_of("mips_topk", False)
-        if "order" not in row.told
-    }
-    batches = (1, 16, 64, 128, 256, 512, 1024, 4096)
-    sizes = ((13_353_718, 128), (10_000, 128), (1_000_000, 128), (1_000_000, 768))
-    assert shapes == {(*size, batch, k) for size in sizes for batch in batches for k in (8, 100)}
+def imported_at_the_top(path):
+    """Names of the packages that importing a file of the project imports."""
+    names, seen, left = set(), set(), [path]
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module] if node.module else []
+                left += filter(
+                    None,
+                    (file_of(f"{node.module or ''}.{a.name}".strip("."), path.parent) for a in node.names),
+                )
+            else:
+                continue
+            for module in modules:
+                if file := file_of(module, path.parent):
+                    left.append(file)
+                elif not (isinstance(node, ast.ImportFrom) and node.level):
+                    names.add(module.partition(".")[0])
+    return names
 
 
-def test_a_backend_beside_the_default_is_measured_too():
-    def backend(name, default=True):
-        return Backend(name, refuses=lambda: None, forward=lambda: None, default=default)
-
-    assert forced_backends([backend("cpu"), backend("triton"), backend("cuda", False)]) == ["cuda"]
-    assert forced_backends([backend("cuda"), backend("triton"), backend("reference")]) == ["triton"]
-    assert forced_backends([backend("torch"), backend("reference")]) == []
-
-
-@pytest.fixture
-def cpu_for_gpu(monkeypatch):
-    """Rows are prepared, run and checked on the CPU; clocks and limits are made up."""
-
-    def time_calls(function):
-        function()
-        return timing.Times(2.0, 1.0, 3.0, 5)
-
-    monkeypatch.setattr(served, "GPU", "cpu")
-    monkeypatch.setattr(timing, "time_calls", time_calls)
-    monkeypatch.setattr(timing, "extra_bytes", lambda function: 7)
-    monkeypatch.setattr(timing, "replay_of", lambda function: function)
-    monkeypatch.setattr(roofline, "limit_seconds", lambda *arguments: 1.0)
-
-
-def quick_rows():
-    for op in OPS:
-        seen = set()
-        for row in rows.rows_of(op, True):
-            kind = (row.implementation, row.group.split()[1], "order" in row.told)
-            if row.implementation in (rows.OURS, "torch", "torch eager") and kind not in seen:
-                seen.add(kind)
-                yield row
-
-
-@pytest.mark.parametrize("row", list(quick_rows()), ids=lambda row: row.name.replace(" ", "-"))
-def test_a_row_is_prepared_run_and_checked(row, cpu_for_gpu):
-    found = rows.measure(row)
-    assert found["group"] == row.group and found["stats"]["median"] == 2.0
-    assert found["extra_info"]["limit_seconds"] == 1.0 and found["extra_info"]["extra_bytes"] == 7
-    assert ("repairs" in found["extra_info"]) == (row.is_ours and "mips_topk" in row.group)
-
-
-def test_a_wrong_answer_has_no_time(cpu_for_gpu, monkeypatch):
-    row = next(row for row in rows.rows_of("mips_topk", True) if row.is_ours)
-    right = rk.mips_topk
-    monkeypatch.setattr(rk, "mips_topk", lambda *arguments: rk.TopK(*(x.flip(1) for x in right(*arguments))))
-    with pytest.raises(AssertionError, match="answer differs"):
-        rows.measure(row)
-
-
-def entry(group, implementation, median, **told):
-    told = {"implementation": implementation, "limit_seconds": median / 2} | told
-    return {"group": group, "extra_info": told, "stats": {"median": median}}
-
-
-def results_of(*entries, left_out=None):
-    info = {"gpu": {}, "limits": {"copy_gigabytes_per_second": 4300.0}, "missing_peers": ["cuVS"]}
-    return {"benchmarks": list(entries), "left_out": left_out or {}, "machine_info": info}
-
-
-def test_the_table_tells_times_limits_memory_repairs_and_ratios(tmp_path):
-    shape = "mips_topk bfloat16 N=13353718 D=128 B=1 k=8"
-    ours = entry(shape, rows.OURS, 0.002, extra_bytes=3 << 20, repairs=1, replay_seconds=0.001)
-    results = results_of(
-        ours,
-        entry(shape, "torch", 0.010),
-        entry("other", rows.OURS, 0.001),
-        left_out={"a | b": "no time was left", "c | d": "no time was left"},
-    )
-    header, body = summary.speeds_of(results)
-    line = dict(zip(header, body[0], strict=True))
-    assert line == {
-        "shape": shape,
-        "ours, ms": "2.000",
-        "of the limit": "50%",
-        "replayed, ms": "1.000",
-        "extra MiB": "3",
-        "repairs": "1",
-        "x torch": "5.00",
-    }
-    assert dict(zip(header, body[1], strict=True))["x torch"] == "–"
-    device = {"name": "some GPU", "capability": [9, 0], "torch": "2", "triton": "3"}
-    whole = summary.Summary(device, tmp_path, results=results, tests={"mips_topk": tests.Verdict(passed=1)})
-    whole.write()
-    assert whole.ok
-    text = whole.text()
-    assert shape in text and "other" not in text and "left out, 2 rows: no time was left" in text
-    assert "| other |" in (tmp_path / "summary.md").read_text()
-    assert json.loads((tmp_path / "summary.json").read_text())["tests"]["mips_topk"]["passed"] == 1
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"tests": {"mips_topk": tests.Verdict(passed=1, failed=1)}},
-        {"findings": [sanitize.Finding("memcheck", False, "1 error")]},
-        {"build": Outcome(1, 1.0, Path("build.log"))},
-        {"results": results_of(left_out={"a | ours": "AssertionError: the answer differs from"})},
-    ],
-    ids=lambda parts: next(iter(parts)),
-)
-def test_whatever_is_wrong_is_the_exit_status(parts, tmp_path):
-    assert not summary.Summary({}, tmp_path, **parts).ok
-    assert summary.Summary({}, tmp_path).ok
+def test_what_runs_on_a_gpu_needs_no_more_than_is_promised():
+    """Anything else is imported where it is needed, and skipped where it is missing."""
+    promised = {"torch", "numpy", "triton", "pytest", "realm_kernels", "benchmarks"} | sys.stdlib_module_names
+    files = {ROOT / selection[0] for op in [*OPS, tests.REST] for selection in tests.selections(op)}
+    files |= set((ROOT / "benchmarks/gpu").glob("*.py")) | {ROOT / "tests/conftest.py"}
+    wanted = {path.name: sorted(imported_at_the_top(path) - promised) for path in files}
+    assert {name: lacks for name, lacks in wanted.items() if lacks} == {}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +230,3 @@ def test_without_a_gpu_it_says_so_in_one_line():
     )
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"make gpu: no CUDA device: torch \S+ \(built .*\) sees none\n", done.stderr)
-
-
-def test_plain_tables_keep_their_columns():
-    assert report.plain_of((["a", "bb"], [["ccc", "1"], ["d", "22"]])) == "a    bb\n---  --\nccc   1\nd    22"

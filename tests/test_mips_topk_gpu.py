@@ -1,4 +1,4 @@
-"""mips_topk on a GPU at full size: the CPU's ids and bits, its memory, streams and graphs."""
+"""mips_topk on a GPU at full size: the CPU's ids and bits over 10^8 pairs, and its memory."""
 
 import pytest
 import torch
@@ -41,10 +41,7 @@ def test_ten_to_the_eight_pairs_are_those_of_the_cpu_bit_for_bit(data, dtype, k)
 @pytest.mark.parametrize("data", DATA)
 def test_certified_codes_give_the_bits_of_the_rows(data):
     queries, rows = DATA[data](B, 128), DATA[data](N, 128)
-    try:
-        table = rk.ShardedTable.from_tensors([rows.cuda()]).quantize("int8")
-    except (ValueError, NotImplementedError, TypeError) as error:
-        pytest.skip(f"no codes on a GPU: {error}")
+    table = rk.ShardedTable.from_tensors([rows.cuda()]).quantize("int8")
     assert_same_topk(rk.mips_topk(queries.cuda(), table, 8), rk.mips_topk(queries, rows, 8))
 
 
@@ -86,43 +83,6 @@ def test_the_extra_memory_keeps_to_the_budget(batch):
         assert extra_bytes(lambda k=k: rk.mips_topk(queries, rows, k)) <= WORKSPACE_BYTES
 
 
-def test_the_host_waits_for_nothing():
-    queries, rows = torch.randn(64, 128, device="cuda"), torch.randn(50_000, 128, device="cuda")
-    rk.mips_topk(queries, rows, 8)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        rk.mips_topk(queries, rows, 8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_captured_search_answers_new_queries_over_new_rows():
-    queries, rows = torch.randn(64, 128, device="cuda"), torch.randn(50_000, 128, device="cuda")
-    rk.mips_topk(queries, rows, 8)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = rk.mips_topk(queries, rows, 8)
-    for _ in range(2):
-        queries.normal_(), rows.normal_()
-        graph.replay()
-        assert_same_topk(captured, rk.mips_topk(queries.cpu(), rows.cpu(), 8))
-
-
-def test_searches_of_several_streams_do_not_disturb_each_other():
-    rows = torch.randn(300_000, 128, device="cuda")
-    asked = [torch.randn(64, 128, device="cuda") for _ in range(4)]
-    expected = [rk.mips_topk(queries, rows, 8) for queries in asked]
-    torch.cuda.synchronize()
-    streams, found = [torch.cuda.Stream() for _ in asked], []
-    for _ in range(3):
-        for stream, queries in zip(streams, asked, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(rk.mips_topk(queries, rows, 8))
-    torch.cuda.synchronize()
-    for got, right in zip(found, expected * 3, strict=True):
-        assert_same_topk(got, right)
-
-
 def test_repairs_are_counted():
     device = torch.device("cuda", torch.cuda.current_device())
     rows = torch.randn(1, 128, device="cuda").expand(50_000, 128)
@@ -130,17 +90,3 @@ def test_repairs_are_counted():
     before = triton.repairs(device)
     assert_same_topk(rk.mips_topk(queries, rows, 8), rk.mips_topk(queries.cpu(), rows.cpu(), 8))
     assert triton.repairs(device) == before + 7
-
-
-def test_compiled_whole_it_gives_the_same_forward_and_backward():
-    rows = torch.randn(20_000, 64, device="cuda")
-    queries = torch.randn(9, 64, device="cuda", requires_grad=True)
-
-    def loss(queries):
-        return rk.mips_topk(queries, rows, 8).scores.logsumexp(1).sum()
-
-    (expected,) = torch.autograd.grad(loss(queries), queries)
-    (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(queries), queries)
-    # The two sums over k may be ordered differently: 8 terms of weights that add up to 1.
-    bound = 2.0**-20 * rows.abs().max()
-    assert (got - expected).abs().max() <= bound

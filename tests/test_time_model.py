@@ -23,15 +23,16 @@ def test_a_stage_takes_as_long_as_the_slowest_of_what_it_does():
 
 @pytest.mark.parametrize("k", [8, 100])
 @pytest.mark.parametrize("batch", time_model.BATCHES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_search_moves_and_multiplies_no_less_than_its_cost(batch, k, dtype):
-    rows, dim = time_model.WIKIPEDIA, time_model.DIM
-    stages = time_model.mips_topk_stages(batch, rows, dim, k, dtype)
-    moved, flops = cost(batch, rows, dim, k, dtype.itemsize, dtype.itemsize)
+@pytest.mark.parametrize("rows", ["bfloat16", "float32", "int8"])
+def test_a_search_moves_and_multiplies_no_less_than_its_cost(batch, k, rows):
+    num_rows, dim, codes = time_model.WIKIPEDIA, time_model.DIM, rows == "int8"
+    dtype = torch.bfloat16 if codes else getattr(torch, rows)
+    scanned = torch.int8 if codes else dtype
+    stages = time_model.mips_topk_stages(batch, num_rows, dim, k, dtype, codes)
+    moved, flops = cost(batch, num_rows, dim, k, scanned.itemsize, 2)
     assert sum(stage.bytes for stage in stages) >= moved
     assert sum(stage.flops for stage in stages) >= flops
-    limit = time_model.mips_limit(batch, k, dtype, H200)
-    assert sum(stage.seconds(H200) for stage in stages) >= limit
+    assert sum(stage.seconds(H200) for stage in stages) >= time_model.mips_limit(batch, k, scanned, H200)
 
 
 def test_a_loss_takes_no_less_than_its_products():

@@ -22,6 +22,7 @@ from realm_kernels.mips_topk.triton_plan import (
     repair_registers,
     repair_warps,
     scan_warps,
+    sort_registers,
     sort_warps,
 )
 
@@ -182,6 +183,7 @@ MIPS_TOPK = [
         SELECT | BOUNDS,
         "filters",
         warps=sort_warps(4096),
+        registers=sort_registers(4096),
         PART=4096,
         TOP=128,
         KEEP=256,
@@ -193,6 +195,7 @@ MIPS_TOPK = [
         "of a pass",
         on=HOPPER,
         warps=sort_warps(4096),
+        registers=sort_registers(4096),
         PART=4096,
         TOP=2048,
         KEEP=2048,

@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS))
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="for logs, JSON and Markdown")
     parser.add_argument(
-        "--op", action="append", choices=sorted(tests.TESTS), help="only this; may be repeated"
+        "--op", action="append", choices=(*tests.OPS, tests.REST), help="only this; may be repeated"
     )
     parser.add_argument("--select", default="", help="only rows whose name contains this, as 'B=512 k=8'")
     parser.add_argument("--seconds", type=float, default=bench.SECONDS, help="of the benchmark")
@@ -34,7 +34,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     report = summary.Summary(found, out)
     extra = [f"--embeddings={arguments.embeddings}"] if arguments.embeddings else []
-    tested = arguments.op or list(tests.TESTS)
+    tested = arguments.op or [*tests.OPS, tests.REST]
     measured = [op for op in (arguments.op or list(rows.MODULES)) if op in rows.MODULES]
     for part in PARTS if arguments.part == "all" else (arguments.part,):
         began = time.monotonic()

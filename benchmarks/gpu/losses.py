@@ -180,7 +180,7 @@ def _in_double(loss_of: Loss) -> Loss:
 def rows(op: str, quick: bool) -> list[Row]:
     if op == "linear_marginal_loss":
         if quick:
-            return linear_rows(2, "bfloat16", "padded")
+            return linear_rows(1, "bfloat16", "padded")
         found = [row for batch in LINEAR_BATCHES for row in linear_rows(batch, "bfloat16", "full")]
         return found + linear_rows(64, "bfloat16", "padded") + linear_rows(16, "float32", "full")
     make, shapes, modes = {

@@ -1,12 +1,14 @@
 """mips_topk on a GPU beside its peers. Bytes and flops: realm_kernels/mips_topk/plan.py.
 
-To measure another kind of table add a line to TABLES; another backend is found in the op's BACKENDS.
+To measure another kind of table add a line to TABLES or, where a few shapes are enough, to HOST_TABLES.
+Another backend is found in the op's BACKENDS.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,16 +33,35 @@ CHECKED = 2  # queries held against the reference
 Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-def quantized(rows: Tensor) -> rk.ShardedTable:
-    return rk.ShardedTable.from_tensors([rows]).quantize("int8")
+@dataclass(frozen=True)
+class Kind:
+    """A kind of table, and what limits a scan of it."""
+
+    make: Callable[[Tensor], object]  # from bfloat16 rows [N, D] on the GPU
+    element_bytes: int  # that a scan reads at least
+    dtype: torch.dtype  # that it multiplies
+    from_host: bool = False  # these bytes come from the host
 
 
-# What is searched, by name: from bfloat16 rows [N, D] on the GPU; the bytes of an element that a scan reads
-# at least, and the dtype of the matrix rate that bounds it.
-TABLES: dict[str, tuple[Callable[[Tensor], object], float, torch.dtype]] = {
-    "bfloat16": (lambda rows: rows, 2, torch.bfloat16),
-    "int8": (quantized, 1, torch.int8),
+def of_shards(rows: Tensor) -> rk.ShardedTable:
+    return rk.ShardedTable.from_tensors([rows])
+
+
+TABLES = {
+    "bfloat16": Kind(lambda rows: rows, 2, torch.bfloat16),
+    "int8": Kind(lambda rows: of_shards(rows).quantize("int8"), 1, torch.int8),
 }
+# Tables larger than the GPU: codes there and rows in pinned memory, and rows that stream by.
+HOST_TABLES = {
+    "int8 of pinned rows": Kind(
+        lambda rows: of_shards(rows.cpu()).pin_memory().quantize("int8", device=rows.device), 1, torch.int8
+    ),
+    "streamed bfloat16": Kind(
+        lambda rows: of_shards(rows.cpu()).pin_memory(), 2, torch.bfloat16, from_host=True
+    ),
+}
+KINDS = TABLES | HOST_TABLES
+HOST_BATCHES, HOST_K = (1, 64, 512), 8
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,9 +103,10 @@ def group_of(num_rows: int, dim: int, kind: str, batch: int, k: int) -> str:
 
 
 def limit_seconds(num_rows: int, dim: int, kind: str, batch: int, k: int) -> float:
-    _, element_bytes, dtype = TABLES[kind]
+    element_bytes, dtype = KINDS[kind].element_bytes, KINDS[kind].dtype
     moved, flops = plan.cost(batch, num_rows, dim, k, element_bytes, 2)
-    return roofline.limit_seconds(moved, flops, dtype, served.GPU)
+    least = roofline.limit_seconds(moved, flops, dtype, served.GPU)
+    return max(least, moved / roofline.measure_host_bandwidth()) if KINDS[kind].from_host else least
 
 
 def our_row(
@@ -96,7 +118,7 @@ def our_row(
     order: str | None = None,
     backend: str | None = None,
 ) -> Row:
-    make = TABLES[kind][0]
+    make = KINDS[kind].make
 
     def prepare() -> Call:
         table, asked = made(make, num_rows, dim, order), queries_for(batch, dim, order)
@@ -157,6 +179,10 @@ def shape_rows(num_rows: int, dim: int, batches: tuple[int, ...]) -> list[Row]:
     return found + [peer_row(num_rows, dim, name, batch, k) for name in others for batch, k in jobs]
 
 
+def host_rows(num_rows: int, dim: int) -> list[Row]:
+    return [our_row(num_rows, dim, kind, batch, HOST_K) for kind in HOST_TABLES for batch in HOST_BATCHES]
+
+
 def order_rows(num_rows: int) -> list[Row]:
     return [
         our_row(num_rows, 128, kind, ORDER_BATCH, 8, order)
@@ -167,9 +193,10 @@ def order_rows(num_rows: int) -> list[Row]:
 
 def rows(op: str, quick: bool) -> list[Row]:
     if quick:
-        return shape_rows(20_000, 128, (1, ORDER_BATCH)) + order_rows(20_000)
-    *larger, smallest = (shape_rows(*shape, BATCHES) for shape in SHAPES)
-    return [row for rows in larger for row in rows] + order_rows(ORDER_ROWS) + smallest
+        return shape_rows(20_000, 128, (1, ORDER_BATCH)) + host_rows(20_000, 128) + order_rows(20_000)
+    largest, *others, smallest = (shape_rows(*shape, BATCHES) for shape in SHAPES)
+    in_order = [largest, host_rows(*SHAPES[0]), *others, order_rows(ORDER_ROWS), smallest]
+    return [row for rows in in_order for row in rows]
 
 
 def absent(op: str) -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OURS = "realm_kernels"
-# To add an op: its module here offers rows(quick) and absent(), and TESTS of tests.py names its tests.
+# To add an op: its module here offers rows(op, quick) and absent(op), and OPS of tests.py names it.
 MODULES = {
     "mips_topk": "mips_topk",
     "linear_marginal_loss": "losses",

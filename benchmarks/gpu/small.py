@@ -19,15 +19,26 @@ from realm_kernels.mips_topk import op as mips_op
 from .served import GPU, GPU_BACKENDS
 
 
-def search(batch: int, num_rows: int, dim: int, k: int, dtype: torch.dtype, same: bool = False) -> None:
-    """same: every row alike, so that every query is repaired."""
+def search(
+    batch: int,
+    num_rows: int,
+    dim: int,
+    k: int,
+    dtype: torch.dtype,
+    same: bool = False,
+    where: str = "device",
+) -> None:
+    """same: every row alike, so that every query is repaired. where: "device", "codes", "pinned codes"."""
     # From the CPU: the libraries' kernels stay out of the tools' sight.
     queries = torch.randn(batch, dim).to(dtype).to(GPU)
     rows = torch.randn(num_rows, dim).to(dtype)
-    rows = (rows[:1].repeat(num_rows, 1) if same else rows).to(GPU)
+    rows = rows[:1].repeat(num_rows, 1) if same else rows
+    table = rk.ShardedTable.from_tensors([rows])
+    table = table.pin_memory() if where.startswith("pinned") else table.to(GPU)
+    table = table.quantize("int8", device=GPU) if where.endswith("codes") else table
     exclude = torch.randint(-1, num_rows, (batch, 3)).to(GPU)
     row_mask = (torch.rand(num_rows) < 0.9).to(GPU)
-    rk.mips_topk(queries, rows, k, exclude=exclude, row_mask=row_mask)
+    rk.mips_topk(queries, table, k, exclude=exclude, row_mask=row_mask)
 
 
 def marginal(batch: int, documents: int, tokens: int, mode: str, dtype: torch.dtype) -> None:
@@ -58,6 +69,10 @@ CALLS: dict[str, tuple[Sequence[Backend], Calls]] = {
             lambda: search(17, 1500, 768, 8, torch.bfloat16),
             lambda: search(2, 300, 64, 3, torch.float32),
             lambda: search(4, 2000, 128, 8, torch.bfloat16, same=True),
+            lambda: search(3, 9000, 64, 3000, torch.bfloat16),
+            lambda: search(70, 3001, 100, 8, torch.float32, where="codes"),
+            lambda: search(4, 1000, 128, 8, torch.bfloat16, same=True, where="codes"),
+            lambda: search(3, 2000, 768, 20, torch.bfloat16, where="pinned codes"),
         ),
     ),
     "marginal_loss": (

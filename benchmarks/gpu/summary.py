@@ -12,6 +12,7 @@ from ..report import Lines, markdown_of, orders_of, plain_of, rows_of
 from .processes import Outcome
 from .rows import OURS
 from .sanitize import Finding
+from .targets import promises_of
 from .tests import Verdict, skip_reasons
 
 SHOWN_PROBLEMS = 10
@@ -89,12 +90,14 @@ class Summary:
             chosen = [line for line in body if any(headline in line[0] for headline in HEADLINES)]
             if chosen or body:
                 blocks.append(plain_of((header, chosen or body)))
+                blocks.append(plain_of(promises_of(self.results)))
         return "\n\n".join([*blocks, "\n".join(self.parts()), f"all of it: {self.out}"])
 
     def markdown(self) -> str:
         blocks = ["\n".join(f"- {line}" for line in self.parts())]
         if self.results:
-            blocks += [markdown_of(table) for table in (speeds_of(self.results), orders_of(self.results))]
+            tables = promises_of(self.results), speeds_of(self.results), orders_of(self.results)
+            blocks += [markdown_of(table) for table in tables]
             left_out = self.results["left_out"].items()
             blocks.append(
                 markdown_of((["left out", "why"], [[name.replace("|", "/"), why] for name, why in left_out]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -21,24 +22,35 @@ from .processes import finish, start
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 200
-# To add a test file: a line here. A selection is a file and what else pytest is given.
-TESTS: dict[str, list[list[str]]] = {
-    "mips_topk": [
-        ["tests/test_mips_topk_triton.py"],
-        ["tests/test_mips_topk_triton_codes.py", "tests/test_mips_topk_triton_passes.py"],
-        ["tests/test_mips_topk_triton_gpu.py", "tests/test_mips_topk_gpu.py"],
-    ],
-    "marginal_loss": [
-        ["tests/test_marginal_loss.py", "-k", "triton or cuda"],
-        ["tests/test_marginal_loss_cuda.py"],
-    ],
-    "linear_marginal_loss": [["tests/test_linear_marginal_loss_device.py", "-m", "gpu"]],
-    "span_marginal_loss": [["tests/test_span_marginal_loss_gpu.py"]],
-    "table": [["tests/test_table_refresh.py", "tests/test_table_sharded.py", "-m", "gpu"]],
-}
+OPS = ("mips_topk", "linear_marginal_loss", "marginal_loss", "span_marginal_loss")
+REST = "table"
+# What makes a test file one that a GPU makes a difference to: it looks for one, puts what it tests on DEVICE,
+# or marks tests for one.
+FOR_A_GPU = re.compile(r"torch\.cuda\.is_available\(\)|\bDEVICE\b|mark\.gpu\b|cuda_unusable\(\)")
+MARKED = re.compile(r"mark\.gpu\b")
+# About what needs no GPU, or the interpreter that is not used where one is.
+NOT_THERE = {"test_gpu_harness.py", "test_triton_interpreter.py"}
+# Of these files only some tests: the other backends are the CPU's.
+SELECTED = {"test_marginal_loss.py": ["-k", "triton or cuda"]}
 # Compiling is what takes the time, on one core a process.
-PROCESSES_OF_LARGEST, PROCESSES = max(2, min(12, (os.cpu_count() or 2) - 4)), 2
-LARGEST = "tests/test_mips_topk_triton.py"
+PROCESSES = {"test_mips_topk_triton.py": 8, "test_mips_topk_triton_gpu.py": 5}
+PROCESSES_OF_OTHERS = 3
+
+
+def selections(op: str) -> list[list[str]]:
+    """What pytest is given, a list a file: all of the file, or the tests it marks for a GPU."""
+    found = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if path.name not in NOT_THERE and FOR_A_GPU.search(text) and op_of(path.name) == op:
+            marked = ["-m", "gpu"] if MARKED.search(text) else []
+            found.append([f"tests/{path.name}", *marked, *SELECTED.get(path.name, [])])
+    return found
+
+
+def op_of(name: str) -> str:
+    """The op that a test file is named for; REST for files about something else."""
+    return next((op for op in OPS if name.startswith(f"test_{op}")), REST)
 
 
 @dataclass
@@ -91,8 +103,8 @@ def run_tests(ops: list[str], out: Path, extra: list[str], seconds: float = SECO
     deadline = time.monotonic() + seconds
     running = []
     for op in ops:
-        for number, selection in enumerate(TESTS[op]):
-            processes = PROCESSES_OF_LARGEST if LARGEST in selection else PROCESSES
+        for number, selection in enumerate(selections(op)):
+            processes = PROCESSES.get(Path(selection[0]).name, PROCESSES_OF_OTHERS)
             for share in range(processes):
                 stem = out / f"test-{op}-{number}-{share}"
                 junit = stem.with_suffix(".xml")

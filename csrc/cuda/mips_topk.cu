@@ -1,5 +1,5 @@
-// The search of mips_topk in five launches: prepare, scan, select, rescore, repair. Every block of queries of a pass
-// is answered by all of them; nothing in between is read by the host.
+// The search of mips_topk in five launches: prepare, scan, select, rescore, repair. Every block of queries of
+// a pass is answered by all of them; nothing in between is read by the host.
 #include "cuda/mips_topk.h"
 
 #include "cuda/sm90/mips_topk_scan.h"
@@ -37,10 +37,11 @@ cudaError_t run(void (*kernel)(Arguments...), int blocks, int threads, int64_t s
     return status;
   }
   if constexpr (sizeof...(Arguments) == 2) {
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared), stream>>>(
-        a, is_float16);
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared),
+             stream>>>(a, is_float16);
   } else {
-    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared), stream>>>(a);
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared),
+             stream>>>(a);
   }
   return cudaGetLastError();
 }
@@ -49,8 +50,9 @@ cudaError_t run(void (*kernel)(Arguments...), int blocks, int threads, int64_t s
 
 MipsTopkPlan plan_mips_topk(const SearchShape& shape) {
   const SearchPlan p = search_plan(shape);
-  return {p.batch,    p.at.bytes,      static_cast<int>(p.shape), p.group,
-          p.selected, p.shared.stages, p.shared.bytes(),          p.scan_blocks};
+  return {p.batch,        p.at.bytes,      static_cast<int>(p.shape), p.group,
+          p.selected,     p.shared.stages, p.shared.bytes(),          p.scan_blocks,
+          p.at.group_max, p.pitch};
 }
 
 cudaError_t launch_mips_topk(const MipsTopkLaunch& launch, cudaStream_t stream) {

@@ -8,8 +8,9 @@
 namespace realm_kernels {
 namespace cuda {
 
-// The value, so mapped that integers compare as floats do, above the complement of the index: descending keys are
-// value descending, then index ascending, and no two rows share one. Keys of the Triton backend are the same.
+// The value, so mapped that integers compare as floats do, above the complement of the index: descending keys
+// are value descending, then index ascending, and no two rows share one. Keys of the Triton backend are the
+// same.
 constexpr int64_t kNothing = INT64_MIN;  // below every key: its high half is no float's image
 constexpr int32_t kLastIndex = 0x7FFFFFFF;
 
@@ -26,9 +27,9 @@ RK_DEVICE float value_of(int64_t key) {  // -inf for nothing
 }
 RK_DEVICE int32_t index_of(int64_t key) { return static_cast<int32_t>(key & kLastIndex) ^ kLastIndex; }
 
-// What a query brings to the bound of a group: U = shift + factor s M + of_norm X + of_residual E + own, M the
-// largest product of the scan. Rows scanned as they are: factor = s = 1, X the largest norm, shift = E = 0.
-// Codes: s the step of the group, X and E the norms of codes and residuals (README.md, "Codes").
+// What a query brings to the bound of a group: U = shift + factor s M + of_norm X + of_residual E + own, M
+// the largest product of the scan. Rows scanned as they are: factor = s = 1, X the largest norm, shift = E =
+// 0. Codes: s the step of the group, X and E the norms of codes and residuals (README.md, "Codes").
 struct QueryBound {
   double factor, shift, of_norm, of_residual, own;
 };
@@ -36,15 +37,19 @@ struct QueryBound {
 // An error from here on says nothing: float32 sums of the scan may have overflowed.
 constexpr double kOverflow = 0x1p100;
 
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+RK_DEVICE float infinity() { return __uint_as_float(kInfinityBits); }
+
+// has_row: false where the scan met no row that counts. With an error that is not finite that is not known:
+// the scores of rows may themselves be -inf.
 RK_DEVICE float upper_bound(const QueryBound& q, double product, bool has_row, double scale, double norm,
                             double residual) {
   const double error = q.of_norm * norm + q.of_residual * residual + q.own;
-  float bound = __uint_as_float(0x7F800000u);  // +inf
-  if (error < kOverflow) {                     // NaN compares false
-    bound = round_up_to_float(q.shift + q.factor * scale * product + error) + 0.0f;
+  float bound = infinity();
+  if (error < kOverflow) {  // NaN compares false
+    bound = has_row ? round_up_to_float(q.shift + q.factor * scale * product + error) + 0.0f : -infinity();
   }
-  // Nothing is returned for a NaN query, nor from a group without a row.
-  return q.of_norm != q.of_norm || !has_row ? __uint_as_float(0xFF800000u) : bound;
+  return q.of_norm != q.of_norm ? -infinity() : bound;  // nothing is returned for a NaN query
 }
 
 RK_DEVICE float bfloat16_to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
@@ -88,8 +93,8 @@ RK_DEVICE void load_lanes(const void* row, int64_t chunk, float (&x)[kLanes]) {
   }
 }
 
-// The canonical score: lane j adds the float64 products of d = j (mod 8) in increasing d. Products of two float32
-// are exact in float64, so a fused multiply-add gives the same bits.
+// The canonical score: lane j adds the float64 products of d = j (mod 8) in increasing d. Products of two
+// float32 are exact in float64, so a fused multiply-add gives the same bits.
 template <Number kType>
 RK_DEVICE float canonical_score(const double* query, const void* rows, int64_t row, int64_t stride, int dim,
                                 bool aligned) {

@@ -35,9 +35,9 @@ struct MipsTopkParams {
   int num_excluded;
   int64_t exclude_stride, exclude_stride_e;
 
-  const int8_t* codes;       // [N / code_group * code_group, code_pitch], or null: rows are scanned as they are
-  int64_t code_pitch;        // a multiple of 16
-  const float* mean;         // [D] what codes are relative to
+  const int8_t* codes;  // [N / code_group * code_group, code_pitch], or null: rows are scanned as they are
+  int64_t code_pitch;   // a multiple of 16
+  const float* mean;    // [D] what codes are relative to
   const float* code_bounds;  // [N / code_group, 3]: step, residual norm, code norm
   int code_group;            // 32, 64, 128 or a multiple
 

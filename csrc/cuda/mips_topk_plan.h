@@ -20,7 +20,8 @@ constexpr double kTensorCoreRoundoff = 0x1p-22;  // of an addition; it truncates
 
 // Offsets in the workspace, in the order of SearchArguments.
 struct Workspace {
-  int64_t scanned, bounds, group_max, group_norm, chosen, left_out, candidates, kth, repaired, flagged, arrived;
+  int64_t scanned, bounds, group_max, group_norm, chosen, left_out, candidates, kth, repaired, flagged,
+      arrived;
   int64_t bytes;
 };
 
@@ -40,8 +41,8 @@ struct SearchPlan {
 
 inline int bytes_of(Scanned scanned) { return scanned == Scanned::kInt8 ? 1 : 2; }
 
-// Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore; the
-// nearest of 32, 64 and 128 to sqrt(8 N / m row bytes).
+// Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore;
+// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes).
 inline int group_rows(const SearchShape& s, int64_t selected) {
   if (s.code_group > 0) {
     return s.code_group < sm90::kTileRows ? s.code_group : sm90::kTileRows;
@@ -50,8 +51,9 @@ inline int group_rows(const SearchShape& s, int64_t selected) {
   return square < 32 * 64 ? 32 : square < 64 * 128 ? 64 : 128;
 }
 
-// k + E groups hold every row that may be returned, were U exact. Unrounded operands leave an error of a few ulp;
-// a rounded query up to 2 % of a standard deviation; codes, at the tail of a normal distribution, this many.
+// k + E groups hold every row that may be returned, were U exact. Unrounded operands leave an error of a few
+// ulp; a rounded query up to 2 % of a standard deviation; codes, at the tail of a normal distribution, this
+// many.
 inline int64_t selected_groups(const SearchShape& s) {
   double slack = s.is_exact ? 4 + s.k / 8 : 8 + s.k / 2;
   if (s.code_group > 0) {
@@ -137,18 +139,14 @@ inline void plan_scan(SearchPlan& p, const SearchShape& s, int64_t batch) {
   p.scan_blocks = p.query_blocks * static_cast<int>(workers < 1 ? 1 : workers < tiles ? workers : tiles);
 }
 
-inline SearchPlan search_plan(const SearchShape& s) {
-  SearchPlan p{};
+// Groups of `group` rows, and as many queries a pass as then fit the workspace.
+inline void plan_pass(SearchPlan& p, const SearchShape& s, int group) {
   const int64_t wanted = selected_groups(s);
-  p.group = group_rows(s, wanted);
-  p.num_groups = static_cast<int>(ceil_div<int64_t>(s.num_rows, p.group));
-  p.norm_rows = sm90::norm_rows(p.group);
+  p.group = group;
+  p.num_groups = static_cast<int>(ceil_div<int64_t>(s.num_rows, group));
+  p.norm_rows = sm90::norm_rows(group);
   p.pitch = ceil_div(p.num_groups, 4) * 4;
   p.selected = static_cast<int>(wanted < p.num_groups ? wanted : p.num_groups);
-  // Whole panels: what TMA loads beyond D is then zero whatever the memory holds.
-  const int panel_columns = sm90::kPanelBytes / bytes_of(s.scanned);
-  p.scanned_pitch = ceil_div<int64_t>(s.dim, panel_columns) * panel_columns;
-  p.relative = relative_error(s);
   p.visit_step = scattered_step(ceil_div(p.num_groups, kOffersPerRound * kSearchThreads));
   // One flagged query should still spread over the device; their keys, over all queries, stay below 16 MiB.
   const int64_t room = (int64_t{16} << 20) / (8 * s.k * s.batch);
@@ -160,6 +158,20 @@ inline SearchPlan search_plan(const SearchShape& s) {
     const int64_t half = ceil_div<int64_t>(p.batch, 2), block = sm90::kBlockQueries;
     p.batch = half > block ? half / block * block : half;
     p.at = lay_out(p, s, p.batch);
+  }
+}
+
+inline SearchPlan search_plan(const SearchShape& s) {
+  SearchPlan p{};
+  // Whole panels: what TMA loads beyond D is then zero whatever the memory holds.
+  const int panel_columns = sm90::kPanelBytes / bytes_of(s.scanned);
+  p.scanned_pitch = ceil_div<int64_t>(s.dim, panel_columns) * panel_columns;
+  p.relative = relative_error(s);
+  plan_pass(p, s, group_rows(s, selected_groups(s)));
+  // With fewer queries a pass would wait for memory, and larger groups cost less than more passes.
+  constexpr int64_t kEnough = 256;
+  while (p.batch < kEnough && p.batch < s.batch && p.group < sm90::kTileRows && s.code_group == 0) {
+    plan_pass(p, s, 2 * p.group);
   }
   plan_scan(p, s, p.batch);
   return p;

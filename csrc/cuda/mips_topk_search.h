@@ -1,6 +1,6 @@
-// The kernels around the scan of mips_topk: prepare, select, rescore, repair. Launched in this order with the scan
-// second, five launches whatever the sizes; nothing is allocated and nobody waits. Bodies only: the launches are
-// in mips_topk_search.cu, and tests/cuda_model runs the bodies on a CPU.
+// The kernels around the scan of mips_topk: prepare, select, rescore, repair. Launched in this order with the
+// scan second, five launches whatever the sizes; nothing is allocated and nobody waits. Bodies only: the
+// launches are in mips_topk_search.cu, and tests/cuda_model runs the bodies on a CPU.
 #pragma once
 
 #include "cuda/mips_topk_top.h"
@@ -13,24 +13,24 @@ struct SearchArguments : MipsTopkParams {
   // Bound of |s~ - q^.x| / (|q^| |x|); with codes, of what a float64 sum of D products may lose.
   double relative;
   int group, num_groups, norm_rows;
-  int64_t pitch;    // of group_max, in groups
-  int selected;     // m
-  int visit_step;   // order of the groups: coprime to how many rounds select makes
-  int parts;        // blocks that share a query's repair
+  int64_t pitch;          // of group_max, in groups
+  int selected;           // m
+  int visit_step;         // order of the groups: coprime to how many rounds select makes
+  int parts;              // blocks that share a query's repair
   int64_t scanned_pitch;  // of the scanned queries, in elements
 
   // In the workspace.
-  void* scanned;         // [B, scanned_pitch] queries in scan precision, zero beyond D
-  QueryBound* bounds;    // [B]
-  void* group_max;       // [B, pitch] float32, with codes int32
-  float* group_norm;     // [N / norm_rows], unused with codes
-  int32_t* chosen;       // [B, m] groups, -1 where there are fewer
-  int64_t* left_out;     // [B] key of (U, group) of the best group not chosen
-  int64_t* candidates;   // [B, m * G] keys of (score, row)
-  int64_t* kth;          // [B] key of the k-th row
-  int64_t* repaired;     // [B, parts, k] keys
-  int32_t* flagged;      // [B], the first num_flagged are queries to repair
-  int32_t* arrived;      // [B + 1] blocks that are done with a query; the last one is num_flagged
+  void* scanned;        // [B, scanned_pitch] queries in scan precision, zero beyond D
+  QueryBound* bounds;   // [B]
+  void* group_max;      // [B, pitch] float32, with codes int32
+  float* group_norm;    // [N / norm_rows], unused with codes
+  int32_t* chosen;      // [B, m] groups, -1 where there are fewer
+  int64_t* left_out;    // [B] key of (U, group) of the best group not chosen
+  int64_t* candidates;  // [B, m * G] keys of (score, row)
+  int64_t* kth;         // [B] key of the k-th row
+  int64_t* repaired;    // [B, parts, k] keys
+  int32_t* flagged;     // [B], the first num_flagged are queries to repair
+  int32_t* arrived;     // [B + 1] blocks that are done with a query; the last one is num_flagged
 };
 
 // Shared memory of rescore and repair: the query in float64 behind the keys, and the groups a repair found.
@@ -84,7 +84,7 @@ RK_DEVICE void prepare(const SearchArguments& a, bool is_float16) {
       largest = fmaxf(largest, fabsf(query(d)));
     }
     largest = block_reduce(largest, partial_float, Most{}) / 127.0f;
-    step = largest < __uint_as_float(0x7F800000u) ? fmaxf(largest, static_cast<float>(kSmallestStep)) : 1.0f;
+    step = largest < infinity() ? fmaxf(largest, static_cast<float>(kSmallestStep)) : 1.0f;
   }
   double square = 0.0, residual_square = 0.0, scanned_square = 0.0, mean_square = 0.0, centre = 0.0;
   for (int d = static_cast<int>(threadIdx.x); d < a.scanned_pitch; d += threads) {
@@ -102,8 +102,7 @@ RK_DEVICE void prepare(const SearchArguments& a, bool is_float16) {
     } else {
       uint32_t bits = to_bfloat16(q);
       if (is_float16) {
-        bits = d < a.dim ? static_cast<const uint16_t*>(
-                               a.queries)[b * a.query_stride + d * a.query_stride_d]
+        bits = d < a.dim ? static_cast<const uint16_t*>(a.queries)[b * a.query_stride + d * a.query_stride_d]
                          : 0;
       }
       static_cast<uint16_t*>(a.scanned)[b * a.scanned_pitch + d] = static_cast<uint16_t>(bits);
@@ -158,12 +157,13 @@ RK_DEVICE float group_bound(const SearchArguments& a, const QueryBound& q, int b
     const int last = ceil_div(a.num_rows, a.norm_rows) - 1, first = 2 * group;
     norm = fmaxf(a.group_norm[first], a.group_norm[first < last ? first + 1 : last]);
   }
-  const bool has_row = product != __uint_as_float(0xFF800000u);
+  const bool has_row = product != -infinity();
   return upper_bound(q, product, has_row, 1.0, norm, 0.0);
 }
 
-// A block chooses the m groups of one query with the largest U; ties go to the smaller group. Runs of groups come
-// in a scattered order, so that a sorted table does not fill the buffer run after run. Reads 4 N / G bytes.
+// A block chooses the m groups of one query with the largest U; ties go to the smaller group. Runs of groups
+// come in a scattered order, so that a sorted table does not fill the buffer run after run. Reads 4 N / G
+// bytes.
 RK_DEVICE void select(const SearchArguments& a) {
   const int b = static_cast<int>(blockIdx.x);
   TopKeys top(dynamic_shared_memory(), a.selected);
@@ -175,12 +175,12 @@ RK_DEVICE void select(const SearchArguments& a) {
 #pragma unroll
     for (int i = 0; i < kOffersPerRound; ++i) {
       const int group = at * run + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      bounds[i] = group < a.num_groups ? group_bound(a, q, b, group) : __uint_as_float(0xFF800000u);
+      bounds[i] = group < a.num_groups ? group_bound(a, q, b, group) : -infinity();
     }
 #pragma unroll
     for (int i = 0; i < kOffersPerRound; ++i) {
       const int group = at * run + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      top.offer(bounds[i] > __uint_as_float(0xFF800000u) ? key_of(bounds[i], group) : kNothing);
+      top.offer(bounds[i] > -infinity() ? key_of(bounds[i], group) : kNothing);
     }
     top.end_round();
     at = (at + a.visit_step) % runs;
@@ -237,7 +237,8 @@ RK_DEVICE bool is_last_block(const SearchArguments& a, int b, int blocks, int* t
 }
 
 // The k first of `count` keys that blocks wrote, in order, as the query's result; returns the k-th key.
-RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys& top, int b, const int64_t* keys, int64_t count) {
+RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys& top, int b, const int64_t* keys,
+                              int64_t count) {
   top.clear();
   const auto threads = static_cast<int64_t>(blockDim.x);
   for (int64_t first = 0; first < count; first += kOffersPerRound * threads) {
@@ -258,8 +259,9 @@ RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys& top, int b, con
   return found == a.k ? top.keys()[a.k - 1] : kNothing;
 }
 
-// Blocks score the rows of a query's chosen groups, a row a thread; the last of them orders the keys, and certifies
-// that no group left out can change the result, or flags the query. Reads B m G D row bytes: the gather bounds it.
+// Blocks score the rows of a query's chosen groups, a row a thread; the last of them orders the keys, and
+// certifies that no group left out can change the result, or flags the query. Reads B m G D row bytes: the
+// gather bounds it.
 RK_DEVICE void rescore(const SearchArguments& a) {
   const auto threads = static_cast<int>(blockDim.x);
   const int width = a.selected * a.group, blocks = ceil_div(width, threads);
@@ -282,11 +284,11 @@ RK_DEVICE void rescore(const SearchArguments& a) {
   const int64_t last = write_first(a, top, b, keys, width);
   if (threadIdx.x == 0) {
     const int64_t left = a.left_out[b];
-    // A group cannot matter if U < tau, or if U = tau and all its ids are larger. The high half of kNothing is
-    // below every value: too few rows were found, and any group left out may hold one.
+    // A group cannot matter if U < tau, or if U = tau and all its ids are larger. The high half of kNothing
+    // is below every value: too few rows were found, and any group left out may hold one.
     const bool above = high_of(left) > high_of(last);
-    const bool before = high_of(left) == high_of(last) &&
-                        static_cast<int64_t>(index_of(left)) * a.group < index_of(last);
+    const bool before =
+        high_of(left) == high_of(last) && static_cast<int64_t>(index_of(left)) * a.group < index_of(last);
     a.kth[b] = last;
     if (left != kNothing && (above || before)) {
       a.flagged[atomicAdd(a.arrived + a.batch, 1)] = b;
@@ -295,8 +297,9 @@ RK_DEVICE void rescore(const SearchArguments& a) {
   }
 }
 
-// Every group whose U reaches the k-th score so far, for the queries that were flagged; without one a block reads
-// four bytes and leaves. Blocks take (query, run of groups) in turn; the last one done with a query writes it anew.
+// Every group whose U reaches the k-th score so far, for the queries that were flagged; without one a block
+// reads four bytes and leaves. Blocks take (query, run of groups) in turn; the last one done with a query
+// writes it anew.
 RK_DEVICE void repair(const SearchArguments& a) {
   const int tasks = a.arrived[a.batch] * a.parts;
   const auto threads = static_cast<int>(blockDim.x);
@@ -323,8 +326,8 @@ RK_DEVICE void repair(const SearchArguments& a) {
       }
       __syncthreads();
       const int group = first + static_cast<int>(threadIdx.x);
-      const float bound = group < end ? group_bound(a, q, b, group) : __uint_as_float(0xFF800000u);
-      if (bound >= tau && bound > __uint_as_float(0xFF800000u)) {
+      const float bound = group < end ? group_bound(a, q, b, group) : -infinity();
+      if (bound >= tau && bound > -infinity()) {
         groups[atomicAdd(found, 1)] = group;
       }
       __syncthreads();

@@ -6,8 +6,8 @@
 namespace realm_kernels {
 namespace cuda {
 
-constexpr int kKeysPerThread = 8;    // of the buffer, held in registers while it is cut
-constexpr int kOffersPerRound = 4;   // by a thread between two looks at how full the buffer is
+constexpr int kKeysPerThread = 8;   // of the buffer, held in registers while it is cut
+constexpr int kOffersPerRound = 4;  // by a thread between two looks at how full the buffer is
 constexpr int kMaxWarps = 32;
 
 // Shared memory of TopKeys for a block of `threads`.
@@ -26,7 +26,8 @@ struct Smallest {
 
 // The `keep` largest of all keys offered by all threads. Keys above the `floor` enter a buffer; when it may
 // overflow it is cut to the `keep` largest, whose least becomes the floor. Which keys those are depends on no
-// order: keys are unique, and a key is dropped only for `keep` larger ones. The largest dropped is remembered.
+// order: keys are unique, and a key is dropped only for `keep` larger ones. The largest dropped is
+// remembered.
 class TopKeys {
  public:
   // memory: top_keys_bytes() of shared memory, 8-byte aligned. keep <= most_kept(blockDim.x).
@@ -159,7 +160,8 @@ class TopKeys {
       most = Largest{}(most, mine[i]);
     }
     // At least keep keys reach `low`, fewer reach `high`.
-    auto low = static_cast<uint64_t>(reduce(least, Smallest{})), high = static_cast<uint64_t>(reduce(most, Largest{})) + 1;
+    auto low = static_cast<uint64_t>(reduce(least, Smallest{})),
+         high = static_cast<uint64_t>(reduce(most, Largest{})) + 1;
     while (high - low > 1) {
       const uint64_t middle = low + (high - low) / 2;
       int64_t reach = 0;

@@ -12,7 +12,8 @@ pass does everything:
 
 The gradients are those of an upstream gradient of 1, to be scaled by the real one. Where that is not one
 number for all examples (reduction "none" with a weight to train), and where one example outgrows the
-workspace, a first pass takes the statistics alone and a second recomputes the logits: four products.
+workspace, a first pass takes the statistics alone and a second recomputes the logits: four products. So it
+is where rows of small posterior are left out, and the second pass takes the others alone.
 README.md counts the bytes.
 """
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from ..backends import Backend
 from .chunks import Chunks, chunks_of
 from .memory import fresh
-from .passes import TORCH, Passes
+from .passes import TORCH, Passes, Statistics
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
 
@@ -74,6 +75,16 @@ class Pass(ABC):
         self.d_weight_begun = False
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
 
+    def factor(self, examples: slice, d_loss: Tensor) -> Tensor:
+        """Of examples that are scored: float64 [R], the upstream gradient d_loss [B] times the posterior."""
+        part = self.problem.examples(examples.start, examples.stop)
+        return posterior_factor(part, self.log_likelihood[examples], d_loss[examples]).flatten()
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether min_posterior saves work: rows that are scored, but have no gradient, are counted."""
+        return self.problem.min_posterior > 0.0 and may_count_rows(self.live.device)
+
     @abstractmethod
     def score(self, rows: Rows) -> Tensor:
         """Logits of a chunk and their statistics: float64 [R], log softmax at the target."""
@@ -117,22 +128,29 @@ class Pass(ABC):
 class LibraryPass(Pass):
     """torch's matrix products, with a device's passes between them."""
 
-    def __init__(self, problem: Problem, needs: Needs, passes: Passes) -> None:
-        super().__init__(problem, needs, chunks_of(problem, passes.in_place))
+    EXTRA_WORDS = 0  # of the logits, beyond those of the weight
+
+    def __init__(self, problem: Problem, needs: Needs, passes: Passes, chunks: Chunks) -> None:
+        super().__init__(problem, needs, chunks)
         self.passes = passes
         self.products = products_for(problem.weight, problem.sum_dtype)
+        self.words = problem.weight.shape[0]
+        rows = min(self.chunks.step(), self.chunks.rows)
         self.workspace = problem.weight.new_empty(
-            problem.weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=problem.sum_dtype
+            (self.words + self.EXTRA_WORDS) * rows, dtype=problem.sum_dtype
         )
 
     def score(self, rows: Rows) -> Tensor:
         """First product and statistics."""
         self.operand = rows.hidden.to(self.products.operand_dtype)
-        vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
-        self.logits = self.workspace[: vocabulary * count].view(vocabulary, count)
-        self.products.logits(self.operand, self.logits)
-        self.statistics = self.passes.statistics_(self.logits, self.bias, rows.targets)
+        words, count = self.words + self.EXTRA_WORDS, rows.hidden.shape[0]
+        self.logits = self.workspace[: words * count].view(words, count)
+        self.products.logits(self.operand, self.logits[: self.words])
+        self.statistics = self.statistics_(rows)
         return self.statistics.log_p
+
+    def statistics_(self, rows: Rows) -> Statistics:
+        return self.passes.statistics_(self.logits, self.bias, rows.targets)
 
     def add_gradients(self, rows: Rows, factor: Tensor) -> None:
         """Second and third product."""
@@ -145,7 +163,7 @@ class LibraryPass(Pass):
             factor if scale == 1.0 else factor * scale,
             self.products.operand_dtype,
             self.d_bias if self.needs.bias else None,
-        )
+        )[: self.words]
         if self.needs.hidden:
             self.keep_d_hidden(rows, self.products.d_hidden(d_logits))
         if self.needs.weight:
@@ -162,40 +180,42 @@ class LibraryPass(Pass):
 
 def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:
     """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
-    return forward_by(LibraryPass(problem, needs, passes))
+    return forward_by(LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place)))
 
 
 def backward(
     problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs, passes: Passes = TORCH
 ) -> Gradients:
     """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
-    return backward_by(LibraryPass(problem, needs, passes), log_likelihood, d_loss)
+    work = LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place))
+    return backward_by(work, log_likelihood, d_loss)
 
 
 def forward_by(work: Pass) -> tuple[Tensor, Gradients]:
-    problem, by_example = work.problem, work.chunks.rows_of_example
-    ones = work.log_likelihood.new_ones(problem.scores.shape[0])
-    one_pass = any(work.needs) and work.chunks.examples_at_once > 0
+    batch, by_example = work.problem.scores.shape[0], work.chunks.rows_of_example
+    ones = work.log_likelihood.new_ones(batch)
+    one_pass = any(work.needs) and work.chunks.examples_at_once > 0 and not work.leaves_rows_out
     for first, last in work.ranges():
         rows = work.rows(first, last)
         work.keep_log_likelihood(rows, work.score(rows))
         if one_pass:
-            part = slice(first // by_example, last // by_example)
-            examples = problem.examples(part.start, part.stop)
-            factor = posterior_factor(examples, work.log_likelihood[part], ones[part]).flatten()
+            factor = work.factor(slice(first // by_example, last // by_example), ones)
             kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
             work.add_gradients(rows, factor[kept])
     if any(work.needs) and not one_pass:
-        _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
+        _second_pass(work, work.factor(slice(0, batch), ones))
     return work.log_likelihood, work.gradients()
 
 
 def backward_by(work: Pass, log_likelihood: Tensor, d_loss: Tensor) -> Gradients:
-    _second_pass(work, posterior_factor(work.problem, log_likelihood, d_loss).flatten())
+    work.log_likelihood = log_likelihood
+    _second_pass(work, work.factor(slice(0, d_loss.shape[0]), d_loss))
     return work.gradients()
 
 
 def _second_pass(work: Pass, factor: Tensor) -> None:
+    if work.leaves_rows_out:
+        work.live &= factor != 0
     for first, last in work.ranges():
         rows = work.rows(first, last)
         work.score(rows)

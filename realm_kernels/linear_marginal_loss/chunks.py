@@ -53,15 +53,22 @@ class Chunks:
             yield first, self.rows
 
 
-def chunks_of(problem: Problem, in_place: bool = False) -> Chunks:
-    """in_place: half-precision gradients take the place of the logits."""
+def chunks_of(
+    problem: Problem, in_place: bool = False, words: int | None = None, documents: int | None = None
+) -> Chunks:
+    """in_place: half-precision gradients take the place of the logits.
+
+    words, documents: the most of any rank, where the problem is spread over several.
+    """
     weight = problem.weight
-    bytes_of_row = weight.shape[0] * problem.sum_dtype.itemsize
+    words = weight.shape[0] if words is None else words
+    bytes_of_row = words * problem.sum_dtype.itemsize
     if takes_narrow_operands(weight) and not in_place:
-        bytes_of_row += weight.shape[0] * weight.element_size()
+        bytes_of_row += words * weight.element_size()
     rows_at_once = max(1, WORKSPACE_BYTES // bytes_of_row)
     batch, rows_of_example = _rows_of(problem)
-    examples = rows_at_once // max(1, rows_of_example)
+    most = rows_of_example if documents is None else documents * problem.hidden.shape[2]
+    examples = rows_at_once // max(1, most)
     if examples > ALIGNMENT:
         examples -= examples % ALIGNMENT
     return Chunks(batch * rows_of_example, rows_of_example, bytes_of_row, rows_at_once, examples)

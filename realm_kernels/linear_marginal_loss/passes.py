@@ -52,6 +52,7 @@ class TorchPasses:
         if bias is not None:
             logits.add_(bias[:, None])
         largest = logits.amax(0)
+        largest.masked_fill_(largest == -torch.inf, 0.0)  # exponentials are 0, and no NaN, where all are -inf
         at_target = targets[None]
         distance = logits.gather(0, at_target)[0].double() - largest.double()
         logits.sub_(largest).exp_()

@@ -33,9 +33,12 @@ def explain(
     mode: str = "sequence",
     reduction: str = "mean",
     return_posterior: bool = False,
+    min_posterior: float = 0.0,
 ) -> Explanation:
-    check(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, reduction)
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
+    )
+    check(problem, reduction)
     backend = op.backend_for(problem)
     products = 1 + hidden.requires_grad + weight.requires_grad
     recomputed = reduction == "none" and weight.requires_grad

@@ -1,7 +1,7 @@
 """The CUDA C++ backend of mips_topk: TMA and wgmma on Hopper (csrc/cuda/mips_topk*, docs/hopper_scan.md).
 
-Reached by use_backend("cuda") only: it is compiled, its kernels run on a model of a GPU, and it has not run on
-a GPU yet.
+Reached by use_backend("cuda") only: it is compiled and its kernels run on a model of a GPU, but it has not run
+on a GPU yet.
 """
 
 from __future__ import annotations

@@ -63,9 +63,14 @@ class CodedBlock(Block):
             BLOCK_D=plan.block_d,
             num_warps=1,
         )
-        query_blocks = ceil_div(self._batch, plan.block_b)
+        query_blocks = ceil_div(self._batch, plan.scan.block_b)
         tiles = ceil_div(gather["num_rows"], plan.block_n)
-        scan_codes_kernel[(query_blocks, min(tiles, ceil_div(scan_programs(space.device), query_blocks)))](
+        scan_codes_kernel[
+            (
+                query_blocks,
+                min(tiles, ceil_div(scan_programs(space.device, plan.scan.programs_per_sm), query_blocks)),
+            )
+        ](
             scanned=space.scanned,
             terms=space.terms,
             codes=codes.codes,
@@ -78,13 +83,13 @@ class CodedBlock(Block):
             stride_row=codes.codes.shape[2],
             stride_mask=gather["stride_mask"],
             D_PADDED=padded,
-            BLOCK_B=plan.block_b,
+            BLOCK_B=plan.scan.block_b,
             BLOCK_N=plan.block_n,
             BLOCK_D=plan.block_d,
             GROUP=plan.group,
             HAS_MASK=gather["HAS_MASK"],
-            STAGES=triton_plan.SCAN_STAGES,
-            num_warps=triton_plan.scan_warps(plan.block_b),
+            STAGES=plan.scan.stages,
+            num_warps=plan.scan.warps,
         )
 
     def select(self) -> Tensor:

@@ -17,7 +17,6 @@ from .triton_rescore import repair_kernel, rescore_kernel
 from .triton_scan import INTERPRETED, prepare_kernel, scan_kernel
 from .triton_select import bound_kernel, finish_kernel, lower_kernel, select_kernel, shrink_kernel
 
-PROGRAMS_PER_SM = 2
 BOUND_PART = 1024  # groups whose bounds a program forms: eight a thread
 LOWER_ROWS = 1024  # rows a program looks at to lower bounds: eight a thread
 
@@ -182,7 +181,7 @@ class Block:
 
     def scan(self) -> None:
         plan, space, gather = self._plan, self._space, self._gather
-        query_blocks = ceil_div(self._batch, plan.block_b)
+        query_blocks = ceil_div(self._batch, plan.scan.block_b)
         dims = dict(DIM=gather["DIM"], D_PADDED=plan.dim_padded(gather["DIM"]), BLOCK_D=plan.block_d)
         prepare_kernel[(self._batch,)](
             queries=gather["queries"],
@@ -197,7 +196,12 @@ class Block:
             num_warps=1,
         )
         tiles = ceil_div(gather["num_rows"], plan.block_n)
-        scan_kernel[(query_blocks, min(tiles, ceil_div(scan_programs(space.device), query_blocks)))](
+        scan_kernel[
+            (
+                query_blocks,
+                min(tiles, ceil_div(scan_programs(space.device, plan.scan.programs_per_sm), query_blocks)),
+            )
+        ](
             scanned=space.scanned,
             rows=gather["rows"],
             row_mask=gather["row_mask"],
@@ -211,13 +215,13 @@ class Block:
             stride_mask=gather["stride_mask"],
             norm_scale=triton_plan.norm_scale(gather["DIM"]),
             **dims,
-            BLOCK_B=plan.block_b,
+            BLOCK_B=plan.scan.block_b,
             BLOCK_N=plan.block_n,
             GROUP=plan.group,
             HAS_MASK=gather["HAS_MASK"],
             UPCAST=INTERPRETED,
-            STAGES=triton_plan.SCAN_STAGES,
-            num_warps=triton_plan.scan_warps(plan.block_b),
+            STAGES=plan.scan.stages,
+            num_warps=plan.scan.warps,
         )
 
     def select(self) -> Tensor:
@@ -237,6 +241,7 @@ class Block:
             KEEP=keep,
             GROUP=plan.group,
             num_warps=triton_plan.sort_warps(part),
+            maxnreg=triton_plan.sort_registers(part),
         )
         return self._shrink(best, plan.selected, to_one_list=True, group=plan.group)
 
@@ -271,6 +276,7 @@ class Block:
             TOP=plan.top,
             REPAIRED=repaired,
             num_warps=triton_plan.sort_warps(sort),
+            maxnreg=triton_plan.sort_registers(sort),
         )
 
     def repair(self, scores: Tensor, indices: Tensor) -> None:
@@ -317,6 +323,7 @@ class Block:
                 GROUP=group or 1,
                 ONLY_FLAGGED=only_flagged,
                 num_warps=triton_plan.sort_warps(sort),
+                maxnreg=triton_plan.sort_registers(sort),
             )
             keys = best
         return keys
@@ -340,11 +347,11 @@ def shared_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def scan_programs(device: torch.device) -> int:
+def scan_programs(device: torch.device, per_sm: int) -> int:
     """Scan programs that run at once; the interpreter has two, so that they share tiles as on a GPU."""
     if device.type == "cpu":
         return 2
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+    return per_sm * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_rescore(

@@ -20,12 +20,37 @@ RESCORE_REGISTERS = 128  # of a thread: unset, Triton 3.6 aims for 64 and spills
 REPAIR_LOOK = 128  # bounds a repair program looks at at once
 SORT_KEYS_PER_WARP = SORT_KEYS // 4
 SCAN_STAGES = 3  # of the software pipeline: two tiles are in flight while one is worked on
+SCAN_CHOICES = dict(
+    block_b=(16, 32, 64, 128), warps=(4, 8), stages=(2, 3, 4, 5), programs_per_sm=(1, 2, 3, 4)
+)
 SHARED_BYTES = 227 << 10  # of a program on sm_90 and sm_100
 SHARED_SPARE = 2 << 10  # what the reductions of a scan tile need besides
+CODES_SPARE = 16 << 10  # the same where products are integers
+SYSTEM_SHARED = 1 << 10  # that each program takes beside its own
 ALIGNMENT = 256  # of each array of the workspace, as of a fresh allocation
 ARRAYS = 14
 CODE_TERMS = 5  # numbers of a query that the scan of codes reads
 TF32_ROUNDOFF = 2.0**-10  # of a float32 row in tf32: the tensor core ignores the low 13 bits
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """How the Triton scan of rk.mips_topk runs: it changes the time of a search, never its result.
+
+    block_b: queries of a tile: 16, 32, 64 or 128. warps: of a program: 4 or 8. stages: tiles of rows in
+    flight, and one. programs_per_sm: programs that run at once on a multiprocessor.
+    """
+
+    block_b: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in SCAN_CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"ScanConfig: {name} must be one of {allowed}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -39,10 +64,10 @@ class Plan:
     selected: int  # groups rescored for a query: m
     top: int  # rows kept of a query: T, k rounded up to a power of two
     batch: int  # queries of a pass over the piece
-    block_b: int  # queries of a scan tile
     block_n: int  # rows of a scan tile
     block_d: int  # columns loaded at once
     repair_parts: int  # programs that share the repair of a query
+    scan: ScanConfig
     passes: int = 1  # of up to MAX_K rows each, over one scan
     early: int = 0  # rounds before them that only lower the bounds of groups whose best rows are excluded
     kept: int | None = None  # rows of a query that are read themselves; None: codes are of no use
@@ -117,11 +142,18 @@ def plan_for(
         selected=min(selected, power_of_two(num_groups, 2)),
         top=power_of_two(in_pass, 2),
         batch=batch,
-        block_b=block_b,
         block_n=max(block_n, group),
         block_d=block_d,
         # A few flagged queries should still spread over the device, each program with bounds to look at.
         repair_parts=min(max(16, min(256, 4096 // batch)), ceil_div(num_groups, REPAIR_LOOK)),
+        scan=ScanConfig(
+            block_b=block_b,
+            warps=scan_warps(block_b),
+            stages=SCAN_STAGES,
+            programs_per_sm=_programs_per_sm(
+                block_b, _shared_bytes(block_b, block_n, block_d, dim, scan_dtype), shared_bytes
+            ),
+        ),
         passes=passes,
         early=early,
         kept=kept,
@@ -143,22 +175,31 @@ def codes_growth(dim: int, with_query: bool) -> float:
     standard deviations out, there are exp(4.5 * bound) times as many rows so much lower. Measured at D = 128:
     16 to 26 groups for k = 8 and 179 to 203 for k = 100.
     """
-    return math.exp(4.5 * 0.01 * math.sqrt(dim) * (1.8 if with_query else 1.0))
+    return math.exp(4.5 * 0.01 * math.sqrt(dim) * (1.6 if with_query else 1.0))
 
 
 def _shared_bytes(block_b: int, block_n: int, block_d: int, dim: int, scan_dtype: torch.dtype) -> int:
     """Shared memory of a scan program. Queries stay there where D fits one block, else stream."""
     buffers = SCAN_STAGES - 1
     query_buffers = 1 if dim <= block_d else buffers
-    return scan_dtype.itemsize * block_d * (query_buffers * block_b + buffers * block_n) + SHARED_SPARE
+    # Sixteen columns of ones give the norms of rows; integer products pass through to become maxima.
+    more = 16 * block_d * scan_dtype.itemsize if scan_dtype != torch.int8 else CODES_SPARE
+    return scan_dtype.itemsize * block_d * (query_buffers * block_b + buffers * block_n) + more + SHARED_SPARE
+
+
+def _programs_per_sm(block_b: int, scan_shared: int, shared_bytes: int) -> int:
+    """Scan programs that fit beside each other: more warps hide what a tile waits for. Not more than fit,
+    as their tiles are dealt out evenly."""
+    by_registers = 16 // scan_warps(block_b)  # of 128 a thread
+    return max(1, min(by_registers, (shared_bytes + SYSTEM_SHARED) // (scan_shared + SYSTEM_SHARED)))
 
 
 def fit_batch(plan: Plan, dim: int, workspace: int) -> Plan:
     """The plan with as many queries a pass as fit the workspace: whole scan tiles, if one fits."""
     fixed, a_query = _bytes(plan, dim)
     batch = max(1, min(plan.batch, (workspace - fixed) // a_query))
-    if batch > plan.block_b:
-        batch -= batch % plan.block_b
+    if batch > plan.scan.block_b:
+        batch -= batch % plan.scan.block_b
     return replace(plan, batch=batch)
 
 
@@ -240,9 +281,13 @@ def _scan_dtype(query_dtype: torch.dtype, row_dtype: torch.dtype) -> torch.dtype
     return torch.float32
 
 
+def _terms(dim: int) -> float:
+    return ROUNDOFF * (dim + ceil_div(dim, 8) + 4)
+
+
 def _relative_error(dim: int, row_dtype: torch.dtype) -> float:
     """Bound of |s~ - q^.x| / (|q^| |x|): D products and D/8 partial sums, each truncated once (README.md)."""
-    terms = ROUNDOFF * (dim + ceil_div(dim, 8) + 4)
+    terms = _terms(dim)
     if terms >= 0.5:
         return 2.0**100  # no useful bound: every group is rescored
     rounding = TF32_ROUNDOFF if row_dtype == torch.float32 else 0.0
@@ -275,6 +320,11 @@ def sort_warps(keys: int) -> int:
     return max(1, min(16, keys // SORT_KEYS_PER_WARP))
 
 
+def sort_registers(keys: int) -> int | None:
+    """Of a thread, where it has sixteen keys: unset, Triton 3.9 aims for 128 and spills eight bytes."""
+    return 168 if keys > SORT_KEYS else None
+
+
 def repair_warps(top: int) -> int:
     """Eight keys a thread of the list it keeps, beside the rows it scores."""
     return max(4, sort_warps(2 * top) * 2)
@@ -301,8 +351,12 @@ def float64_error(dim: int) -> float:
 
 
 def norm_scale(dim: int) -> float:
-    """1 + the relative error of the root of D squares, summed in float32 in any order."""
-    return 1 + (dim + 8) * 2.0**-23
+    """1 + the relative error of the root of D squares, at worst in bfloat16, of numbers rounded to it.
+
+    (1 - 3 * 2^-9)^(-1/2) < 1 + 2^-8, and (1 - t)^(-1/2) <= 1 + t for what the sum may lose.
+    """
+    terms = _terms(dim)
+    return 2.0**100 if terms >= 0.5 else (1 + 2.0**-8) * (1 + terms)
 
 
 def power_of_two(at_least: int, lowest: int) -> int:

@@ -16,6 +16,7 @@ from .triton_coded import CodedBlock, StagedBlock
 from .triton_keys import NOTHING
 from .triton_launch import Block, Codes, Piece, Workspace, decoded, launch_rescore, shared_bytes
 from .triton_plan import WORKSPACE_BYTES, Plan
+from .triton_tuning import configured
 
 PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
 DENSE_ROWS = 1 << 16  # at least so many rows are scored at once where every row is
@@ -126,6 +127,13 @@ def _search_piece(piece: Piece, k: int, plan: Plan) -> tuple[Tensor, Tensor]:
     indices = piece.queries.new_empty((batch, k), dtype=torch.int64)
     workspace = Workspace(plan, piece.queries)
     kind = Block if piece.codes is None else StagedBlock if plan.staged_bytes else CodedBlock
+    first = min(plan.batch, batch)
+    plan = configured(
+        plan,
+        piece.queries.device,
+        (piece.rows.shape[0], piece.queries.shape[1]),
+        lambda tried: kind(piece, tried, workspace, 0, first).scan(),
+    )
     for start in range(0, batch, plan.batch):
         stop = min(start + plan.batch, batch)
         kind(piece, plan, workspace, start, stop).answer(scores[start:stop], indices[start:stop])

@@ -1,11 +1,11 @@
-// A model of the parts of a GPU that the kernels in csrc/cuda use, so that g++ compiles the same kernels and a
-// CPU runs them: the threads of a block are fibers, switched at random wherever a real one could wait.
+// A model of the parts of a GPU that the kernels in csrc/cuda use, so that g++ compiles the same kernels and
+// a CPU runs them: the threads of a block are fibers, switched at random wherever a real one could wait.
 //
-// What the hardware does behind a kernel's back is made as nasty as it may be. A TMA transfer ruins its target
-// when it is issued and fills it some random time later. A wgmma runs when it is issued or as late as the wait
-// for it, and until then its accumulators hold NaN; its sums are truncated. Descriptors are decoded bit by bit,
-// addresses swizzled as the PTX ISA says, phases of barriers counted. So a stage freed too early, a wrong
-// parity, a missing wait or a wrong offset gives wrong numbers or a deadlock that is told, not luck.
+// What the hardware does behind a kernel's back is made as nasty as it may be. A TMA transfer ruins its
+// target when it is issued and fills it some random time later. A wgmma runs when it is issued or as late as
+// the wait for it, and until then its accumulators hold NaN; its sums are truncated. Descriptors are decoded
+// bit by bit, addresses swizzled as the PTX ISA says, phases of barriers counted. So a stage freed too early,
+// a wrong parity, a missing wait or a wrong offset gives wrong numbers or a deadlock that is told, not luck.
 #pragma once
 
 #include <cmath>
@@ -69,8 +69,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   unsigned thread = 0;
   bool done = false;
-  std::vector<Product> open;                 // issued, not committed
-  std::deque<std::vector<Product>> groups;   // committed, not complete
+  std::vector<Product> open;                // issued, not committed
+  std::deque<std::vector<Product>> groups;  // committed, not complete
   std::map<void*, Accumulators> accumulators;
 
   // Everything issued so far, in order: the hardware may be this early.
@@ -339,7 +339,6 @@ inline float half_to_float(uint32_t bits) {
                                           : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return (bits & 0x8000) != 0 ? -magnitude : magnitude;
 }
-
 
 }  // namespace cuda
 }  // namespace realm_kernels

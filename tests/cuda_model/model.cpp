@@ -36,7 +36,12 @@ void run_scan(Scanned scanned, Shape shape, const sm90::ScanArguments& a, const 
 }
 
 TensorMap tensor_map(const Matrix& m, int bytes) {
-  return {static_cast<const unsigned char*>(m.base), m.pitch * bytes, m.rows, m.columns * bytes, m.box_rows, bytes};
+  return {static_cast<const unsigned char*>(m.base),
+          m.pitch * bytes,
+          m.rows,
+          m.columns * bytes,
+          m.box_rows,
+          bytes};
 }
 
 template <class Run>
@@ -83,14 +88,22 @@ const char* model_scan(int scanned, int shape, const void* queries, const void* 
   });
 }
 
-// A whole search of one piece by blocks of `threads`. pointers: queries, rows, row mask, exclude, codes, mean, bounds
-// of the codes, scores, indices, repairs. numbers: see their names. told: what the plan was.
+// A whole search of one piece by blocks of `threads`. pointers: queries, rows, row mask, exclude, codes,
+// mean, bounds of the codes, scores, indices, repairs. numbers: see their names. told: what the plan was.
 const char* model_search(const void* const* pointers, const int64_t* numbers, uint64_t seed, int64_t* told) {
   const auto [batch, num_rows, dim, k, num_excluded, scanned, query_type, row_type, row_stride, first_row,
               code_group, code_pitch, threads, group, selected, forced] =
       *reinterpret_cast<const std::array<int64_t, 16>*>(numbers);
-  SearchShape shape{batch, num_rows, dim, k, num_excluded, static_cast<Scanned>(scanned), false,
-                    static_cast<int>(code_group), 2, int64_t{1} << 26};
+  SearchShape shape{batch,
+                    num_rows,
+                    dim,
+                    k,
+                    num_excluded,
+                    static_cast<Scanned>(scanned),
+                    false,
+                    static_cast<int>(code_group),
+                    2,
+                    int64_t{1} << 26};
   MipsTopkParams call{};
   call.queries = pointers[0];
   call.query_type = static_cast<Number>(query_type);
@@ -150,8 +163,8 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
     std::vector<unsigned char> workspace(static_cast<size_t>(p.at.bytes), 0xFF);  // NaN
     const SearchArguments a = search_arguments(p, call, workspace.data());
     const auto launch = [&](int blocks, int64_t shared, const std::function<void()>& kernel) {
-      machine().launch(static_cast<unsigned>(blocks), static_cast<unsigned>(block), static_cast<size_t>(shared),
-                       seed, kernel);
+      machine().launch(static_cast<unsigned>(blocks), static_cast<unsigned>(block),
+                       static_cast<size_t>(shared), seed, kernel);
     };
     launch(a.batch, 8 * 64, [&] { prepare(a, shape.scanned == Scanned::kFloat16); });
     const TensorMap rows = tensor_map(scanned_rows(a), bytes_of(shape.scanned));

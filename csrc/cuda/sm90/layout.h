@@ -21,8 +21,8 @@ constexpr int kBlockQueries = 64;                     // M of wgmma, or N where 
 constexpr int kBlockBytes = kBlockQueries * kPanelBytes;
 constexpr int kStepBytes = 32;  // K of one wgmma: 16 halves or 32 int8
 constexpr int kSteps = kPanelBytes / kStepBytes;
-constexpr int kSubgroup = 32;   // rows: the smallest group, and what a group is a multiple of
-constexpr int kNormRows = 64;   // rows that share a norm where groups are not smaller: those of a norm warp
+constexpr int kSubgroup = 32;  // rows: the smallest group, and what a group is a multiple of
+constexpr int kNormRows = 64;  // rows that share a norm where groups are not smaller: those of a norm warp
 
 // One warp group loads and measures, two multiply. 2 * 128 * 224 + 128 * 56 = 64,512 of 65,536 registers.
 constexpr int kWarp = 32;
@@ -42,16 +42,16 @@ constexpr int kMaxStages = 12;
 constexpr int kBarrierBytes = (2 * kMaxStages + 1) * 8;
 constexpr int kExchangeBytes = 2 * 4 * kBlockQueries * 4;  // per consumer group of the narrow scan
 
-// Accumulator i of a thread of the warp group, m64nN: PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"
-// (matrix D). A warp owns 16 rows, four lanes a row, each lane two neighbouring columns of every eight, and
-// the same again eight rows below.
+// Accumulator i of a thread of the warp group, m64nN: PTX ISA, "Register Fragments for
+// wgmma.mma_async.m64nNk16" (matrix D). A warp owns 16 rows, four lanes a row, each lane two neighbouring
+// columns of every eight, and the same again eight rows below.
 RK_BOTH constexpr int fragment_row(int thread, int i) {
   return 16 * (thread / kWarp) + thread % kWarp / 4 + 8 * (i / 2 % 2);
 }
 RK_BOTH constexpr int fragment_column(int thread, int i) { return 8 * (i / 4) + 2 * (thread % 4) + i % 2; }
 
-// CU_TENSOR_MAP_SWIZZLE_128B and the descriptor's mode 1: bits 4..6 of the shared address, which 16 bytes of the
-// row, are xored with bits 7..9, which row of the atom. An involution within each row of 128 bytes.
+// CU_TENSOR_MAP_SWIZZLE_128B and the descriptor's mode 1: bits 4..6 of the shared address, which 16 bytes of
+// the row, are xored with bits 7..9, which row of the atom. An involution within each row of 128 bytes.
 RK_BOTH constexpr uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
 // Matrix descriptor of a K-major operand in the 128-byte swizzle (PTX ISA, "Matrix Descriptor Format" of
@@ -100,8 +100,8 @@ RK_BOTH constexpr Share share_of(int block, int num_blocks, int query_blocks) {
   return {block % query_blocks, block / query_blocks, num_blocks / query_blocks};
 }
 
-// Shapes of the scan. kWide: queries on M, all panels of up to 512 of them stay in shared memory. kDeep: queries
-// on M, both operands stream, for rows too wide for kWide. kNarrow: rows on M, up to 64 queries stay.
+// Shapes of the scan. kWide: queries on M, all panels of up to 512 of them stay in shared memory. kDeep:
+// queries on M, both operands stream, for rows too wide for kWide. kNarrow: rows on M, up to 64 queries stay.
 enum class Shape { kWide, kDeep, kNarrow };
 
 constexpr int kDeepBlocks = 4;  // of queries: two a consumer group, 2 x 64 accumulators
@@ -135,8 +135,8 @@ RK_BOTH constexpr SharedPlan shared_plan(Shape shape, int blocks, int panels) {
   return plan;
 }
 
-// kWide keeps a tile until all its products are done, while the next one is already being multiplied: two tiles
-// must fit, or a consumer waits for a stage that only it can free.
+// kWide keeps a tile until all its products are done, while the next one is already being multiplied: two
+// tiles must fit, or a consumer waits for a stage that only it can free.
 RK_BOTH constexpr bool fits(Shape shape, const SharedPlan& plan) {
   return plan.stages >= (shape == Shape::kWide ? 2 * plan.panels : shape == Shape::kNarrow ? 4 : 3);
 }

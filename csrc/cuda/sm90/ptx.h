@@ -22,7 +22,8 @@ RK_DEVICE uint32_t shared_address(const void* pointer) {
 
 // mbarrier: `count` arrivals, and all bytes that were announced, end a phase.
 RK_DEVICE void barrier_init(uint64_t* barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
 }
 // Makes the initialised barriers visible to the async proxy (TMA).
 RK_DEVICE void barrier_init_fence() {
@@ -30,12 +31,14 @@ RK_DEVICE void barrier_init_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 RK_DEVICE void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
 }
 RK_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 RK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
@@ -49,10 +52,12 @@ RK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// A box of the tensor to shared memory, swizzled; what lies outside the tensor becomes zero and counts as bytes.
+// A box of the tensor to shared memory, swizzled; what lies outside the tensor becomes zero and counts as
+// bytes.
 RK_DEVICE void tma_load(const TensorMap* map, void* to, uint64_t* barrier, int column, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+      "%4}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
       : "memory");

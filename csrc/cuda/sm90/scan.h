@@ -21,7 +21,7 @@ struct WideConsumer {
 
   struct Item {
     int tile;
-    int block;  // of 64 queries
+    int block;        // of 64 queries
     RingPosition at;  // of the tile's first panel
   };
 
@@ -79,6 +79,8 @@ struct WideConsumer {
         valid = valid_columns(a, item.tile);
       }
       store_maxima(a, d, item.tile, (share.query_block * a.plan.blocks + item.block) * kBlockQueries, valid);
+    } else {
+      pretend_to_read(a, d);
     }
   }
 
@@ -120,8 +122,9 @@ struct WideConsumer {
   }
 };
 
-// kDeep. Both operands stream: a stage is a panel of 128 rows and the same panel of up to 256 queries, of which
-// a consumer group owns two blocks, every second one. A stage is free one stage later, when its products are.
+// kDeep. Both operands stream: a stage is a panel of 128 rows and the same panel of up to 256 queries, of
+// which a consumer group owns two blocks, every second one. A stage is free one stage later, when its
+// products are.
 template <class Element, bool kWithMaxima>
 struct DeepConsumer {
   using T = typename Element::Accumulator;
@@ -189,6 +192,9 @@ struct DeepConsumer {
         if constexpr (kTwo) {
           store_maxima(a, lower, tile, first_query + kConsumerGroups * kBlockQueries, valid);
         }
+      } else {
+        pretend_to_read(a, upper);
+        pretend_to_read(a, lower);
       }
     }
   }
@@ -252,6 +258,9 @@ struct NarrowConsumer {
         warp_group_sync(group);
         store(tile);
         warp_group_sync(group);
+      } else {
+        pretend_to_read(a, upper);
+        pretend_to_read(a, lower);
       }
       at = at.ahead(a.plan.panels, ring.stages);  // past the other group's tile
     }

@@ -1,5 +1,5 @@
-// What the three shapes of the Hopper scan share: arguments, barriers, the producer, the norms of the rows, the
-// maxima of a fragment. docs/hopper_scan.md walks through the kernels.
+// What the three shapes of the Hopper scan share: arguments, barriers, the producer, the norms of the rows,
+// the maxima of a fragment. docs/hopper_scan.md walks through the kernels.
 #pragma once
 
 #include "cuda/sm90/wgmma.h"
@@ -14,15 +14,16 @@ struct ScanArguments {
   const bool* row_mask;  // [N], or null: every row counts
   int64_t pitch;
   int num_queries, num_rows, num_groups;
-  int group;            // rows: 32, 64 or 128
-  int query_blocks;     // blocks of the grid that read the same tiles
-  int dim;              // columns of a row
-  float norm_scale;     // 1 + what the float32 sum of D squares may lose, relative to the norm
-  float norm_hidden;    // the norm that squares below 2^-126 may hide
+  int group;          // rows: 32, 64 or 128
+  int query_blocks;   // blocks of the grid that read the same tiles
+  int dim;            // columns of a row
+  float norm_scale;   // 1 + what the float32 sum of D squares may lose, relative to the norm
+  float norm_hidden;  // the norm that squares below 2^-126 may hide
   SharedPlan plan;
 };
 
-// The barriers of the ring: a full one is ended by the bytes that land, an empty one by a warp each that reads.
+// The barriers of the ring: a full one is ended by the bytes that land, an empty one by a warp each that
+// reads.
 struct Ring {
   uint64_t* full;
   uint64_t* empty;
@@ -106,17 +107,17 @@ RK_DEVICE void unpack<Float16>(uint32_t word, float& low, float& high) {
   high = half_to_float(word >> 16);
 }
 
-// A norm warp owns 64 rows of every tile. A lane reads 16 bytes of rows lane / 8 and four below, atom by atom:
-// the warp reads 512 bytes in a row, without bank conflicts, and as the swizzle only permutes 16-byte pieces
-// within a row, it does not matter here. A row lies over eight lanes. Rows with a NaN score NaN whatever the
-// query and are never returned: fmaxf drops their norm, as the maxima drop their scores.
+// A norm warp owns 64 rows of every tile. A lane reads 16 bytes of rows lane / 8 and four below, atom by
+// atom: the warp reads 512 bytes in a row, without bank conflicts, and as the swizzle only permutes 16-byte
+// pieces within a row, it does not matter here. A row lies over eight lanes. Rows with a NaN score NaN
+// whatever the query and are never returned: fmaxf drops their norm, as the maxima drop their scores.
 template <class Element>
 RK_DEVICE void measure(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
                        int warp) {
   constexpr int kAtoms = kNormRows / kAtomRows;
   const int lane = threadIdx.x % kWarp;
-  const uint32_t base =
-      shared_address(memory + a.plan.stages_at()) + static_cast<uint32_t>(warp * kAtoms * kAtomBytes + lane * 16);
+  const uint32_t base = shared_address(memory + a.plan.stages_at()) +
+                        static_cast<uint32_t>(warp * kAtoms * kAtomBytes + lane * 16);
   RingPosition at;
   const int tiles = ceil_div(a.num_rows, kTileRows);
   for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
@@ -193,8 +194,15 @@ RK_DEVICE T quad_maximum(T v) {
   return larger(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
 }
 
-// Whether the rows of this lane's 32 columns of a tile count: bit i / 2 % 2 * ... is column fragment_column(),
-// bit 2 j + e that of columns 8 j + 2 (lane % 4) + e.
+// The empty epilogue: products that nobody reads would not be made.
+template <class T, int kCount>
+RK_DEVICE void pretend_to_read(const ScanArguments& a, const T (&d)[kCount]) {
+  if (d[0] == lowest(T{})) {
+    *static_cast<T*>(a.group_max) = d[0];
+  }
+}
+
+// Whether the rows of this lane's 32 columns of a tile count: bit 2 j + e is column 8 j + 2 (lane % 4) + e.
 RK_DEVICE uint32_t valid_columns(const ScanArguments& a, int tile) {
   uint32_t valid = 0;
   for (int c = 0; c < 32; ++c) {
@@ -204,11 +212,12 @@ RK_DEVICE uint32_t valid_columns(const ScanArguments& a, int tile) {
   return valid;
 }
 
-// Maxima of a 64 x 128 fragment with rows of the table on N, written where they belong: 56 maxima a thread for
-// groups of 32 and at most 6 more for larger ones, then 2 to 6 shuffles. Rows past the end are zeros: they can
-// only raise the bound of the last group.
+// Maxima of a 64 x 128 fragment with rows of the table on N, written where they belong: 56 maxima a thread
+// for groups of 32 and at most 6 more for larger ones, then 2 to 6 shuffles. Rows past the end are zeros:
+// they can only raise the bound of the last group.
 template <class T>
-RK_DEVICE void store_maxima(const ScanArguments& a, const T (&d)[64], int tile, int first_query, uint32_t valid) {
+RK_DEVICE void store_maxima(const ScanArguments& a, const T (&d)[64], int tile, int first_query,
+                            uint32_t valid) {
   T best[2][4];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -24,10 +24,10 @@ struct Int8 {
 
 #ifdef __CUDACC__
 // The operands of an instruction: kN / 2 accumulators, two descriptors, and whether to add to what was there.
-#define RK_REGISTERS_32                                                               \
+#define RK_REGISTERS_32                                                                 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22," \
   "%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-#define RK_REGISTERS_64                                                                   \
+#define RK_REGISTERS_64                                                                     \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23," \
   "%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,"    \
   "%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
@@ -38,15 +38,15 @@ struct Int8 {
 #define RK_FLOAT "+f"
 #define RK_INT "+r"
 
-#define RK_WGMMA_32(instruction, constraint, tail)                                                      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" instruction " " RK_REGISTERS_32          \
-               ", %32, %33, add" tail ";\n}\n"                                                          \
-               : RK_32(constraint, d, 0)                                                                \
+#define RK_WGMMA_32(instruction, constraint, tail)                                              \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" instruction " " RK_REGISTERS_32 \
+               ", %32, %33, add" tail ";\n}\n"                                                  \
+               : RK_32(constraint, d, 0)                                                        \
                : "l"(a), "l"(b), "r"(add))
-#define RK_WGMMA_64(instruction, constraint, tail)                                                      \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" instruction " " RK_REGISTERS_64          \
-               ", %64, %65, add" tail ";\n}\n"                                                          \
-               : RK_64(constraint, d)                                                                   \
+#define RK_WGMMA_64(instruction, constraint, tail)                                              \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n" instruction " " RK_REGISTERS_64 \
+               ", %64, %65, add" tail ";\n}\n"                                                  \
+               : RK_64(constraint, d)                                                           \
                : "l"(a), "l"(b), "r"(add))
 #define RK_AS_IS ", 1, 1, 0, 0"  // operands neither negated nor transposed: both are K-major
 
