@@ -135,7 +135,7 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   launch_marginal_loss_bwd(params);
 }
 
-using Matrix = std::tuple<uintptr_t, int64_t>;  // address, row stride
+using Matrix = std::tuple<uintptr_t, int64_t>;    // address, row stride
 using Memory = std::tuple<uintptr_t, uintptr_t>;  // addresses of workspace and scratch
 
 LinearMarginalLossParams linear_marginal_loss_inputs(const Matrix& hidden, const Matrix& weight,

@@ -119,3 +119,13 @@ def _explain(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 5 * ROW)
     tight = rk.explain(rk.linear_marginal_loss, case.scores, case.hidden, case.weight, case.targets)
     assert "chunks of 5 rows, 12 in an example, two passes" in tight.plan and "4 products" in tight.plan
+
+
+def test_a_backward_makes_the_gradients_and_nothing_of_their_size():
+    """Autograd would make zeros for every output of the op that has no gradient, the units among them."""
+    case = make_case(2, 2, 2, width=64, vocabulary=20000, masks=False).requiring("hidden", "weight")
+    loss = case.loss()
+    with Meter() as meter:
+        loss.backward()
+    assert case.weight.grad is not None
+    assert meter.peak_bytes <= case.weight.grad.nbytes + case.weight.grad.nbytes // 4

@@ -1,5 +1,5 @@
-// Large results are fresh memory at every call, and the kernel hands it out page by page: of 94 MB in pages of
-// 4 KiB that takes five times as long as writing it. Asked for, it comes in pages of 2 MiB.
+// Large results are fresh memory at every call, and the kernel hands it out page by page: of 94 MB in pages
+// of 4 KiB that takes five times as long as writing it. Asked for, it comes in pages of 2 MiB.
 #pragma once
 
 #include <cstdint>

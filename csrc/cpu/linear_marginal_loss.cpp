@@ -1,5 +1,5 @@
-// The driver of linear_marginal_loss: which instruction set, which thread takes which part, and what is left of
-// a row once its vocabulary is summed.
+// The driver of linear_marginal_loss: which instruction set, which thread takes which part, and what is left
+// of a row once its vocabulary is summed.
 #include "cpu/linear_marginal_loss.h"
 
 #include <cmath>
@@ -117,8 +117,9 @@ void launch_linear_marginal_loss_fwd(const LinearMarginalLossParams& params) {
     layout.exponentials = nullptr;
   }
   const RowStatistics& statistics = memory.statistics;
-  parallel_for((params.rows + kernels.lanes - 1) / kernels.lanes, num_threads,
-               [&](int64_t begin, int64_t end, int) { kernels.pack_rows(params, begin, end, memory.packed); });
+  parallel_for(
+      (params.rows + kernels.lanes - 1) / kernels.lanes, num_threads,
+      [&](int64_t begin, int64_t end, int) { kernels.pack_rows(params, begin, end, memory.packed); });
   parallel_for(layout.blocks, num_threads, [&](int64_t begin, int64_t end, int thread) {
     kernels.forward(params, layout, memory.packed, statistics, begin, end, memory.scratch.of(thread));
   });

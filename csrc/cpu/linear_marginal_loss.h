@@ -1,6 +1,6 @@
-// A chunk of rows of linear_marginal_loss on the CPU: logits, statistics, gradients, all three matrix products.
-// Raw pointers and sizes; Python has validated them. Legend: R rows (pairs of document and token), H hidden
-// size, V vocabulary.
+// A chunk of rows of linear_marginal_loss on the CPU: logits, statistics, gradients, all three matrix
+// products. Raw pointers and sizes; Python has validated them. Legend: R rows (pairs of document and token),
+// H hidden size, V vocabulary.
 #pragma once
 
 #include <cstdint>

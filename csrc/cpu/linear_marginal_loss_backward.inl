@@ -9,8 +9,8 @@ namespace realm_kernels {
 namespace {
 
 // Gradients of logits of one block, as the rows that the second and third product broadcast. Pairs differ: of
-// rows of the chunk in one, of words in the other. A cache line more than the rows need keeps words that follow
-// each other out of each other's cache sets.
+// rows of the chunk in one, of words in the other. A cache line more than the rows need keeps words that
+// follow each other out of each other's cache sets.
 struct BlockGradients {
   float* by_word;  // [n][pitch of units of R], for d_weight
   int64_t word_pitch;
@@ -154,8 +154,8 @@ inline void scales_of(const LinearMarginalLossParams& params, const float* large
 
 // Third product: d_weight of n words += their gradients times hidden.
 template <class Step>
-inline void add_d_weight(const LinearMarginalLossParams& params, const float* packed, int64_t first, int64_t n,
-                         const BlockGradients& gradients) {
+inline void add_d_weight(const LinearMarginalLossParams& params, const float* packed, int64_t first,
+                         int64_t n, const BlockGradients& gradients) {
   const int64_t depth = (params.rows + Step::kEach - 1) / Step::kEach, width = params.width;
   const Groups groups(n);
   for (int64_t g = 0; g < groups.count; ++g) {
@@ -165,22 +165,23 @@ inline void add_d_weight(const LinearMarginalLossParams& params, const float* pa
       const Ask ask = params.first || !whole
                           ? kAskNothing
                           : Ask{reinterpret_cast<const char*>(rows + h + kLanes), groups.size(g), width * 4};
-      tile_of<Step, Broadcast::kRows>(
-          groups.size(g), packed + h * depth, depth, gradients.by_word + groups.first(g) * gradients.word_pitch,
-          gradients.word_pitch, ask, [&](int q, Vec low, Vec high) {
-            float* at = rows + q * width + h;
-            if (whole) {
-              store(at, params.first ? low : load<Vec>(at) + low);
-              store(at + kWidth, params.first ? high : load<Vec>(at + kWidth) + high);
-              return;
-            }
-            float tail[kLanes];
-            store(tail, low);
-            store(tail + kWidth, high);
-            for (int64_t i = 0; i < width - h; ++i) {
-              at[i] = params.first ? tail[i] : at[i] + tail[i];
-            }
-          });
+      tile_of<Step, Broadcast::kRows>(groups.size(g), packed + h * depth, depth,
+                                      gradients.by_word + groups.first(g) * gradients.word_pitch,
+                                      gradients.word_pitch, ask, [&](int q, Vec low, Vec high) {
+                                        float* at = rows + q * width + h;
+                                        if (whole) {
+                                          store(at, params.first ? low : load<Vec>(at) + low);
+                                          store(at + kWidth,
+                                                params.first ? high : load<Vec>(at + kWidth) + high);
+                                          return;
+                                        }
+                                        float tail[kLanes];
+                                        store(tail, low);
+                                        store(tail + kWidth, high);
+                                        for (int64_t i = 0; i < width - h; ++i) {
+                                          at[i] = params.first ? tail[i] : at[i] + tail[i];
+                                        }
+                                      });
     }
   }
 }

@@ -3,10 +3,10 @@
 //
 // A thread owns blocks of kBlock words of the vocabulary and goes over them twice. Forward: a block's logits,
 // tile by tile of one panel of rows, which their exponentials and statistics leave while they are in the
-// first-level cache. Backward: exponentials times one number a row and block are the gradients of logits; kept in
-// the second-level cache, they serve both products that are left. So beside weight and d_weight, read or written
-// once each, a chunk moves V R numbers out and in again, and no pass stands between the products. d_weight
-// needs no reduction over threads; of d_hidden each makes a part.
+// first-level cache. Backward: exponentials times one number a row and block are the gradients of logits;
+// kept in the second-level cache, they serve both products that are left. So beside weight and d_weight, read
+// or written once each, a chunk moves V R numbers out and in again, and no pass stands between the products.
+// d_weight needs no reduction over threads; of d_hidden each makes a part.
 //
 // Bytes of a chunk: 4 V R twice, the weight twice, d_weight (float32) twice; 6 V R H flops. At R = 160,
 // H = 768, V = 30522 that is 0.42 GB beside 22.5 GFLOP in float32: 15 ms at 28 GB/s, fetched during 100 to
@@ -62,10 +62,10 @@ void backward(const LinearMarginalLossParams& params, const ChunkLayout& layout,
   backward_blocks<Singles>(params, layout, packed, at_target, begin, end, scratch, partial);
 }
 
-constexpr LinearMarginalLossKernels kKernels = {
-    kLanes,       packed_rows_size, packed_columns_size, forward_scratch, backward_scratch,
-    partial_size, pack_rows,        pack_columns,        forward,         merge,
-    backward,     reduce};
+constexpr LinearMarginalLossKernels kKernels = {kLanes,          packed_rows_size, packed_columns_size,
+                                                forward_scratch, backward_scratch, partial_size,
+                                                pack_rows,       pack_columns,     forward,
+                                                merge,           backward,         reduce};
 
 }  // namespace
 }  // namespace realm_kernels

@@ -5,9 +5,9 @@
 
 namespace realm_kernels {
 
-// Words of the vocabulary that a thread takes at a time. Long enough that a tile of d_hidden, read and written
-// once a block, costs little beside the multiply-adds between; short enough that the block's gradients of
-// logits stay in a second-level cache. A multiple of 6 and 12, the tiles of AVX2 and AVX-512.
+// Words of the vocabulary that a thread takes at a time. Long enough that a tile of d_hidden, read and
+// written once a block, costs little beside the multiply-adds between; short enough that the block's
+// gradients of logits stay in a second-level cache. A multiple of 6 and 12, the tiles of AVX2 and AVX-512.
 constexpr int64_t kBlock = 192;
 // Rows are padded to whole vectors of the widest instruction set, so that the workspace is the same for all.
 constexpr int64_t kRowMultiple = 32;
@@ -19,8 +19,9 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 // What of a chunk does not depend on the instruction set: where the workspace keeps what.
 struct ChunkLayout {
   int64_t padded_rows, blocks;
-  float* largest;       // [blocks, padded_rows]: of a block's logits without the target's
-  float* exponentials;  // [blocks, of panels of rows, of words, of lanes]: exp(logit - largest), 0 at the target
+  float* largest;  // [blocks, padded_rows]: of a block's logits without the target's
+  float*
+      exponentials;  // [blocks, of panels of rows, of words, of lanes]: exp(logit - largest), 0 at the target
 };
 
 struct RowStatistics {
@@ -49,8 +50,8 @@ struct LinearMarginalLossKernels {
                   const RowStatistics& statistics, int64_t begin, int64_t end, float* scratch);
   // Of the blocks' statistics, those of rows [begin, end), multiples of kRowMultiple.
   void (*merge)(const ChunkLayout& layout, const RowStatistics& statistics, int64_t begin, int64_t end);
-  // Blocks [begin, end): gradients of logits, d_weight, d_bias, and a thread's part of d_hidden. at_target [R]:
-  // the gradients there.
+  // Blocks [begin, end): gradients of logits, d_weight, d_bias, and a thread's part of d_hidden. at_target
+  // [R]: the gradients there.
   void (*backward)(const LinearMarginalLossParams& params, const ChunkLayout& layout, const float* packed,
                    const float* at_target, int64_t begin, int64_t end, float* scratch, float* partial);
   // d_hidden of rows [begin, end): the sum of the threads' parts, which lie `stride` floats apart.

@@ -46,7 +46,8 @@ inline void widen(const T* row, int64_t from, int64_t end, float* out) {
   }
 }
 
-// Panels of rows, [units of H][kLanes]: the operand of the first product. `eight(row, unit)` gives eight units.
+// Panels of rows, [units of H][kLanes]: the operand of the first product. `eight(row, unit)` gives eight
+// units.
 template <class Eight>
 inline void pack_row_panel(int64_t n, int64_t units, float* panel, Eight&& eight) {
   for (int64_t first = 0; first < kLanes; first += 8) {
@@ -75,9 +76,8 @@ void pack_rows(const LinearMarginalLossParams& params, int64_t begin, int64_t en
                      [&](int64_t r, int64_t u) { return load_pairs(rows + r * stride, 2 * u, width); });
     } else {
       with_rows(params.hidden, params.type, [&](auto* rows) {
-        pack_row_panel(n, units, panel, [&](int64_t r, int64_t u) {
-          return load_any(rows + (first + r) * stride, u, width);
-        });
+        pack_row_panel(n, units, panel,
+                       [&](int64_t r, int64_t u) { return load_any(rows + (first + r) * stride, u, width); });
       });
     }
   }
@@ -130,7 +130,8 @@ inline int64_t staged_weight_size(const LinearMarginalLossParams& params) {
   return weight_in_place(params) ? 0 : kBlock * panels_of(params.width) * kLanes;
 }
 
-inline WeightRows weight_rows(const LinearMarginalLossParams& params, int64_t first, int64_t n, float* stage) {
+inline WeightRows weight_rows(const LinearMarginalLossParams& params, int64_t first, int64_t n,
+                              float* stage) {
   const bool pairs = in_pairs(params);
   const int64_t stride = params.weight_stride, width = params.width;
   if (weight_in_place(params)) {

@@ -242,13 +242,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias, ctx.min_posterior = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)  # zeros for the units would be as large as they
     ctx.save_for_backward(*tensors, *rest[1:])
     ctx.has_units = needs_hidden or needs_weight or needs_bias
     # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
     ctx.forced = backends.forced_backend()
 
 
-def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * len(ctx.needs_input_grad)
     scores, *_, log_weight = ctx.saved_tensors[:7]
     wants_scores, wants_hidden, wants_weight, _, wants_bias, _, wants_log_weight, *_ = ctx.needs_input_grad
     with backends.use_backend(ctx.forced):
