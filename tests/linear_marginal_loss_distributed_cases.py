@@ -261,6 +261,14 @@ def bytes_received(rank, size, split):
         ranks._all_gather, dist.all_reduce = gather, reduce_
 
 
+def explained(rank, size, split):
+    case = make_case(4, 8, 5)
+    mine = share_of(case, split, split_of(size_of(case, split), size, random.Random(5)), rank)
+    inputs = (mine.scores, mine.hidden, mine.weight, mine.targets)
+    told = rk.explain(rk.linear_marginal_loss, *inputs, **mine.options(), **axis_of(split)[2])
+    return told.backend, told.plan, told.flops == 2 * 16 * mine.hidden[..., 0].numel() * len(mine.weight)
+
+
 def refused(rank, size, split, name):
     case, other, options = make_case(2, 4, masks=False), rank == 1, dict(axis_of(split)[2])
     case = share_of(case, split, split_of(size_of(case, split), size, random.Random(4)), rank)

@@ -83,6 +83,13 @@ def test_what_travels_is_what_the_readme_counts(pool, size, split):
         assert backward == 0
 
 
+@splits
+def test_explain_tells_the_part_of_this_rank(pool, split):
+    for backend, plan, flops in succeed(pool.run(cases.explained, 2, split)):
+        assert backend == "torch" and flops
+        assert plan.endswith("1 products, of 2 ranks' " + ("words" if split == "vocabulary" else split))
+
+
 REFUSED = {
     # (the rank that raises its own error, its words); the other is told which rank it was.
     "hidden": (1, "linear_marginal_loss: hidden must be a Tensor [B, K, M, H], got NoneType None"),

@@ -61,8 +61,7 @@ class Call:
         return Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, *self.options)
 
     def new_pass(self, problem: Problem, needs: Needs) -> LibraryPass:
-        backend = backends.choose(f"{OP} across ranks", BACKENDS, problem)
-        passes = triton.TritonPasses() if backend.name == "triton" else TORCH
+        passes = triton.TritonPasses() if backend_for(problem).name == "triton" else TORCH
         if self.words is None:
             return DocumentsPass(problem, needs, passes, self.ranks, self.documents)
         return VocabularyPass(problem, needs, passes, self.ranks, self.words)
@@ -159,19 +158,28 @@ def _marginal(problem: Problem, ranks: Ranks, log_likelihood: Tensor) -> tuple[A
 
 def loss(problem: Problem, reduction: str, group: Any, vocabulary_group: Any) -> tuple[Tensor, Tensor]:
     """The loss and log p(y_m|z,x) float64 [B, K_r, M] of this rank's part of a problem; a collective call."""
-    if isinstance(problem.weight, DTENSOR):
-        problem, vocabulary_group = _local(problem, vocabulary_group)
-    if group is not None and vocabulary_group is not None:
-        raise ValueError(f"{OP}: group and a split vocabulary must not come together, got both")
-    by_words = group is None
-    device = problem.hidden.device if isinstance(problem.hidden, Tensor) else torch.device("cpu")
-    ranks = Ranks(OP, vocabulary_group if by_words else group, device)
+    problem, ranks, by_words = part_of(problem, group, vocabulary_group)
     call = _agree(ranks, problem, reduction, by_words)
     vocabulary = problem.weight.shape[0] if call.words is None else sum(call.words)
     checks.check_values(problem.targets, vocabulary, problem.ignore_index)
     if problem.scores.shape[1] == 0:
         problem = _with_a_masked_document(problem)
     return _Differentiable.apply(*problem.tensors, call)
+
+
+def part_of(problem: Problem, group: Any, vocabulary_group: Any) -> tuple[Problem, Ranks, bool]:
+    """What this rank brings, among which ranks, and whether it is its words, or else its documents."""
+    if isinstance(problem.weight, DTENSOR):
+        problem, vocabulary_group = _local(problem, vocabulary_group)
+    if group is not None and vocabulary_group is not None:
+        raise ValueError(f"{OP}: group and a split vocabulary must not come together, got both")
+    device = problem.hidden.device if isinstance(problem.hidden, Tensor) else torch.device("cpu")
+    by_words = group is None
+    return problem, Ranks(OP, vocabulary_group if by_words else group, device), by_words
+
+
+def backend_for(problem: Problem) -> backends.Backend:
+    return backends.choose(f"{OP} across ranks", BACKENDS, problem)
 
 
 def _with_a_masked_document(problem: Problem) -> Problem:
@@ -218,7 +226,7 @@ def _agree(ranks: Ranks, problem: Problem, reduction: str, by_words: bool) -> Ca
     """Check this rank's arguments, then those of all ranks against each other."""
     header, refused = [0] * len(FIELDS), None
     try:
-        header = _check_here(problem, reduction, by_words)
+        header = check_here(problem, reduction, by_words)
     except (TypeError, ValueError) as error:
         refused = error
     headers = ranks.agree("linear_marginal_loss", header, refused)
@@ -238,11 +246,11 @@ def _agree(ranks: Ranks, problem: Problem, reduction: str, by_words: bool) -> Ca
     return Call(ranks, needs, reduction, options, told["V"] if by_words else None, max(told["K"]))
 
 
-def _check_here(problem: Problem, reduction: str, by_words: bool) -> list[int]:
+def check_here(problem: Problem, reduction: str, by_words: bool) -> list[int]:
     """The header of this rank. Raises TypeError or ValueError."""
     least_documents, least_words = (1, 0) if by_words else (0, 1)
     checks.check(problem, reduction, least_documents=least_documents, least_words=least_words)
-    backends.choose(f"{OP} across ranks", BACKENDS, problem)
+    backend_for(problem)
     dtypes = (problem.hidden.dtype, problem.loss_dtype)
     said = (by_words, problem.options, reduction, op.needs_of(problem), problem.bias is None, dtypes)
     masks = (problem.targets, problem.doc_mask if by_words else None)
