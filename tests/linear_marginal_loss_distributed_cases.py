@@ -231,6 +231,8 @@ def dtensor(rank, size):
             ValueError, match=r"must be a DTensor placed Shard\(0\) on weight's mesh of one axis"
         ):
             replace(case, **wrong).loss()
+    with pytest.raises(TypeError, match="hidden must be a plain Tensor, alike on all ranks, got a DTensor"):
+        replace(case, hidden=distribute_tensor(case.hidden.detach(), mesh, [Replicate()])).loss()
     with pytest.raises(ValueError, match="vocabulary_group must be None where weight is a DTensor"):
         case.loss(vocabulary_group=dist.group.WORLD)
 

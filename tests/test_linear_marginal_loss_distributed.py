@@ -42,9 +42,10 @@ def test_it_is_no_worse_than_torch_on_one_rank(pool, split, name, dtype):
 
 @splits
 @pytest.mark.parametrize("name", ["plain", "V=1", "common offset", "masked words"])
-def test_the_triton_passes_serve_across_ranks(pool, split, name):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_backend_may_be_chosen_across_ranks(pool, split, name, backend):
     pytest.importorskip("triton")
-    succeed(pool.run(cases.adversarial, 2, split, name, torch.float32, "triton"))
+    succeed(pool.run(cases.adversarial, 2, split, name, torch.float32, backend))
 
 
 @splits

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,7 @@ class Call:
     options: tuple[int, str, float]  # ignore_index, mode, min_posterior
     words: list[int] | None  # V_r of each rank; None: the documents are spread
     documents: int  # the most of a rank
+    backend: str  # chosen for the call, and for its gradient too
 
     @property
     def beforehand(self) -> bool:
@@ -61,7 +63,7 @@ class Call:
         return Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, *self.options)
 
     def new_pass(self, problem: Problem, needs: Needs) -> LibraryPass:
-        passes = triton.TritonPasses() if backend_for(problem).name == "triton" else TORCH
+        passes = triton.TritonPasses() if self.backend == "triton" else TORCH
         if self.words is None:
             return DocumentsPass(problem, needs, passes, self.ranks, self.documents)
         return VocabularyPass(problem, needs, passes, self.ranks, self.words)
@@ -169,6 +171,9 @@ def loss(problem: Problem, reduction: str, group: Any, vocabulary_group: Any) ->
 
 def part_of(problem: Problem, group: Any, vocabulary_group: Any) -> tuple[Problem, Ranks, bool]:
     """What this rank brings, among which ranks, and whether it is its words, or else its documents."""
+    for name in ("scores", "hidden", "targets"):
+        if isinstance(getattr(problem, name), DTENSOR):
+            raise TypeError(f"{OP}: {name} must be a plain Tensor, alike on all ranks, got a DTensor")
     if isinstance(problem.weight, DTENSOR):
         problem, vocabulary_group = _local(problem, vocabulary_group)
     if group is not None and vocabulary_group is not None:
@@ -242,8 +247,15 @@ def _agree(ranks: Ranks, problem: Problem, reduction: str, by_words: bool) -> Ca
                 )
     if sum(told[split]) == 0:
         raise ValueError(f"{OP}: some rank must bring {size}, got 0 on all")
-    needs, options = op.needs_of(problem), problem.options
-    return Call(ranks, needs, reduction, options, told["V"] if by_words else None, max(told["K"]))
+    return Call(
+        ranks,
+        op.needs_of(problem),
+        reduction,
+        problem.options,
+        told["V"] if by_words else None,
+        max(told["K"]),
+        backend_for(problem).name,
+    )
 
 
 def check_here(problem: Problem, reduction: str, by_words: bool) -> list[int]:
@@ -263,12 +275,19 @@ def _bytes(tensor: Tensor | None) -> bytes:
     return b"-" if tensor is None else tensor.cpu().contiguous().numpy().tobytes()
 
 
+@contextmanager
+def _inside(problem: Problem) -> Iterator[None]:
+    """No autocast within; marginal_loss by whatever serves it."""
+    with torch.autocast(problem.hidden.device.type, enabled=False), backends.use_backend(None):
+        yield
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, call = inputs
         problem = call.problem(*tensors)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
+        with _inside(problem):
             needs = call.needs if call.beforehand else NOTHING
             log_likelihood, units = chunked.forward_by(call.new_pass(problem, needs))
             each, count, d_relevance = _of_examples(problem, call, log_likelihood)
@@ -293,7 +312,7 @@ class _Gradients(torch.autograd.Function):
         problem, units = call.problem(*tensors), Gradients(d_hidden, d_weight, d_bias)
         g = marginal_reference.upstream(d_loss, divisor, len(d_relevance))
         d_relevance = torch.where(d_relevance != 0, g[:, None] * d_relevance, 0.0)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
+        with _inside(problem):
             g = g.to(problem.loss_dtype)
             by_example, by_all = g, g[:1].sum()
             if not call.beforehand:
