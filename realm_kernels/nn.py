@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from .linear_marginal_loss import linear_marginal_loss
@@ -10,6 +12,9 @@ from .marginal_loss import checks as marginal_loss_checks
 from .span_marginal_loss import checks as span_marginal_loss_checks
 from .span_marginal_loss import span_marginal_loss
 from .validation import check_choice
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LinearMarginalLoss", "MarginalLoss", "SpanMarginalLoss"]
 
@@ -52,8 +57,7 @@ class MarginalLoss(nn.Module):
 
 
 class LinearMarginalLoss(nn.Module):
-    """rk.linear_marginal_loss with its ignore_index, mode, reduction, return_posterior and min_posterior
-    fixed.
+    """rk.linear_marginal_loss with its options fixed: all arguments of it that are no tensors.
 
     It owns no weight: the decoder's, tied to the embeddings or not, is passed to each call.
 
@@ -71,6 +75,8 @@ class LinearMarginalLoss(nn.Module):
         reduction: str = "mean",
         return_posterior: bool = False,
         min_posterior: float = 0.0,
+        group: ProcessGroup | None = None,
+        vocabulary_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check_choice("LinearMarginalLoss", "mode", mode, marginal_loss_checks.MODES)
@@ -80,6 +86,8 @@ class LinearMarginalLoss(nn.Module):
         self.reduction = reduction
         self.return_posterior = return_posterior
         self.min_posterior = min_posterior
+        self.group = group
+        self.vocabulary_group = vocabulary_group
 
     def forward(
         self,
@@ -105,6 +113,8 @@ class LinearMarginalLoss(nn.Module):
             reduction=self.reduction,
             return_posterior=self.return_posterior,
             min_posterior=self.min_posterior,
+            group=self.group,
+            vocabulary_group=self.vocabulary_group,
         )
 
     def extra_repr(self) -> str:

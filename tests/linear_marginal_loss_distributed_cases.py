@@ -231,6 +231,8 @@ def dtensor(rank, size):
             ValueError, match=r"must be a DTensor placed Shard\(0\) on weight's mesh of one axis"
         ):
             replace(case, **wrong).loss()
+    with pytest.raises(TypeError, match="hidden must be a plain Tensor, alike on all ranks, got a DTensor"):
+        replace(case, hidden=distribute_tensor(case.hidden.detach(), mesh, [Replicate()])).loss()
     with pytest.raises(ValueError, match="vocabulary_group must be None where weight is a DTensor"):
         case.loss(vocabulary_group=dist.group.WORLD)
 
@@ -259,6 +261,14 @@ def bytes_received(rank, size, split):
         return forward, sum(moved)
     finally:
         ranks._all_gather, dist.all_reduce = gather, reduce_
+
+
+def explained(rank, size, split):
+    case = make_case(4, 8, 5)
+    mine = share_of(case, split, split_of(size_of(case, split), size, random.Random(5)), rank)
+    inputs = (mine.scores, mine.hidden, mine.weight, mine.targets)
+    told = rk.explain(rk.linear_marginal_loss, *inputs, **mine.options(), **axis_of(split)[2])
+    return told.backend, told.plan, told.flops == 2 * 16 * mine.hidden[..., 0].numel() * len(mine.weight)
 
 
 def refused(rank, size, split, name):

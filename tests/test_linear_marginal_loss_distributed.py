@@ -42,9 +42,10 @@ def test_it_is_no_worse_than_torch_on_one_rank(pool, split, name, dtype):
 
 @splits
 @pytest.mark.parametrize("name", ["plain", "V=1", "common offset", "masked words"])
-def test_the_triton_passes_serve_across_ranks(pool, split, name):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_backend_may_be_chosen_across_ranks(pool, split, name, backend):
     pytest.importorskip("triton")
-    succeed(pool.run(cases.adversarial, 2, split, name, torch.float32, "triton"))
+    succeed(pool.run(cases.adversarial, 2, split, name, torch.float32, backend))
 
 
 @splits
@@ -81,6 +82,13 @@ def test_what_travels_is_what_the_readme_counts(pool, size, split):
         else:
             assert forward == (size - 1) * (header + 2 * of_documents)
         assert backward == 0
+
+
+@splits
+def test_explain_tells_the_part_of_this_rank(pool, split):
+    for backend, plan, flops in succeed(pool.run(cases.explained, 2, split)):
+        assert backend == "torch" and flops
+        assert plan.endswith("1 products, of 2 ranks' " + ("words" if split == "vocabulary" else split))
 
 
 REFUSED = {

@@ -121,3 +121,29 @@ def test_the_module_passes_it_on():
     want, whole = (torch.autograd.grad(case.loss(min_posterior=t), case.weight)[0] for t in (0.3, 0.0))
     assert torch.equal(torch.autograd.grad(loss, case.weight)[0], want) and not torch.equal(want, whole)
     assert "min_posterior=0.3" in repr(module)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_it_compiles_whole(reduction):
+    case = make_case(spread=3.0).requiring(*READER)
+
+    def loss(hidden, weight, bias):
+        return replace(case, hidden=hidden, weight=weight, bias=bias).loss(
+            reduction=reduction, min_posterior=0.3
+        )
+
+    inputs = [getattr(case, name) for name in READER]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    wanted, gotten = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (loss, compiled))
+    for name, want, got in zip(READER, wanted, gotten, strict=True):
+        assert torch.equal(want, got), name
+
+
+def test_the_documents_that_stay_keep_their_gradient():
+    case = make_case(2, 3, 2, width=3, vocabulary=5, masks=False, spread=2.0).to(torch.float64)
+    found = gradients(lambda c: c.loss(reduction="sum", min_posterior=0.2), case, ("hidden",))["hidden"]
+    whole = gradients(lambda c: c.loss(reduction="sum"), case, ("hidden",))["hidden"]
+    stays = posterior_of(case, "sequence") >= 0.2
+    assert 0 < stays.sum() < stays.numel()
+    assert torch.equal(found != 0, stays[..., None].expand_as(found))
+    assert_within(found[stays], whole[stays], 1e-13, "d_hidden")

@@ -64,15 +64,15 @@ def linear_marginal_loss(
         ranks; everything else is the same on all. targets are words of the whole vocabulary. A weight (and
         bias) that is a DTensor placed Shard(0) on a mesh of one axis says so by itself, and receives DTensor
         gradients. d_hidden comes summed over words, the same on all ranks.
-        Calls with either are collective, and so is the backward with a vocabulary_group in reduction "none";
-        requires_grad must be alike on all ranks. All get the loss of the whole, the same bits.
+        Calls with either are collective, and so is the backward of reduction "none" with a weight or bias to
+        train. requires_grad must be alike on all ranks. All get the loss of the whole, the same bits.
     return_posterior: return (loss, rk.Posterior) with what rk.posterior gives, detached.
     min_posterior: in [0, 1]. Documents (in mode "token" of a token) whose posterior p(z|x,y) is below it add
         nothing to the gradients of hidden, weight and bias; loss and gradient to scores are untouched. With
         the upstream gradient g_b of an example and ||.|| the Euclidean norm, what is left out is at most
         sqrt(2) min_posterior sum |g_b| ||hidden_bkm|| of d_weight, summed over the rows left out, and
         2 min_posterior |g_b| max_v ||weight_v|| of d_hidden_bkm. Below 1/K the best document stays. It saves
-        time on the CPU, where such rows are left out of the products. 0, the default, leaves nothing out.
+        time on the CPU where most rows are left out: README.md says when. 0, the default, leaves nothing out.
 
     An example without a document or a scored token is 0, has no gradient and is not counted. What masked
     documents and ignored tokens hold is never looked at, NaN included. Where every document has likelihood

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,7 @@ class Call:
     options: tuple[int, str, float]  # ignore_index, mode, min_posterior
     words: list[int] | None  # V_r of each rank; None: the documents are spread
     documents: int  # the most of a rank
+    backend: str  # chosen for the call, and for its gradient too
 
     @property
     def beforehand(self) -> bool:
@@ -61,8 +63,7 @@ class Call:
         return Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, *self.options)
 
     def new_pass(self, problem: Problem, needs: Needs) -> LibraryPass:
-        backend = backends.choose(f"{OP} across ranks", BACKENDS, problem)
-        passes = triton.TritonPasses() if backend.name == "triton" else TORCH
+        passes = triton.TritonPasses() if self.backend == "triton" else TORCH
         if self.words is None:
             return DocumentsPass(problem, needs, passes, self.ranks, self.documents)
         return VocabularyPass(problem, needs, passes, self.ranks, self.words)
@@ -159,19 +160,31 @@ def _marginal(problem: Problem, ranks: Ranks, log_likelihood: Tensor) -> tuple[A
 
 def loss(problem: Problem, reduction: str, group: Any, vocabulary_group: Any) -> tuple[Tensor, Tensor]:
     """The loss and log p(y_m|z,x) float64 [B, K_r, M] of this rank's part of a problem; a collective call."""
-    if isinstance(problem.weight, DTENSOR):
-        problem, vocabulary_group = _local(problem, vocabulary_group)
-    if group is not None and vocabulary_group is not None:
-        raise ValueError(f"{OP}: group and a split vocabulary must not come together, got both")
-    by_words = group is None
-    device = problem.hidden.device if isinstance(problem.hidden, Tensor) else torch.device("cpu")
-    ranks = Ranks(OP, vocabulary_group if by_words else group, device)
+    problem, ranks, by_words = part_of(problem, group, vocabulary_group)
     call = _agree(ranks, problem, reduction, by_words)
     vocabulary = problem.weight.shape[0] if call.words is None else sum(call.words)
     checks.check_values(problem.targets, vocabulary, problem.ignore_index)
     if problem.scores.shape[1] == 0:
         problem = _with_a_masked_document(problem)
     return _Differentiable.apply(*problem.tensors, call)
+
+
+def part_of(problem: Problem, group: Any, vocabulary_group: Any) -> tuple[Problem, Ranks, bool]:
+    """What this rank brings, among which ranks, and whether it is its words, or else its documents."""
+    for name in ("scores", "hidden", "targets"):
+        if isinstance(getattr(problem, name), DTENSOR):
+            raise TypeError(f"{OP}: {name} must be a plain Tensor, alike on all ranks, got a DTensor")
+    if isinstance(problem.weight, DTENSOR):
+        problem, vocabulary_group = _local(problem, vocabulary_group)
+    if group is not None and vocabulary_group is not None:
+        raise ValueError(f"{OP}: group and a split vocabulary must not come together, got both")
+    device = problem.hidden.device if isinstance(problem.hidden, Tensor) else torch.device("cpu")
+    by_words = group is None
+    return problem, Ranks(OP, vocabulary_group if by_words else group, device), by_words
+
+
+def backend_for(problem: Problem) -> backends.Backend:
+    return backends.choose(f"{OP} across ranks", BACKENDS, problem)
 
 
 def _with_a_masked_document(problem: Problem) -> Problem:
@@ -218,7 +231,7 @@ def _agree(ranks: Ranks, problem: Problem, reduction: str, by_words: bool) -> Ca
     """Check this rank's arguments, then those of all ranks against each other."""
     header, refused = [0] * len(FIELDS), None
     try:
-        header = _check_here(problem, reduction, by_words)
+        header = check_here(problem, reduction, by_words)
     except (TypeError, ValueError) as error:
         refused = error
     headers = ranks.agree("linear_marginal_loss", header, refused)
@@ -234,15 +247,22 @@ def _agree(ranks: Ranks, problem: Problem, reduction: str, by_words: bool) -> Ca
                 )
     if sum(told[split]) == 0:
         raise ValueError(f"{OP}: some rank must bring {size}, got 0 on all")
-    needs, options = op.needs_of(problem), problem.options
-    return Call(ranks, needs, reduction, options, told["V"] if by_words else None, max(told["K"]))
+    return Call(
+        ranks,
+        op.needs_of(problem),
+        reduction,
+        problem.options,
+        told["V"] if by_words else None,
+        max(told["K"]),
+        backend_for(problem).name,
+    )
 
 
-def _check_here(problem: Problem, reduction: str, by_words: bool) -> list[int]:
+def check_here(problem: Problem, reduction: str, by_words: bool) -> list[int]:
     """The header of this rank. Raises TypeError or ValueError."""
     least_documents, least_words = (1, 0) if by_words else (0, 1)
     checks.check(problem, reduction, least_documents=least_documents, least_words=least_words)
-    backends.choose(f"{OP} across ranks", BACKENDS, problem)
+    backend_for(problem)
     dtypes = (problem.hidden.dtype, problem.loss_dtype)
     said = (by_words, problem.options, reduction, op.needs_of(problem), problem.bias is None, dtypes)
     masks = (problem.targets, problem.doc_mask if by_words else None)
@@ -255,12 +275,19 @@ def _bytes(tensor: Tensor | None) -> bytes:
     return b"-" if tensor is None else tensor.cpu().contiguous().numpy().tobytes()
 
 
+@contextmanager
+def _inside(problem: Problem) -> Iterator[None]:
+    """No autocast within; marginal_loss by whatever serves it."""
+    with torch.autocast(problem.hidden.device.type, enabled=False), backends.use_backend(None):
+        yield
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         *tensors, call = inputs
         problem = call.problem(*tensors)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
+        with _inside(problem):
             needs = call.needs if call.beforehand else NOTHING
             log_likelihood, units = chunked.forward_by(call.new_pass(problem, needs))
             each, count, d_relevance = _of_examples(problem, call, log_likelihood)
@@ -285,7 +312,7 @@ class _Gradients(torch.autograd.Function):
         problem, units = call.problem(*tensors), Gradients(d_hidden, d_weight, d_bias)
         g = marginal_reference.upstream(d_loss, divisor, len(d_relevance))
         d_relevance = torch.where(d_relevance != 0, g[:, None] * d_relevance, 0.0)
-        with torch.autocast(problem.hidden.device.type, enabled=False):
+        with _inside(problem):
             g = g.to(problem.loss_dtype)
             by_example, by_all = g, g[:1].sum()
             if not call.beforehand:

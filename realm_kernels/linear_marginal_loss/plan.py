@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from ..backends import Explanation
-from . import op
+from ..mips_topk.checks import DTENSOR
+from . import distributed, op
 from .checks import OP, check
 from .chunks import chunks_in_cache, chunks_of
 from .problem import Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def cost(rows: int, hidden: int, vocabulary: int, element_bytes: int, products: int) -> tuple[int, int]:
@@ -34,18 +40,28 @@ def explain(
     reduction: str = "mean",
     return_posterior: bool = False,
     min_posterior: float = 0.0,
+    group: ProcessGroup | None = None,
+    vocabulary_group: ProcessGroup | None = None,
 ) -> Explanation:
     problem = Problem(
         scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
     )
-    check(problem, reduction)
-    backend = op.backend_for(problem)
+    words, across = None, ""
+    if group is not None or vocabulary_group is not None or isinstance(weight, DTENSOR):
+        problem, ranks, by_words = distributed.part_of(problem, group, vocabulary_group)
+        distributed.check_here(problem, reduction, by_words)
+        words = problem.weight.shape[0] + by_words
+        across = f", of {ranks.size} ranks' {'words' if by_words else 'documents'}"
+        backend = distributed.backend_for(problem)
+    else:
+        check(problem, reduction)
+        backend = op.backend_for(problem)
     products = 1 + hidden.requires_grad + weight.requires_grad
     recomputed = reduction == "none" and weight.requires_grad
     if backend.name == "cpu":
         chunks = chunks_in_cache(problem)
     else:
-        chunks = chunks_of(problem, in_place=backend.name == "triton")
+        chunks = chunks_of(problem, backend.name == "triton", words)
     if backend.name == "reference":
         plan = f"all {chunks.rows} rows of logits at once, in float64"
     elif chunks.examples_at_once > 0:
@@ -55,12 +71,12 @@ def explain(
         recomputed = products > 1
     if backend.name != "reference":
         plan += f", {chunks.workspace_bytes / 2**20:.0f} MiB of workspace"
-    vocabulary, width = weight.shape
+    vocabulary, width = problem.weight.shape
     bytes_moved, flops = cost(chunks.rows, width, vocabulary, hidden.element_size(), products + recomputed)
     return Explanation(
         op=OP,
         backend=backend.name,
-        plan=f"{plan}, {products + recomputed} products",
+        plan=f"{plan}, {products + recomputed} products{across}",
         bytes=bytes_moved,
         flops=flops,
         limit="flops / matrix rate of the dtype; on a CPU padding tokens and missing documents cost none",
