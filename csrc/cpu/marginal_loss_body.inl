@@ -13,22 +13,18 @@
 namespace realm_kernels {
 namespace {
 
-// s_k + log w_k of example b to out[k * stride], -inf where masked.
-void load_relevance(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
-  double scores[kChunk], log_weight[kChunk];
-  for (int64_t first = 0; first < params.documents; first += kChunk) {
+// s_k + log w_k of example b to out[k], -inf where masked.
+void load_relevance(const MarginalLossParams& params, int64_t b, double* out) {
+  const int64_t offset = b * params.documents;
+  load(params.scores, offset, 1, params.documents, out);
+  double log_weight[kChunk];
+  for (int64_t first = 0; first < params.documents && params.log_weight.data != nullptr; first += kChunk) {
     const int count = chunk_from(first, params.documents);
-    const int64_t offset = b * params.documents + first;
-    load(params.scores, offset, 1, count, scores);
-    if (params.log_weight.data != nullptr) {
-      load(params.log_weight, offset, 1, count, log_weight);
-      for (int i = 0; i < count; ++i) scores[i] += log_weight[i];
-    }
-    for (int i = 0; i < count; ++i) {
-      const bool there = params.doc_mask == nullptr || params.doc_mask[offset + i];
-      out[(first + i) * stride] = there ? scores[i] : -kInfinity;
-    }
+    load(params.log_weight, offset + first, 1, count, log_weight);
+    for (int i = 0; i < count; ++i) out[first + i] += log_weight[i];
   }
+  const bool* const mask = params.doc_mask == nullptr ? nullptr : params.doc_mask + offset;
+  for (int64_t k = 0; k < params.documents && mask != nullptr; ++k) out[k] = mask[k] ? out[k] : -kInfinity;
 }
 
 // -g x value where it counts. Selected, not multiplied: an infinite g times zero would be NaN.
@@ -43,129 +39,133 @@ double upstream(const MarginalLossParams& params, int64_t b) {
   return d_loss / params.divisor;
 }
 
-// Mode "sequence": examples b .. b + lanes - 1, one a lane. Loads them and returns which are scored.
-Mask load_sequences(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
-  auto* const log_prior = reinterpret_cast<double*>(c.log_prior);
-  auto* const log_likelihood = reinterpret_cast<double*>(c.log_likelihood);
-  if (lanes < kLanes) {
-    for (int64_t k = 0; k < params.documents; ++k) {
-      c.log_prior[k] = c.log_likelihood[k] = splat(-kInfinity);
+int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
+
+void load_prior(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const int64_t vectors = vectors_of(params.documents);
+  c.prior.relevance[vectors - 1] = splat(-kInfinity);
+  load_relevance(params, b, reinterpret_cast<double*>(c.prior.relevance));
+  normalise(vectors, c.prior);
+}
+
+// Mode "sequence": the documents of example b lie in the lanes. False where the example is not scored.
+bool load_sequence(const MarginalLossParams& params, int64_t b, Columns& c) {
+  if (!any_scored(params, b)) return false;
+  load_prior(params, b, c);
+  c.log_likelihood[vectors_of(params.documents) - 1] = splat(0.0);
+  sum_tokens(params, b, reinterpret_cast<double*>(c.log_likelihood));
+  return c.prior.exists;
+}
+
+// r to c.d_relevance and the posterior to c.shifted, or 0 of both where nothing is pulled. Both, whoever asks
+// for them: a posterior that only the residual needed would be fused into the residual's subtraction, and the
+// bits of d_scores would depend on which gradients are wanted.
+void residuals(const Columns& c, int64_t vectors, const Centre& centre) {
+  const bool counts = !centre.impossible[0];
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Shifted s = counts ? posterior_of<true>(c, v, centre) : Shifted{};
+    c.d_relevance[v] = s.change;
+    c.shifted[v] = s.joint;
+  }
+}
+
+double* kept_of(const MarginalLossParams& params, int64_t b, int array) {
+  return params.kept + (array * params.batch + b) * params.documents;
+}
+
+void sequence_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const int64_t vectors = vectors_of(params.documents);
+  const bool scored = load_sequence(params, b, c);
+  params.example_count[b] = scored ? 1 : 0;
+  params.example_loss[b] = 0.0;
+  if (scored) {
+    const Centre centre = centre_columns<true>(vectors, c);
+    params.example_loss[b] = -log_marginal(c, centre)[0];
+    if (params.kept != nullptr) residuals(c, vectors, centre);
+  }
+  if (params.kept != nullptr) {
+    const Vec* const arrays[2] = {c.d_relevance, c.shifted};
+    for (int i = 0; i < 2; ++i) {
+      const size_t bytes = params.documents * sizeof(double);
+      scored ? memcpy(kept_of(params, b, i), arrays[i], bytes) : memset(kept_of(params, b, i), 0, bytes);
     }
   }
-  Mask scored{};
-  for (int j = 0; j < lanes; ++j) {
-    load_relevance(params, b + j, kLanes, log_prior + j);
-    scored[j] = any_scored(params, b + j) ? -1 : 0;
-    // What a masked document holds is read, but never looked at.
-    sum_tokens(params, b + j, kLanes, log_likelihood + j);
-  }
-  scored &= normalise<false>(params.documents, c.log_prior, c.prior);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_likelihood[k] = (scored & (c.log_prior[k] != -kInfinity)) ? c.log_likelihood[k] : splat(-kInfinity);
-  }
-  return scored;
 }
 
-void sequence_forward(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
-  const Mask scored = load_sequences(params, b, lanes, c);
-  const Vec loss = -log_marginal(centre_columns(params.documents, c));
-  for (int j = 0; j < lanes; ++j) {
-    params.example_loss[b + j] = scored[j] ? loss[j] : 0.0;
-    params.example_count[b + j] = scored[j] ? 1 : 0;
-  }
-}
-
-void store_d_scores(const MarginalLossParams& params, int64_t b, int64_t stride, const double* values) {
+void store_d_scores(const MarginalLossParams& params, int64_t b, const double* values) {
   const FloatType type = params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
-  store(params.d_scores, type, b * params.documents, params.documents, values, stride);
+  store(params.d_scores, type, b * params.documents, params.documents, values, 1);
 }
 
-void sequence_backward(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
-  const Mask scored = load_sequences(params, b, lanes, c);
-  const Centre centre = centre_columns(params.documents, c);
-  const Mask counts = scored & ~centre.impossible;
-  Vec g{};
-  for (int j = 0; j < lanes; ++j) g[j] = upstream(params, b + j);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    const Shifted s = posterior_of(c, k, centre);
-    c.d_relevance[k] = gradient(counts, g, s.change);
-    c.log_likelihood[k] = gradient(counts, g, s.joint);  // its place is free now
+void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const int64_t vectors = vectors_of(params.documents);
+  if (params.kept != nullptr) {
+    const size_t bytes = params.documents * sizeof(double);
+    memcpy(c.d_relevance, kept_of(params, b, 0), bytes);
+    memcpy(c.shifted, kept_of(params, b, 1), bytes);
+  } else if (load_sequence(params, b, c)) {
+    residuals(c, vectors, centre_columns<true>(vectors, c));
+  } else {
+    for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = c.shifted[v] = splat(0.0);
   }
-  for (int j = 0; j < lanes; ++j) {
-    if (params.d_scores != nullptr) {
-      store_d_scores(params, b + j, kLanes, reinterpret_cast<const double*>(c.d_relevance) + j);
-    }
-    if (params.d_log_likelihood != nullptr) {
-      spread_over_tokens(params, b + j, kLanes, reinterpret_cast<const double*>(c.log_likelihood) + j);
-    }
+  const Vec g = splat(upstream(params, b));
+  for (int64_t v = 0; v < vectors; ++v) {
+    c.d_relevance[v] = gradient(~Mask{}, g, c.d_relevance[v]);
+    c.shifted[v] = gradient(~Mask{}, g, c.shifted[v]);
   }
-}
-
-// Mode "token": the prior of example b, the same in every lane. Returns where there is any document: in all
-// lanes or in none.
-Mask load_prior(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  // Documents fill the lanes of the softmax; two arrays that are free still hold them.
-  const int64_t vectors = (params.documents + kLanes - 1) / kLanes;
-  auto* const log_prior = reinterpret_cast<double*>(c.log_likelihood);
-  const auto* const prior = reinterpret_cast<const double*>(c.shifted);
-  c.log_likelihood[vectors - 1] = splat(-kInfinity);
-  load_relevance(params, b, 1, log_prior);
-  const Mask there = normalise<true>(vectors, c.log_likelihood, c.shifted);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_prior[k] = splat(log_prior[k]);
-    c.prior[k] = splat(prior[k]);
+  if (params.d_scores != nullptr) {
+    store_d_scores(params, b, reinterpret_cast<const double*>(c.d_relevance));
   }
-  return there;
+  if (params.d_log_likelihood != nullptr) {
+    spread_over_tokens(params, b, reinterpret_cast<const double*>(c.shifted));
+  }
 }
 
 // Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
 Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Columns& c) {
-  Mask scored{};
-  for (int j = 0; j < lanes; ++j) scored[j] = is_scored(params, b, m + j) ? -1 : 0;
+  alignas(64) int64_t scored[kLanes];
+  for (int j = 0; j < kLanes; ++j) scored[j] = j < lanes && is_scored(params, b, m + j) ? -1 : 0;
   const int64_t first = b * params.stride_b + m * params.stride_m;
   for (int64_t k = 0; k < params.documents; ++k) {
-    const Vec values = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
-    c.log_likelihood[k] = c.log_prior[k] == -kInfinity ? splat(-kInfinity) : values;
+    c.log_likelihood[k] = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
   }
-  return scored;
+  Mask result;
+  memcpy(&result, scored, sizeof result);
+  return result;
 }
 
 int lanes_from(int64_t first, int64_t end) {
   return static_cast<int>(end - first < kLanes ? end - first : kLanes);
 }
 
-void token_forward(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  const Mask there = load_prior(params, b, c);
-  double loss = 0.0;
-  int64_t count = 0;
-  for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c) & there;
-    const Vec log_likelihood = log_marginal(centre_columns(params.documents, c));
-    for (int j = 0; j < lanes; ++j) {
-      loss -= scored[j] ? log_likelihood[j] : 0.0;
-      count += scored[j] ? 1 : 0;
-    }
+void token_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  load_prior(params, b, c);
+  Vec loss = splat(0.0);
+  Mask count{};  // of -1 each
+  for (int64_t m = 0; m < params.tokens && c.prior.exists; m += kLanes) {
+    const Mask scored = load_tokens(params, b, m, lanes_from(m, params.tokens), c);
+    const Vec log_likelihood = log_marginal(c, centre_columns<false>(params.documents, c));
+    loss -= scored ? log_likelihood : splat(0.0);
+    count += scored;
   }
-  params.example_loss[b] = loss;
-  params.example_count[b] = count;
+  params.example_loss[b] = sum_of(loss);
+  params.example_count[b] = 0;
+  for (int j = 0; j < kLanes; ++j) params.example_count[b] -= count[j];
 }
 
-void token_backward(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  const Mask there = load_prior(params, b, c);
+void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  load_prior(params, b, c);
   const Vec g = splat(upstream(params, b));
   for (int64_t k = 0; k < params.documents; ++k) c.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c) & there;
-    const Centre centre = centre_columns(params.documents, c);
+    const Mask scored = load_tokens(params, b, m, lanes, c);
+    const Centre centre = centre_columns<false>(params.documents, c);
     const Mask counts = scored & ~centre.impossible;
     for (int64_t k = 0; k < params.documents; ++k) {
-      const Shifted s = posterior_of(c, k, centre);
+      const Shifted s = posterior_of<false>(c, k, centre);
       c.d_relevance[k] += gradient(counts, g, s.change);
-      // Kept whoever asks for it: a posterior that only the residual needed would be fused into the
-      // residual's subtraction, and the bits of d_scores would depend on which gradients are wanted.
-      c.shifted[k] = gradient(counts, g, s.joint);
+      c.shifted[k] = gradient(counts, g, s.joint);  // whoever asks for it, as in residuals()
     }
     for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
       store_lanes(params.d_log_likelihood, params.log_likelihood.type,
@@ -175,35 +175,40 @@ void token_backward(const MarginalLossParams& params, int64_t b, const Columns& 
   if (params.d_scores != nullptr) {
     auto* const d_scores = reinterpret_cast<double*>(c.d_relevance);
     for (int64_t k = 0; k < params.documents; ++k) d_scores[k] = sum_of(c.d_relevance[k]);
-    store_d_scores(params, b, 1, d_scores);
+    store_d_scores(params, b, d_scores);
   }
 }
 
-int64_t workspace(int64_t documents) { return kArrays * kLanes * documents; }
+// Vectors of documents, and vectors of columns a document in mode "token".
+constexpr int kPriorArrays = 2, kColumnArrays = 3;
+
+int64_t workspace(int64_t documents, bool per_token) {
+  const int64_t vectors = vectors_of(documents);
+  return kLanes * (kPriorArrays * vectors + kColumnArrays * (per_token ? documents : vectors));
+}
+
+Columns columns_in(double* memory, int64_t documents, bool per_token) {
+  const int64_t vectors = vectors_of(documents), columns = per_token ? documents : vectors;
+  Vec* const prior = reinterpret_cast<Vec*>(memory);
+  Vec* const first = prior + kPriorArrays * vectors;
+  return {{prior, prior + vectors, 1.0, false}, first, first + columns, first + 2 * columns};
+}
 
 void forward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  const Columns c = columns_in(memory, params.documents);
-  for (int64_t b = begin; b < end; b += params.per_token ? 1 : kLanes) {
-    if (params.per_token) {
-      token_forward(params, b, c);
-    } else {
-      sequence_forward(params, b, lanes_from(b, end), c);
-    }
+  Columns c = columns_in(memory, params.documents, params.per_token);
+  for (int64_t b = begin; b < end; ++b) {
+    (params.per_token ? token_forward : sequence_forward)(params, b, c);
   }
 }
 
 void backward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  const Columns c = columns_in(memory, params.documents);
-  for (int64_t b = begin; b < end; b += params.per_token ? 1 : kLanes) {
-    if (params.per_token) {
-      token_backward(params, b, c);
-    } else {
-      sequence_backward(params, b, lanes_from(b, end), c);
-    }
+  Columns c = columns_in(memory, params.documents, params.per_token);
+  for (int64_t b = begin; b < end; ++b) {
+    (params.per_token ? token_backward : sequence_backward)(params, b, c);
   }
 }
 
-const MarginalLossKernels kKernels{kLanes, &workspace, &forward, &backward};
+const MarginalLossKernels kKernels{&workspace, &forward, &backward};
 
 }  // namespace
 }  // namespace realm_kernels

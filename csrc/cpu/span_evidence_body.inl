@@ -54,8 +54,6 @@ inline Spans load_spans(const SpanEvidenceParams& params, int64_t offset, int la
   return {load_lanes(params.span_scores, offset, 1, lanes), correct & valid, ~correct & valid};
 }
 
-inline Vec larger(Vec top, Vec x) { return ((x > top) | (x != x)) ? x : top; }
-
 // One number, by the vector code: there is no other that has the same last bit everywhere.
 inline double exp_of(double x) { return exponential(splat(x)).exp[0]; }
 inline double log_of_one(double x) { return log_of(splat(x))[0]; }

@@ -92,8 +92,7 @@ def marginal_loss(
         )
     check(OP, scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    tokens = reference.with_tokens(log_likelihood)
-    return op.call(scores, tokens, token_mask, doc_mask, log_weight, mode, reduction)
+    return op.call(scores, log_likelihood, token_mask, doc_mask, log_weight, mode, reduction)
 
 
 @torch.no_grad()

@@ -43,6 +43,21 @@ def _array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
+def _extents(log_likelihood: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides [B, K, M] of what may be [B, K]."""
+    if log_likelihood.dim() == 2:
+        return (*log_likelihood.shape, 1), (*log_likelihood.stride(), 1)
+    return tuple(log_likelihood.shape), log_likelihood.stride()
+
+
+def room_to_keep(scores: Tensor, log_likelihood: Tensor, mode: str) -> Tensor | None:
+    """Where the forward leaves r and the posterior for the backward: 16 bytes a document, in mode "token" for
+    one token only. A backward without them computes the same bits again."""
+    if mode == "token" and log_likelihood.dim() == 3 and log_likelihood.shape[2] > 1:
+        return None
+    return torch.empty((2, *scores.shape), dtype=torch.float64)
+
+
 def forward(
     scores: Tensor,
     log_likelihood: Tensor,
@@ -51,9 +66,10 @@ def forward(
     log_weight: Tensor | None,
     mode: str,
     reduction: str,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
-    needs a tensor makes one."""
+    needs a tensor makes one. log_likelihood: [B, K, M] or [B, K]."""
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
     scores, log_weight = scores.contiguous(), _contiguous(log_weight)
@@ -70,12 +86,12 @@ def forward(
         _array(log_weight),
         _pointer(token_mask),
         _pointer(doc_mask),
-        tuple(log_likelihood.shape),
-        log_likelihood.stride(),
+        *_extents(log_likelihood),
         mode == "token",
         reduction,
         _array(loss),
         _pointer(count),
+        _pointer(kept),
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -93,6 +109,7 @@ def backward(
     mode: str,
     needs_scores: bool,
     needs_log_likelihood: bool,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
@@ -112,14 +129,14 @@ def backward(
         _array(log_weight),
         _pointer(token_mask),
         _pointer(doc_mask),
-        tuple(log_likelihood.shape),
-        log_likelihood.stride(),
+        *_extents(log_likelihood),
         mode == "token",
         "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
         _array(d_loss),
         1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
+        _pointer(kept),
         torch.get_num_threads(),
         forced_variant(),
     )
