@@ -105,25 +105,28 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   return params;
 }
 
+using Kept = std::pair<uintptr_t, uintptr_t>;  // addresses of residual and posterior
+
 // Returns what was counted of all examples; a null count is one that nobody asked for per example.
 int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                           uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
                           const Extents& strides, bool per_token, const std::string& reduction,
-                          const Array& loss, uintptr_t count, uintptr_t kept, int num_threads,
+                          const Array& loss, uintptr_t count, const Kept& kept, int num_threads,
                           const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(loss).type == FloatType::kFloat64;
   params.loss = reinterpret_cast<void*>(std::get<0>(loss));
   params.count = reinterpret_cast<int64_t*>(count);
-  params.kept = reinterpret_cast<double*>(kept);
+  params.kept_residual = reinterpret_cast<void*>(kept.first);
+  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   return launch_marginal_loss_fwd(params);
 }
 
 void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
                        bool per_token, const std::string& reduction, const Array& d_loss, int64_t count,
-                       uintptr_t d_scores, uintptr_t d_log_likelihood, uintptr_t kept, int num_threads,
+                       uintptr_t d_scores, uintptr_t d_log_likelihood, const Kept& kept, int num_threads,
                        const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
@@ -132,7 +135,8 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
-  params.kept = reinterpret_cast<double*>(kept);
+  params.kept_residual = reinterpret_cast<void*>(kept.first);
+  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   launch_marginal_loss_bwd(params);
 }
 

@@ -51,11 +51,13 @@ void launch(MarginalLossParams params, bool backward) {
   // With one token the modes agree, and documents fill the lanes better.
   params.per_token = params.per_token && params.tokens > 1;
   const int64_t work = params.batch * params.documents * std::max<int64_t>(1, params.tokens);
-  const int num_threads = static_cast<int>(std::min<int64_t>({params.num_threads, params.batch, 1 + work / kGrain}));
+  const int num_threads =
+      static_cast<int>(std::min<int64_t>({params.num_threads, params.batch, 1 + work / kGrain}));
   const int64_t per_thread = (kernels.workspace(params.documents, params.per_token) / 8 + 1) * 8;
   const auto workspace = allocate(per_thread * std::max(1, num_threads));
   parallel_for(params.batch, num_threads, [&](int64_t begin, int64_t end, int thread) {
-    (backward ? kernels.backward : kernels.forward)(params, begin, end, workspace.get() + per_thread * thread);
+    (backward ? kernels.backward : kernels.forward)(params, begin, end,
+                                                    workspace.get() + per_thread * thread);
   });
 }
 

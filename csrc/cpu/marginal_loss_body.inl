@@ -27,10 +27,8 @@ void load_relevance(const MarginalLossParams& params, int64_t b, double* out) {
   for (int64_t k = 0; k < params.documents && mask != nullptr; ++k) out[k] = mask[k] ? out[k] : -kInfinity;
 }
 
-// -g x value where it counts. Selected, not multiplied: an infinite g times zero would be NaN.
-inline Vec gradient(Mask counts, Vec g, Vec value) {
-  return (counts & (value != 0.0)) ? -g * value : splat(0.0);
-}
+// -g x value. Selected where that is zero: an infinite g times zero would be NaN.
+inline Vec gradient(Vec g, Vec value) { return value != 0.0 ? -g * value : splat(0.0); }
 
 double upstream(const MarginalLossParams& params, int64_t b) {
   const int64_t i = params.reduction == Reduction::kNone ? b : 0;
@@ -57,65 +55,111 @@ bool load_sequence(const MarginalLossParams& params, int64_t b, Columns& c) {
   return c.prior.exists;
 }
 
-// r to c.d_relevance and the posterior to c.shifted, or 0 of both where nothing is pulled. Both, whoever asks
-// for them: a posterior that only the residual needed would be fused into the residual's subtraction, and the
+void nothing(Columns& c, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = c.shifted[v] = splat(0.0);
+  c.loss = splat(0.0);
+}
+
+// The type of the loss, its gradient to scores, and of what is kept.
+FloatType loss_type(const MarginalLossParams& params) {
+  return params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
+}
+
+void keep_residual(const MarginalLossParams& params, int64_t b, const Vec* residual) {
+  if (params.kept_residual == nullptr) return;
+  store(params.kept_residual, loss_type(params), b * params.documents, params.documents,
+        reinterpret_cast<const double*>(residual), 1);
+}
+
+// r to c.d_relevance and the posterior to c.shifted, 0 where the column pulls nothing. Both, whoever asks for
+// them: a posterior that only the residual needed would be fused into the residual's subtraction, and the
 // bits of d_scores would depend on which gradients are wanted.
-void residuals(const Columns& c, int64_t vectors, const Centre& centre) {
-  const bool counts = !centre.impossible[0];
+void residuals(Columns& c, int64_t vectors) {
+  const Centre centre = centre_columns<true>(vectors, c);
+  const bool pulls = !centre.impossible[0];
   for (int64_t v = 0; v < vectors; ++v) {
-    const Shifted s = counts ? posterior_of<true>(c, v, centre) : Shifted{};
+    const Shifted s = pulls ? posterior_of<true>(c, v, centre) : Shifted{};
     c.d_relevance[v] = s.change;
     c.shifted[v] = s.joint;
   }
-}
-
-double* kept_of(const MarginalLossParams& params, int64_t b, int array) {
-  return params.kept + (array * params.batch + b) * params.documents;
+  c.loss = -log_marginal(c, centre);
 }
 
 void sequence_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
   const int64_t vectors = vectors_of(params.documents);
+  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
   const bool scored = load_sequence(params, b, c);
-  params.example_count[b] = scored ? 1 : 0;
-  params.example_loss[b] = 0.0;
-  if (scored) {
-    const Centre centre = centre_columns<true>(vectors, c);
-    params.example_loss[b] = -log_marginal(c, centre)[0];
-    if (params.kept != nullptr) residuals(c, vectors, centre);
+  if (!scored) {
+    nothing(c, vectors);
+  } else if (keeps) {
+    residuals(c, vectors);
+  } else {
+    c.loss = -log_marginal(c, centre_columns<true>(vectors, c));
   }
-  if (params.kept != nullptr) {
-    const Vec* const arrays[2] = {c.d_relevance, c.shifted};
-    for (int i = 0; i < 2; ++i) {
-      const size_t bytes = params.documents * sizeof(double);
-      scored ? memcpy(kept_of(params, b, i), arrays[i], bytes) : memset(kept_of(params, b, i), 0, bytes);
-    }
+  params.example_count[b] = scored ? 1 : 0;
+  params.example_loss[b] = c.loss[0];
+  keep_residual(params, b, c.d_relevance);
+  if (params.kept_posterior != nullptr) {
+    store(params.kept_posterior, loss_type(params), b * params.documents, params.documents,
+          reinterpret_cast<const double*>(c.shifted), 1);
   }
 }
 
-void store_d_scores(const MarginalLossParams& params, int64_t b, const double* values) {
-  const FloatType type = params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
-  store(params.d_scores, type, b * params.documents, params.documents, values, 1);
+// -g x `count` numbers of the type of the loss, from `offset` of kept, to store_scaled(first, count, values).
+template <class Store>
+void scale(const MarginalLossParams& params, const void* kept, int64_t offset, int64_t count, double g,
+           const Store& store_scaled) {
+  double values[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int chunk = chunk_from(first, count);
+    load({kept, loss_type(params)}, offset + first, 1, chunk, values);
+    for (int i = 0; i < chunk; ++i) values[i] = values[i] != 0.0 ? -g * values[i] : 0.0;
+    store_scaled(first, chunk, values);
+  }
+}
+
+// Scales what the forward left.
+void kept_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const double g = upstream(params, b);
+  const int64_t documents = params.documents;
+  if (params.d_scores != nullptr) {
+    scale(params, params.kept_residual, b * documents, documents, g,
+          [&](int64_t first, int count, const double* values) {
+            store(params.d_scores, loss_type(params), b * documents + first, count, values, 1);
+          });
+  }
+  if (params.d_log_likelihood == nullptr) return;
+  const FloatType type = params.log_likelihood.type;
+  if (params.per_token) {
+    const int64_t size = documents * params.tokens, offset = b * size;
+    scale(params, params.kept_posterior, offset, size, g,
+          [&](int64_t first, int count, const double* values) {
+            store(params.d_log_likelihood, type, offset + first, count, values, 1);
+          });
+    return;
+  }
+  auto* const d_sequence = reinterpret_cast<double*>(c.shifted);
+  scale(params, params.kept_posterior, b * documents, documents, g,
+        [&](int64_t first, int count, const double* values) {
+          memcpy(d_sequence + first, values, count * sizeof(double));
+        });
+  spread_over_tokens(params, b, d_sequence);
+}
+
+void store_d_scores(const MarginalLossParams& params, int64_t b, const Vec* values) {
+  store(params.d_scores, loss_type(params), b * params.documents, params.documents,
+        reinterpret_cast<const double*>(values), 1);
 }
 
 void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
   const int64_t vectors = vectors_of(params.documents);
-  if (params.kept != nullptr) {
-    const size_t bytes = params.documents * sizeof(double);
-    memcpy(c.d_relevance, kept_of(params, b, 0), bytes);
-    memcpy(c.shifted, kept_of(params, b, 1), bytes);
-  } else if (load_sequence(params, b, c)) {
-    residuals(c, vectors, centre_columns<true>(vectors, c));
-  } else {
-    for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = c.shifted[v] = splat(0.0);
-  }
+  load_sequence(params, b, c) ? residuals(c, vectors) : nothing(c, vectors);
   const Vec g = splat(upstream(params, b));
   for (int64_t v = 0; v < vectors; ++v) {
-    c.d_relevance[v] = gradient(~Mask{}, g, c.d_relevance[v]);
-    c.shifted[v] = gradient(~Mask{}, g, c.shifted[v]);
+    c.d_relevance[v] = gradient(g, c.d_relevance[v]);
+    c.shifted[v] = gradient(g, c.shifted[v]);
   }
-  if (params.d_scores != nullptr) {
-    store_d_scores(params, b, reinterpret_cast<const double*>(c.d_relevance));
-  }
+  if (params.d_scores != nullptr) store_d_scores(params, b, c.d_relevance);
   if (params.d_log_likelihood != nullptr) {
     spread_over_tokens(params, b, reinterpret_cast<const double*>(c.shifted));
   }
@@ -124,10 +168,12 @@ void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) 
 // Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
 Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Columns& c) {
   alignas(64) int64_t scored[kLanes];
-  for (int j = 0; j < kLanes; ++j) scored[j] = j < lanes && is_scored(params, b, m + j) ? -1 : 0;
+  for (int j = 0; j < kLanes; ++j)
+    scored[j] = c.prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
   const int64_t first = b * params.stride_b + m * params.stride_m;
   for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_likelihood[k] = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
+    c.log_likelihood[k] =
+        load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
   }
   Mask result;
   memcpy(&result, scored, sizeof result);
@@ -138,19 +184,47 @@ int lanes_from(int64_t first, int64_t end) {
   return static_cast<int>(end - first < kLanes ? end - first : kLanes);
 }
 
+// Mode "token": r of tokens m .. m + lanes - 1 added to c.d_relevance and their posteriors in c.shifted, 0
+// where they pull nothing; both as in residuals().
+void token_residuals(const MarginalLossParams& params, const Columns& c, const Centre& centre, Mask scored) {
+  const Mask pulls = scored & ~centre.impossible;
+  for (int64_t k = 0; k < params.documents; ++k) {
+    const Shifted s = posterior_of<false>(c, k, centre);
+    c.d_relevance[k] += pulls ? s.change : splat(0.0);
+    c.shifted[k] = pulls ? s.joint : splat(0.0);
+  }
+}
+
+void sum_lanes(const MarginalLossParams& params, const Columns& c) {
+  auto* const sums = reinterpret_cast<double*>(c.d_relevance);
+  for (int64_t k = 0; k < params.documents; ++k) sums[k] = sum_of(c.d_relevance[k]);
+}
+
 void token_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
   load_prior(params, b, c);
   Vec loss = splat(0.0);
   Mask count{};  // of -1 each
-  for (int64_t m = 0; m < params.tokens && c.prior.exists; m += kLanes) {
-    const Mask scored = load_tokens(params, b, m, lanes_from(m, params.tokens), c);
-    const Vec log_likelihood = log_marginal(c, centre_columns<false>(params.documents, c));
-    loss -= scored ? log_likelihood : splat(0.0);
+  for (int64_t k = 0; k < params.documents && keeps; ++k) c.d_relevance[k] = splat(0.0);
+  for (int64_t m = 0; m < params.tokens; m += kLanes) {
+    const int lanes = lanes_from(m, params.tokens);
+    const Mask scored = load_tokens(params, b, m, lanes, c);
+    const Centre centre = centre_columns<false>(params.documents, c);
+    loss -= scored ? log_marginal(c, centre) : splat(0.0);
     count += scored;
+    if (keeps) token_residuals(params, c, centre, scored);
+    for (int64_t k = 0; k < params.documents && params.kept_posterior != nullptr; ++k) {
+      store_lanes(params.kept_posterior, loss_type(params), (b * params.documents + k) * params.tokens + m,
+                  lanes, c.shifted[k]);
+    }
   }
   params.example_loss[b] = sum_of(loss);
   params.example_count[b] = 0;
   for (int j = 0; j < kLanes; ++j) params.example_count[b] -= count[j];
+  if (params.kept_residual != nullptr) {
+    sum_lanes(params, c);
+    keep_residual(params, b, c.d_relevance);
+  }
 }
 
 void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
@@ -160,22 +234,17 @@ void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
     const Mask scored = load_tokens(params, b, m, lanes, c);
-    const Centre centre = centre_columns<false>(params.documents, c);
-    const Mask counts = scored & ~centre.impossible;
-    for (int64_t k = 0; k < params.documents; ++k) {
-      const Shifted s = posterior_of<false>(c, k, centre);
-      c.d_relevance[k] += gradient(counts, g, s.change);
-      c.shifted[k] = gradient(counts, g, s.joint);  // whoever asks for it, as in residuals()
-    }
+    token_residuals(params, c, centre_columns<false>(params.documents, c), scored);
     for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
       store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                  (b * params.documents + k) * params.tokens + m, lanes, c.shifted[k]);
+                  (b * params.documents + k) * params.tokens + m, lanes, gradient(g, c.shifted[k]));
     }
   }
   if (params.d_scores != nullptr) {
-    auto* const d_scores = reinterpret_cast<double*>(c.d_relevance);
-    for (int64_t k = 0; k < params.documents; ++k) d_scores[k] = sum_of(c.d_relevance[k]);
-    store_d_scores(params, b, d_scores);
+    sum_lanes(params, c);
+    const int64_t vectors = vectors_of(params.documents);
+    for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = gradient(g, c.d_relevance[v]);
+    store_d_scores(params, b, c.d_relevance);
   }
 }
 
@@ -191,7 +260,7 @@ Columns columns_in(double* memory, int64_t documents, bool per_token) {
   const int64_t vectors = vectors_of(documents), columns = per_token ? documents : vectors;
   Vec* const prior = reinterpret_cast<Vec*>(memory);
   Vec* const first = prior + kPriorArrays * vectors;
-  return {{prior, prior + vectors, 1.0, false}, first, first + columns, first + 2 * columns};
+  return {{prior, prior + vectors, 1.0, false}, first, first + columns, first + 2 * columns, Vec{}};
 }
 
 void forward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
@@ -203,9 +272,9 @@ void forward(const MarginalLossParams& params, int64_t begin, int64_t end, doubl
 
 void backward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
   Columns c = columns_in(memory, params.documents, params.per_token);
-  for (int64_t b = begin; b < end; ++b) {
-    (params.per_token ? token_backward : sequence_backward)(params, b, c);
-  }
+  const bool kept = params.kept_residual != nullptr || params.kept_posterior != nullptr;
+  const auto run = kept ? kept_backward : params.per_token ? token_backward : sequence_backward;
+  for (int64_t b = begin; b < end; ++b) run(params, b, c);
 }
 
 const MarginalLossKernels kKernels{&workspace, &forward, &backward};

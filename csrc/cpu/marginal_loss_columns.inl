@@ -1,12 +1,13 @@
-// The mathematics of marginal_loss on one vector at a time, all float64. A column is what one document is drawn
-// for: a token in mode "token", a whole sequence otherwise. The lanes of a vector are documents of one column
-// (kAcross) or columns that share their documents' prior, in mode "token".
+// The mathematics of marginal_loss on one vector at a time, all float64. A column is what one document is
+// drawn for: a token in mode "token", a whole sequence otherwise. The lanes of a vector are documents of one
+// column (kAcross) or columns that share their documents' prior, in mode "token".
 //
 // The documents are walked twice for the prior (largest, sum) and three times for the columns: largest
 // posterior, sum, result. A document costs one exponential for its prior and one a column, in the forward as
 // in the backward (two a column where the best document has a small prior). The formulas are those of
 // `marginal` in realm_kernels/marginal_loss/reference.py, where they are explained, but for r, see
-// centre_columns, and for the prior: it stays a mass, exp(s - largest s), and its sum Z divides sums, not terms.
+// centre_columns, and for the prior: it stays a mass, exp(s - largest s), and its sum Z divides sums, not
+// terms.
 #include <stdint.h>
 #include <string.h>
 
@@ -159,6 +160,7 @@ struct Columns {
   Vec* log_likelihood;
   Vec* shifted;      // written by centre_columns, read by posterior_of
   Vec* d_relevance;  // of the backward: one sum a lane in mode "token"
+  Vec loss;
 };
 
 template <bool kAcross>

@@ -50,12 +50,23 @@ def _extents(log_likelihood: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(log_likelihood.shape), log_likelihood.stride()
 
 
-def room_to_keep(scores: Tensor, log_likelihood: Tensor, mode: str) -> Tensor | None:
-    """Where the forward leaves r and the posterior for the backward: 16 bytes a document, in mode "token" for
-    one token only. A backward without them computes the same bits again."""
-    if mode == "token" and log_likelihood.dim() == 3 and log_likelihood.shape[2] > 1:
-        return None
-    return torch.empty((2, *scores.shape), dtype=torch.float64)
+Kept = tuple[Tensor | None, Tensor | None]
+
+
+def room_to_keep(
+    scores: Tensor,
+    log_likelihood: Tensor,
+    log_weight: Tensor | None,
+    mode: str,
+    needs_scores: bool,
+    needs_log_likelihood: bool,
+) -> Kept:
+    """Where the forward leaves r [B, K] and the posterior, [B, K] or [B, K, M] in mode "token", for the
+    backward, which then scales them. A backward without them finds them again from the inputs."""
+    dtype = result_dtype(scores, log_likelihood, log_weight)
+    residual = torch.empty(scores.shape, dtype=dtype) if needs_scores else None
+    shape = log_likelihood.shape if mode == "token" else scores.shape
+    return residual, torch.empty(shape, dtype=dtype) if needs_log_likelihood else None
 
 
 def forward(
@@ -66,7 +77,7 @@ def forward(
     log_weight: Tensor | None,
     mode: str,
     reduction: str,
-    kept: Tensor | None = None,
+    kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
     needs a tensor makes one. log_likelihood: [B, K, M] or [B, K]."""
@@ -91,7 +102,7 @@ def forward(
         reduction,
         _array(loss),
         _pointer(count),
-        _pointer(kept),
+        (_pointer(kept[0]), _pointer(kept[1])),
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -109,7 +120,7 @@ def backward(
     mode: str,
     needs_scores: bool,
     needs_log_likelihood: bool,
-    kept: Tensor | None = None,
+    kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
@@ -136,7 +147,7 @@ def backward(
         1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
-        _pointer(kept),
+        (_pointer(kept[0]), _pointer(kept[1])),
         torch.get_num_threads(),
         forced_variant(),
     )

@@ -233,15 +233,16 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, mode, reduction = inputs
-        kept = cpu.room_to_keep(tensors[0], tensors[1], mode)
+        wants = ctx.needs_input_grad
+        kept = cpu.room_to_keep(*tensors[:2], tensors[4], mode, wants[0] or wants[4], wants[1])
         loss, count = cpu.forward(*inputs, kept)
-        ctx.save_for_backward(*tensors, kept)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.plan = mode, backends.forced_backend(), count if reduction == "mean" else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, kept = ctx.saved_tensors
+        *inputs, residual, posterior = ctx.saved_tensors
         mode, forced, divisor = ctx.plan
         # With create_graph the gradient itself is differentiated: its op knows how.
         if torch.is_grad_enabled() or observed(d_loss) or forced != backends.forced_backend():
@@ -252,7 +253,9 @@ class _Direct(torch.autograd.Function):
             wide = gradients[1]
             return gradients[0], None if wide is None else wide.view(shape), *gradients[2:]
         wants = ctx.needs_input_grad
-        found = cpu.backward(d_loss, divisor, *inputs, mode, wants[0] or wants[4], wants[1], kept)
+        found = cpu.backward(
+            d_loss, divisor, *inputs, mode, wants[0] or wants[4], wants[1], (residual, posterior)
+        )
         return _gradients(wants, 0, inputs, *found)
 
 
