@@ -80,6 +80,10 @@ FloatArray float_array(const Array& array) {
   return {reinterpret_cast<const void*>(address), type};
 }
 
+Reduction reduction_of(const std::string& name) {
+  return name == "mean" ? Reduction::kMean : name == "sum" ? Reduction::kSum : Reduction::kNone;
+}
+
 using Extents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and M
 
 MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_likelihood,
@@ -96,9 +100,7 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   std::tie(params.batch, params.documents, params.tokens) = shape;
   std::tie(params.stride_b, params.stride_k, params.stride_m) = strides;
   params.per_token = per_token;
-  params.reduction = reduction == "mean"  ? Reduction::kMean
-                     : reduction == "sum" ? Reduction::kSum
-                                          : Reduction::kNone;
+  params.reduction = reduction_of(reduction);
   params.divisor = 1.0;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
@@ -140,45 +142,62 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   launch_marginal_loss_bwd(params);
 }
 
-SpanEvidenceParams span_evidence_inputs(const Array& span_scores, uintptr_t correct, uintptr_t valid,
-                                        uintptr_t is_document, int64_t rows, int64_t spans, uintptr_t right,
-                                        uintptr_t wrong, int num_threads, const std::string& isa) {
+using SpanExtents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and C
+
+// kept: [4, B, K] of right, wrong, posterior and residual.
+SpanEvidenceParams span_inputs(const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                               const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                               const SpanExtents& shape, bool is_global, const std::string& reduction,
+                               uintptr_t kept, int num_threads, const std::string& isa) {
+  const auto [batch, documents, spans] = shape;
   SpanEvidenceParams params{};
+  params.scores = float_array(scores);
+  params.log_weight = float_array(log_weight);
+  params.doc_mask = reinterpret_cast<const bool*>(doc_mask);
   params.span_scores = float_array(span_scores);
   params.correct = reinterpret_cast<const bool*>(correct);
   params.valid = reinterpret_cast<const bool*>(valid);
-  params.is_document = reinterpret_cast<const bool*>(is_document);
-  params.rows = rows;
+  params.documents = documents;
+  params.rows = batch * documents;
   params.spans = spans;
-  params.right = reinterpret_cast<double*>(right);
-  params.wrong = reinterpret_cast<double*>(wrong);
+  params.is_global = is_global;
+  params.reduction = reduction_of(reduction);
+  params.right = reinterpret_cast<double*>(kept);
+  params.wrong = params.right + params.rows;
+  params.posterior = params.wrong + params.rows;
+  params.residual = params.posterior + params.rows;
+  params.divisor = 1.0;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
   return params;
 }
 
-void span_evidence_fwd(const Array& span_scores, uintptr_t correct, uintptr_t valid, uintptr_t is_document,
-                       int64_t rows, int64_t spans, uintptr_t right, uintptr_t wrong,
-                       uintptr_t log_likelihood, uintptr_t log_normalizer, uintptr_t has_correct,
-                       int num_threads, const std::string& isa) {
-  SpanEvidenceParams params = span_evidence_inputs(span_scores, correct, valid, is_document, rows, spans,
-                                                   right, wrong, num_threads, isa);
-  params.log_likelihood = reinterpret_cast<double*>(log_likelihood);
-  params.log_normalizer = reinterpret_cast<double*>(log_normalizer);
-  params.has_correct = reinterpret_cast<bool*>(has_correct);
-  launch_span_evidence_fwd(params);
+int64_t span_marginal_loss_fwd(const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                               const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                               const SpanExtents& shape, bool is_global, const std::string& reduction,
+                               uintptr_t kept, const Array& loss, uintptr_t count, int num_threads,
+                               const std::string& isa) {
+  SpanEvidenceParams params = span_inputs(scores, log_weight, doc_mask, span_scores, correct, valid, shape,
+                                          is_global, reduction, kept, num_threads, isa);
+  params.wide = float_array(loss).type == FloatType::kFloat64;
+  params.loss = reinterpret_cast<void*>(std::get<0>(loss));
+  params.count = reinterpret_cast<int64_t*>(count);
+  return launch_span_marginal_loss_fwd(params);
 }
 
-void span_evidence_bwd(const Array& span_scores, uintptr_t correct, uintptr_t valid, uintptr_t is_document,
-                       int64_t rows, int64_t spans, uintptr_t right, uintptr_t wrong,
-                       uintptr_t d_log_likelihood, uintptr_t d_log_normalizer, uintptr_t d_span_scores,
-                       int num_threads, const std::string& isa) {
-  SpanEvidenceParams params = span_evidence_inputs(span_scores, correct, valid, is_document, rows, spans,
-                                                   right, wrong, num_threads, isa);
-  params.d_log_likelihood = reinterpret_cast<const double*>(d_log_likelihood);
-  params.d_log_normalizer = reinterpret_cast<const double*>(d_log_normalizer);
+void span_marginal_loss_bwd(const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                            const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                            const SpanExtents& shape, bool is_global, const std::string& reduction,
+                            uintptr_t kept, const Array& d_loss, int64_t count, uintptr_t d_scores,
+                            uintptr_t d_span_scores, int num_threads, const std::string& isa) {
+  SpanEvidenceParams params = span_inputs(scores, log_weight, doc_mask, span_scores, correct, valid, shape,
+                                          is_global, reduction, kept, num_threads, isa);
+  params.wide = float_array(d_loss).type == FloatType::kFloat64;
+  params.d_loss = float_array(d_loss).data;
+  params.divisor = static_cast<double>(std::max<int64_t>(1, count));
+  params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_span_scores = reinterpret_cast<void*>(d_span_scores);
-  launch_span_evidence_bwd(params);
+  launch_span_marginal_loss_bwd(params);
 }
 
 }  // namespace
@@ -194,6 +213,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("encode_rows", &encode_rows, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
-  m.def("span_evidence_fwd", &span_evidence_fwd, py::call_guard<py::gil_scoped_release>());
-  m.def("span_evidence_bwd", &span_evidence_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("span_marginal_loss_bwd", &span_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
 }

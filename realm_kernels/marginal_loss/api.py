@@ -10,12 +10,11 @@ from torch import Tensor
 from ..backends import explained_by
 from . import distributed, op, plan, reference
 from .checks import OP, REDUCTIONS, check, check_choice, check_null_index
-from .reference import reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Posterior", "marginal_loss", "posterior", "reduce"]
+__all__ = ["Posterior", "marginal_loss", "posterior"]
 
 
 class Posterior(NamedTuple):

@@ -27,11 +27,11 @@ def refuses(
     return None
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -39,7 +39,7 @@ def _pointer(tensor: Tensor | None) -> int:
 _NAMES = {dtype: dtype_name(dtype) for dtype in DTYPES}
 
 
-def _array(tensor: Tensor | None) -> tuple[int, str]:
+def array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
@@ -83,8 +83,8 @@ def forward(
     needs a tensor makes one. log_likelihood: [B, K, M] or [B, K]."""
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
-    scores, log_weight = scores.contiguous(), _contiguous(log_weight)
-    token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
+    scores, log_weight = scores.contiguous(), contiguous(log_weight)
+    token_mask, doc_mask = contiguous(token_mask), contiguous(doc_mask)
     if reduction == "none":
         count = torch.empty(scores.shape[:1], dtype=torch.int64)
         loss = torch.empty(scores.shape[:1], dtype=dtype)
@@ -92,17 +92,17 @@ def forward(
         count = None
         loss = torch.empty((), dtype=dtype)
     total = native.cpu.marginal_loss_fwd(
-        _array(scores),
-        _array(log_likelihood),
-        _array(log_weight),
-        _pointer(token_mask),
-        _pointer(doc_mask),
+        array(scores),
+        array(log_likelihood),
+        array(log_weight),
+        pointer(token_mask),
+        pointer(doc_mask),
         *_extents(log_likelihood),
         mode == "token",
         reduction,
-        _array(loss),
-        _pointer(count),
-        (_pointer(kept[0]), _pointer(kept[1])),
+        array(loss),
+        pointer(count),
+        (pointer(kept[0]), pointer(kept[1])),
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -132,22 +132,22 @@ def backward(
     )
     if d_loss.dtype != dtype:
         d_loss = d_loss.to(dtype)
-    d_loss, scores, log_weight = d_loss.contiguous(), scores.contiguous(), _contiguous(log_weight)
-    token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
+    d_loss, scores, log_weight = d_loss.contiguous(), scores.contiguous(), contiguous(log_weight)
+    token_mask, doc_mask = contiguous(token_mask), contiguous(doc_mask)
     native.cpu.marginal_loss_bwd(
-        _array(scores),
-        _array(log_likelihood),
-        _array(log_weight),
-        _pointer(token_mask),
-        _pointer(doc_mask),
+        array(scores),
+        array(log_likelihood),
+        array(log_weight),
+        pointer(token_mask),
+        pointer(doc_mask),
         *_extents(log_likelihood),
         mode == "token",
         "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
-        _array(d_loss),
+        array(d_loss),
         1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
-        (_pointer(kept[0]), _pointer(kept[1])),
+        (pointer(kept[0]), pointer(kept[1])),
         torch.get_num_threads(),
         forced_variant(),
     )

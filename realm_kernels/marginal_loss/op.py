@@ -270,15 +270,15 @@ def _gradients(
     scores, log_likelihood, _, _, log_weight = inputs
     gradients: list[Tensor | None] = [None] * len(wants)
     if wants[first]:
-        gradients[first] = _cast(d_relevance, scores)
+        gradients[first] = cast(d_relevance, scores)
     if wants[first + 1]:
-        gradients[first + 1] = _cast(d_log_likelihood, log_likelihood)
+        gradients[first + 1] = cast(d_log_likelihood, log_likelihood)
     if wants[first + 4]:
-        gradients[first + 4] = _cast(d_relevance, log_weight)
+        gradients[first + 4] = cast(d_relevance, log_weight)
     return tuple(gradients)
 
 
-def _cast(gradient: Tensor, tensor: Tensor | None) -> Tensor:
+def cast(gradient: Tensor, tensor: Tensor | None) -> Tensor:
     """The gradient in the dtype of its input; torch's own cast takes its time also where that is the same."""
     assert tensor is not None
     return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
