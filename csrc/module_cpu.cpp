@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
+#include "cpu/score_spans.h"
 #include "cpu/span_evidence.h"
 
 namespace py = pybind11;
@@ -200,6 +201,45 @@ void span_marginal_loss_bwd(const Array& scores, const Array& log_weight, uintpt
   launch_span_marginal_loss_bwd(params);
 }
 
+using SpanSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // N, T, S, max_width, C
+using HalfRows = std::tuple<uintptr_t, int64_t>;                            // address, row stride
+
+// kept: [3, N, C] of scores, mean and rstd.
+ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, uintptr_t weight,
+                                    const SpanSizes& sizes, double eps, uintptr_t kept, int num_threads,
+                                    const std::string& isa) {
+  ScoreSpansParams params{};
+  params.start = reinterpret_cast<const float*>(std::get<0>(start));
+  params.end = reinterpret_cast<const float*>(std::get<0>(end));
+  params.start_stride = std::get<1>(start);
+  params.end_stride = std::get<1>(end);
+  params.weight = reinterpret_cast<const float*>(weight);
+  std::tie(params.rows, params.length, params.width, params.max_width, params.spans) = sizes;
+  params.eps = static_cast<float>(eps);
+  params.scores = reinterpret_cast<float*>(kept);
+  params.mean = params.scores + params.rows * params.spans;
+  params.rstd = params.mean + params.rows * params.spans;
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+void score_spans_fwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
+                     double eps, uintptr_t kept, int num_threads, const std::string& isa) {
+  launch_score_spans_fwd(score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa));
+}
+
+void score_spans_bwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
+                     double eps, uintptr_t kept, uintptr_t d_scores, uintptr_t d_start, uintptr_t d_end,
+                     uintptr_t d_weight, int num_threads, const std::string& isa) {
+  ScoreSpansParams params = score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa);
+  params.d_scores = reinterpret_cast<const float*>(d_scores);
+  params.d_start = reinterpret_cast<float*>(d_start);
+  params.d_end = reinterpret_cast<float*>(d_end);
+  params.d_weight = reinterpret_cast<float*>(d_weight);
+  launch_score_spans_bwd(params);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -213,6 +253,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("encode_rows", &encode_rows, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("score_spans_fwd", &score_spans_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("score_spans_bwd", &score_spans_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_marginal_loss_bwd", &span_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
 }
