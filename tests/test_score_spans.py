@@ -55,7 +55,7 @@ def run(function, tensors, max_width, d_scores):
 
 @shapes
 def test_no_less_accurate_than_plain_torch(backend, shape):
-    """Scores and all six gradients: at most plain float32 torch's own error, and 16 roundings of the largest."""
+    """Scores and all six gradients: at most plain float32 torch's error and 16 roundings of the largest."""
     rows, length, width, max_width = shape
     tensors, d_scores = make(rows, length, width), torch.randn(rows, count(length, max_width))
     exact = run(plain, {name: x.double() for name, x in tensors.items()}, max_width, d_scores)

@@ -77,6 +77,7 @@ def forward(
     log_weight: Tensor | None,
     mode: str,
     reduction: str,
+    *,
     kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
@@ -120,6 +121,7 @@ def backward(
     mode: str,
     needs_scores: bool,
     needs_log_likelihood: bool,
+    *,
     kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None

@@ -232,11 +232,11 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, mode, reduction = inputs
+        scores, log_likelihood, _, _, log_weight, mode, reduction = inputs
         wants = ctx.needs_input_grad
-        kept = cpu.room_to_keep(*tensors[:2], tensors[4], mode, wants[0] or wants[4], wants[1])
-        loss, count = cpu.forward(*inputs, kept)
-        ctx.save_for_backward(*tensors, *kept)
+        kept = cpu.room_to_keep(scores, log_likelihood, log_weight, mode, wants[0] or wants[4], wants[1])
+        loss, count = cpu.BACKEND.forward(*inputs, kept=kept)
+        ctx.save_for_backward(*inputs[:5], *kept)
         ctx.plan = mode, backends.forced_backend(), count if reduction == "mean" else None
         return loss
 
@@ -253,9 +253,10 @@ class _Direct(torch.autograd.Function):
             wide = gradients[1]
             return gradients[0], None if wide is None else wide.view(shape), *gradients[2:]
         wants = ctx.needs_input_grad
-        found = cpu.backward(
-            d_loss, divisor, *inputs, mode, wants[0] or wants[4], wants[1], (residual, posterior)
-        )
+        needs = wants[0] or wants[4], wants[1]
+        assert cpu.BACKEND.backward is not None
+        kept = residual, posterior
+        found = cpu.BACKEND.backward(d_loss, divisor, *inputs, mode, *needs, kept=kept)
         return _gradients(wants, 0, inputs, *found)
 
 

@@ -36,16 +36,18 @@ def score_spans(
     norm_weight, norm_bias: [S] each, eps: of the LayerNorm.
     max_width: the longest span, in [1, T].
 
-    Returns [..., C], float32, or float64 where start is: the spans of one wordpiece by their start, then those
-    of two, ..., C = sum over w in 1 .. max_width of T - w + 1. Neither the forward nor the backward holds
-    [..., C, S]; between them 12 bytes a span are kept. Once differentiable, with respect to all six tensors.
+    Returns [..., C], float32, or float64 where start is: the spans of one wordpiece by their start, then
+    those of two, ..., C = sum over w in 1 .. max_width of T - w + 1. Neither the forward nor the backward
+    holds [..., C, S]; between them 12 bytes a span are kept. Once differentiable, with respect to all six tensors.
 
     Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype, device or value.
 
     >>> import torch, realm_kernels as rk
     >>> start, end = torch.randn(2, 5, 30, 16), torch.randn(2, 5, 30, 16)
     >>> weight, one, zero = torch.randn(16), torch.ones(16), torch.zeros(16)
-    >>> scores = rk.score_spans(start, end, weight, norm_weight=one, norm_bias=zero, max_width=3)  # [2, 5, 87]
+    >>> scores = rk.score_spans(start, end, weight, norm_weight=one, norm_bias=zero, max_width=3)
+    >>> scores.shape
+    torch.Size([2, 5, 87])
     """
     check(start, end, weight, bias, norm_weight, norm_bias, max_width, eps)
     return call(start, end, weight, bias, norm_weight, norm_bias, max_width, eps)

@@ -25,7 +25,7 @@ def refuses(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -
 
 
 def _rows(half: Tensor) -> Tensor:
-    """float32 rows [N T] at one distance, each contiguous, as the two halves of a dense layer's output are."""
+    """float32 rows [N T] at one distance, each contiguous, as the halves of a dense layer's output are."""
     half = half.float()
     even = half.stride(2) == 1 and half.stride(0) == half.shape[1] * half.stride(1)
     return half if even else half.contiguous()

@@ -36,13 +36,12 @@ def explain(
     *leading, length, width = start.shape
     rows = math.prod(leading)
     shape = (rows, length, width)
-    flat = [half.reshape(shape) for half in (start, end)]
     bytes_moved, flops = cost(rows, length, width, max_width, start.element_size())
     return Explanation(
         op=OP,
-        backend=backend_for(*flat, weight, max_width, eps).name,
-        plan=f"{rows} rows of T={length}, C={count(length, max_width)} spans of S={width}: representations made "
-        "anew in each pass, 12 bytes a span kept",
+        backend=backend_for(start.reshape(shape), end.reshape(shape), weight, max_width, eps).name,
+        plan=f"{rows} rows of T={length}, C={count(length, max_width)} spans of S={width}: representations "
+        "made anew in each pass, 12 bytes a span kept",
         bytes=bytes_moved,
         flops=flops,
         limit="flops / float32 rate of additions: each span reads rows that lie in cache",

@@ -1,8 +1,8 @@
 """The specification of score_spans in plain torch: one width of spans at a time, so that memory holds a
 max_width-th of the representations and not all. It serves every device.
 
-With v = norm_weight * weight the score of a span is <v, x^> + <norm_bias, weight> + bias, x^ = (x - mean) rstd
-and x = ReLU(start_i + end_j). The op is <v, x^>; autograd does the rest (op.py).
+With v = norm_weight * weight the score of a span is <v, x^> + <norm_bias, weight> + bias, where
+x^ = (x - mean) rstd and x = ReLU(start_i + end_j). The op is <v, x^>; autograd does the rest (op.py).
 """
 
 from __future__ import annotations

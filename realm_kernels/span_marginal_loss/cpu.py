@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,9 @@ def forward(
     loss = torch.empty(shape, dtype=dtype)
     count = torch.empty(shape, dtype=torch.int64) if reduction == "none" else None
     # Bound to names: what is passed below are addresses, which keep nothing alive.
-    tensors = [contiguous(x) for x in (scores, log_weight, doc_mask, span_scores, correct, valid)]
+    tensors: list[Any] = [contiguous(x) for x in (scores, log_weight, doc_mask, span_scores, correct, valid)]
     total = native.cpu.span_marginal_loss_fwd(
-        *_inputs(*tensors, normalization, reduction),
+        *_inputs(tensors, normalization, reduction),
         kept.data_ptr(),
         array(loss),
         pointer(count),
@@ -76,10 +78,10 @@ def backward(
     d_scores = torch.empty(scores.shape if needs_scores else (0,), dtype=dtype)
     d_span_scores = torch.empty(span_scores.shape if needs_span_scores else (0,), dtype=span_scores.dtype)
     d_loss, kept = d_loss.to(dtype).contiguous(), kept.contiguous()
-    tensors = [contiguous(x) for x in (scores, log_weight, doc_mask, span_scores, correct, valid)]
+    tensors: list[Any] = [contiguous(x) for x in (scores, log_weight, doc_mask, span_scores, correct, valid)]
     reduction = "none" if d_loss.dim() == 1 else "sum" if count is None else "mean"
     native.cpu.span_marginal_loss_bwd(
-        *_inputs(*tensors, normalization, reduction),
+        *_inputs(tensors, normalization, reduction),
         kept.data_ptr(),
         array(d_loss),
         1 if count is None else int(count),
@@ -91,16 +93,8 @@ def backward(
     return d_scores, d_span_scores
 
 
-def _inputs(
-    scores: Tensor,
-    log_weight: Tensor | None,
-    doc_mask: Tensor | None,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    normalization: str,
-    reduction: str,
-) -> tuple[object, ...]:
+def _inputs(tensors: list[Any], normalization: str, reduction: str) -> tuple[object, ...]:
+    scores, log_weight, doc_mask, span_scores, correct, valid = tensors
     return (
         array(scores),
         array(log_weight),

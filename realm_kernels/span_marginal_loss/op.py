@@ -1,7 +1,8 @@
 """The torch ops behind span_marginal_loss: schemas, fake kernels, autograd, choice of the backend.
 
-The loss, its gradient and the gradient of that are three ops. What the forward learned of each document, four
-float64 numbers, is its third result, so that the backward reads each span once more and nothing is found twice.
+The loss, its gradient and the gradient of that are three ops. What the forward learned of each document,
+four float64 numbers, is its third result, so that the backward reads each span once more and finds nothing
+twice.
 """
 
 from __future__ import annotations
@@ -163,7 +164,10 @@ class _Direct(torch.autograd.Function):
             return _backward_by_op(ctx, d_loss, count, normalization, forced)
         wants = ctx.needs_input_grad
         kept, *inputs = ctx.saved_tensors
-        found = cpu.backward(d_loss, count, kept, *inputs, normalization, wants[0] or wants[5], wants[1])
+        assert cpu.BACKEND.backward is not None
+        found = cpu.BACKEND.backward(
+            d_loss, count, kept, *inputs, normalization, wants[0] or wants[5], wants[1]
+        )
         return _gradients(wants, 0, inputs, *found)
 
 

@@ -179,9 +179,9 @@ def double_backward(
     """The gradient of <v_scores, d_scores> + <v_span_scores, d_span_scores> in closed form.
 
     Along v the numbers of a document change by alpha = <a, v_t> (A), nu = <n, v_t> (N), alpha - nu (l) and
-    v_s, or v_s + nu in "global" (its relevance). With V(q) = diag q - q q^T, posterior and prior p = posterior
-    - r, the marginal's second derivative gives h_l = V(posterior) (v_u + alpha - nu) and h_u = h_l - V(p) v_u,
-    and a span adds its own: d a_c = a_c (v_c - alpha), d n_c = n_c (v_c - nu).
+    v_u = v_s, or v_s + nu in "global" (its relevance). With V(q) = diag q - q q^T and the prior
+    p = posterior - r, the marginal's second derivative gives h_l = V(posterior) (v_u + alpha - nu) and
+    h_u = h_l - V(p) v_u, and a span adds its own: d a_c = a_c (v_c - alpha), d n_c = n_c (v_c - nu).
     Returns d_d_loss and d_scores [B, K] in the dtype of the loss, d_span_scores [B, K, C] in its own.
     """
     right, wrong, posterior, residual = kept

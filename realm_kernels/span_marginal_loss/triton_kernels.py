@@ -181,9 +181,9 @@ def span_marginal_loss_bwd_kernel(
         g = g / tl.maximum(tl.load(divisor), 1).to(tl.float64)
     # Selected, not multiplied: an infinite g times zero would be NaN.
     d_relevance = tl.where(residual != 0, -g * residual, 0.0)
-    if d_scores is not None:
-        if tl.program_id(1) == 0:
-            _store(d_scores + row, d_relevance, there)
+    writes = tl.program_id(1) == 0
+    if d_scores is not None and writes:
+        _store(d_scores + row, d_relevance, there)
     if d_span_scores is not None:
         none_right = right == -_INF
         none_wrong = wrong == -_INF
