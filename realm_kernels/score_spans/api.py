@@ -38,7 +38,8 @@ def score_spans(
 
     Returns [..., C], float32, or float64 where start is: the spans of one wordpiece by their start, then
     those of two, ..., C = sum over w in 1 .. max_width of T - w + 1. Neither the forward nor the backward
-    holds [..., C, S]; between them 12 bytes a span are kept. Once differentiable, with respect to all six tensors.
+    holds [..., C, S]; between them 12 bytes a span are kept. Once differentiable, with respect to all six
+    tensors.
 
     Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype, device or value.
 
