@@ -3,6 +3,8 @@
 # make bench   the benchmarks, beside their peers             make lint    every linter
 # make build   rebuild the compiled modules in place          make dist    sdist and wheel, installed and imported
 # make clean   remove everything made here                   make sanitize   the CPU kernels, sanitizers on
+# make gpu     where an NVIDIA GPU is: build for it, test, compute-sanitizer, benchmark. Parts: gpu-build, gpu-test,
+#              gpu-sanitize, gpu-bench. Nothing is downloaded: PYTHON= has torch, triton, cmake, ninja, pybind11, pytest
 PYTHON ?= python3
 OUT ?= runs/demo
 # paragraphs.jsonl (id, title, text) and questions.jsonl (question, answers, paragraph)
@@ -12,9 +14,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh' \
-	'tests/sanitize/*' 2>/dev/null)
+	'tests/sanitize/*' 'tests/cuda_model/*' 2>/dev/null)
 
-.PHONY: run squad test bench lint build dist sanitize clean
+.PHONY: run squad test bench lint build dist sanitize clean gpu gpu-all gpu-build gpu-test gpu-sanitize gpu-bench
 
 run: $(READY)
 	$(BIN)/realm-model world pretrain --out $(OUT)
@@ -45,6 +47,13 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# OP= one op, OUT= folder for the JSON and Markdown, EMBEDDINGS= an index of realm-model to compare searches on,
+# ARGS= what else `python -m benchmarks.gpu --help` tells.
+gpu: gpu-all
+gpu-all gpu-build gpu-test gpu-sanitize gpu-bench:
+	@PYTHONPATH=".:python$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu $(@:gpu-%=%) \
+		--out "$(if $(filter file,$(origin OUT)),gpu-results,$(OUT))" $(OP:%=--op %) $(EMBEDDINGS:%=--embeddings %) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

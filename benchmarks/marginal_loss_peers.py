@@ -36,13 +36,14 @@ def _row_losses(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def _by_row(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def by_row(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [B * K * M, H], and the target of each of its rows."""
     return hidden.flatten(0, 2), targets[:, None].expand(hidden.shape[:3]).flatten()
 
 
 def eager(scores: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
     """All logits [B, K, M, V] in memory, as most trainers do. Targets of -100 are not scored."""
-    flat, row_targets = _by_row(hidden, targets)
+    flat, row_targets = by_row(hidden, targets)
     losses = _row_losses(flat, weight, bias, row_targets)
     return marginal_loss(scores, -losses.view(hidden.shape[:3]), "sequence")
 
@@ -51,7 +52,7 @@ def chunked(
     scores: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int
 ) -> Tensor:
     """Chunks of rows whose logits the backward recomputes: four products, and no logits kept."""
-    flat, row_targets = _by_row(hidden, targets)
+    flat, row_targets = by_row(hidden, targets)
     losses = [
         checkpoint(_row_losses, part, weight, bias, target, use_reentrant=False)
         for part, target in zip(flat.split(rows), row_targets.split(rows), strict=True)
@@ -63,7 +64,7 @@ def linear_cross_entropy(
     scores: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor
 ) -> Tensor:
     """torch 2.13's chunked linear_cross_entropy without reduction, then the marginal over documents."""
-    flat, row_targets = _by_row(hidden, targets)
+    flat, row_targets = by_row(hidden, targets)
     losses = F.linear_cross_entropy(
         flat,
         weight,

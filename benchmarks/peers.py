@@ -21,14 +21,16 @@ def missing() -> list[str]:
     return [name for name, installed in INSTALLED.items() if not installed]
 
 
-def chunked_torch_topk(queries: Tensor, table: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def chunked_torch_topk(
+    queries: Tensor, table: Tensor, k: int, rows_per_chunk: int = ROWS_PER_CHUNK
+) -> tuple[Tensor, Tensor]:
     """What most trainers do: a matrix product and topk for each chunk of rows, then topk over the winners.
 
     The product is in the dtype of the queries; a table of another one is converted chunk by chunk.
     """
     scores, indices = [], []
-    for first in range(0, table.shape[0], ROWS_PER_CHUNK):
-        rows = table[first : first + ROWS_PER_CHUNK].to(queries.dtype)
+    for first in range(0, table.shape[0], rows_per_chunk):
+        rows = table[first : first + rows_per_chunk].to(queries.dtype)
         chunk = queries @ rows.T  # [B, rows]
         best = chunk.topk(min(k, chunk.shape[1]), dim=1)
         scores.append(best.values)

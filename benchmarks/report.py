@@ -7,9 +7,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from .plot import plot_times
 
 OURS = "realm_kernels"
@@ -118,14 +115,16 @@ def machine_line(results: dict[str, Any]) -> str:
     return line
 
 
-def print_lines(title: str, lines: Lines) -> None:
-    table = Table(title=title)
-    for place, name in enumerate(lines[0]):
-        table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
-    for line in lines[1]:
-        table.add_row(*line)
-    console = Console(width=max(Console().width, Console(width=1000).measure(table).maximum))
-    console.print(table)
+def plain_of(lines: Lines) -> str:
+    """Columns of one width, the first to the left."""
+    header, body = lines
+    widths = [max(len(line[place]) for line in [header, *body]) for place in range(len(header))]
+
+    def padded(line: list[str]) -> str:
+        first, *rest = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        return "  ".join([first.strip().ljust(widths[0]), *rest])
+
+    return "\n".join([padded(header), "  ".join("-" * width for width in widths), *map(padded, body)])
 
 
 def markdown_of(lines: Lines) -> str:
@@ -139,10 +138,10 @@ def write_report(json_path: Path) -> list[Path]:
     ours, orders = lines_of(results), orders_of(results)
     text = machine_line(results) + "\n"
     if ours[1]:
-        print_lines("medians; x peer: the peer's time over ours; above 1 ours is faster", ours)
+        print("medians; x peer: the peer's time over ours; above 1 ours is faster\n" + plain_of(ours) + "\n")
         text += "\n" + markdown_of(ours)
     if orders[1]:
-        print_lines("rows in other orders and of other values", orders)
+        print("rows in other orders and of other values\n" + plain_of(orders) + "\n")
         text += "\n" + markdown_of(orders)
     print(machine_line(results))
     path = json_path.with_suffix(".md")

@@ -1,4 +1,4 @@
-"""What this machine can do, measured: read bandwidth, a library's matrix product, multiply-adds alone."""
+"""What this machine can do, measured: bandwidth, a library's matrix product, multiply-adds alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 from realm_kernels import native
 
+from .gpu.timing import time_calls
+
 # A buffer no cache holds, and a product large enough for the library's peak.
-BANDWIDTH_BYTES = 1 << 30
+BANDWIDTH_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+HOST_BYTES = 1 << 30
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 # Some processors multiply bfloat16 a hundred times slower: grow the product only while it is quick.
 FIRST_SIZE, QUICK_SECONDS = 256, 0.02
@@ -21,34 +24,53 @@ CEILING_STEPS = 2_000_000
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
-    """The shortest of several calls: on a shared machine the minimum is what the hardware allows."""
+    """The shortest of several calls: on a shared machine the minimum is what the hardware allows.
+
+    On a GPU the median: clocks fall in the course of a run, and a limit must be one that can be held.
+    """
+    if device == "cuda":
+        function()
+        return time_calls(function).median
     times = []
     for _ in range(REPEATS + 1):  # the first warms up
-        if device == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
         function()
-        if device == "cuda":
-            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
 @functools.cache
 def measure_bandwidth(device: str = "cpu") -> float:
-    """Bytes per second that a sum over a large buffer reads."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 4, device=device)
-    return BANDWIDTH_BYTES / seconds(buffer.sum, device)
+    """Bytes per second that a sum over a large buffer reads; on a GPU, that a copy reads and writes."""
+    size = BANDWIDTH_BYTES[device]
+    buffer = torch.ones(size // 4, device=device)
+    if device == "cuda":
+        target = torch.empty_like(buffer)
+        return 2 * size / seconds(lambda: target.copy_(buffer), device)
+    return size / seconds(buffer.sum, device)
+
+
+@functools.cache
+def measure_host_bandwidth() -> float:
+    """Bytes per second from pinned memory of the host to the GPU."""
+    source = torch.ones(HOST_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty(HOST_BYTES, dtype=torch.uint8, device="cuda")
+    return HOST_BYTES / seconds(lambda: target.copy_(source, non_blocking=True), "cuda")
 
 
 @functools.cache
 def measure_matrix_rate(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
-    """Flops per second of a square matrix product in the library torch uses."""
-    size = FIRST_SIZE
+    """Flops per second of a square matrix product, on random values, in the library torch uses."""
+    size = FIRST_SIZE if device == "cpu" else MATRIX_SIZE[device]
     while True:
-        a = torch.randn(size, size, device=device).to(dtype)
-        b = torch.randn(size, size, device=device).to(dtype)
-        took = seconds(lambda a=a, b=b: a @ b, device)
+        a = torch.randn(size, size, device=device)
+        b = torch.randn(size, size, device=device)
+        if dtype == torch.int8:
+            # The library wants the second operand by columns.
+            a, b, product = (40 * a).to(dtype), (40 * b).to(dtype).t(), torch._int_mm
+        else:
+            a, b, product = a.to(dtype), b.to(dtype), torch.matmul
+        took = seconds(lambda a=a, b=b, product=product: product(a, b), device)
         if size == MATRIX_SIZE[device] or took > QUICK_SECONDS:
             return 2 * size**3 / took
         size *= 2

@@ -5,7 +5,9 @@
 #include <algorithm>
 
 #include "cpu/fma_ceiling.h"
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/linear_marginal_loss.h"
 #include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
 #include "cpu/score_spans.h"
@@ -143,6 +145,64 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   launch_marginal_loss_bwd(params);
 }
 
+using Matrix = std::tuple<uintptr_t, int64_t>;    // address, row stride
+using Memory = std::tuple<uintptr_t, uintptr_t>;  // addresses of workspace and scratch
+
+LinearMarginalLossParams linear_marginal_loss_inputs(const Matrix& hidden, const Matrix& weight,
+                                                     const std::string& dtype, uintptr_t targets,
+                                                     const Extents& shape, const Memory& memory,
+                                                     uintptr_t log_p, uintptr_t log_sum, int num_threads,
+                                                     const std::string& isa) {
+  LinearMarginalLossParams params{};
+  params.hidden = reinterpret_cast<const void*>(std::get<0>(hidden));
+  params.hidden_stride = std::get<1>(hidden);
+  params.weight = reinterpret_cast<const void*>(std::get<0>(weight));
+  params.weight_stride = std::get<1>(weight);
+  params.type = float_array({0, dtype}).type;
+  params.targets = reinterpret_cast<const int64_t*>(targets);
+  std::tie(params.rows, params.width, params.vocabulary) = shape;
+  params.workspace = reinterpret_cast<float*>(std::get<0>(memory));
+  params.scratch = reinterpret_cast<float*>(std::get<1>(memory));
+  params.log_p = reinterpret_cast<double*>(log_p);
+  params.log_sum = reinterpret_cast<double*>(log_sum);
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+// Floats of workspace and of scratch for chunks of so many rows, or fewer.
+std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, int64_t weight_stride,
+                                                        const std::string& dtype, int num_threads,
+                                                        const std::string& isa) {
+  const auto params = linear_marginal_loss_inputs({0, 0}, {0, weight_stride}, dtype, 0, shape, {0, 0}, 0, 0,
+                                                  num_threads, isa);
+  return {linear_marginal_loss_workspace(params.rows, params.vocabulary),
+          linear_marginal_loss_scratch(params)};
+}
+
+void linear_marginal_loss_fwd(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
+                              uintptr_t bias, uintptr_t targets, const Extents& shape, const Memory& memory,
+                              uintptr_t log_p, uintptr_t log_sum, int num_threads, const std::string& isa) {
+  LinearMarginalLossParams params = linear_marginal_loss_inputs(hidden, weight, dtype, targets, shape, memory,
+                                                                log_p, log_sum, num_threads, isa);
+  params.bias = reinterpret_cast<const float*>(bias);
+  launch_linear_marginal_loss_fwd(params);
+}
+
+void linear_marginal_loss_bwd(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
+                              uintptr_t targets, const Extents& shape, const Memory& memory, uintptr_t log_p,
+                              uintptr_t log_sum, uintptr_t factor, uintptr_t d_hidden, uintptr_t d_weight,
+                              uintptr_t d_bias, bool first, int num_threads, const std::string& isa) {
+  LinearMarginalLossParams params = linear_marginal_loss_inputs(hidden, weight, dtype, targets, shape, memory,
+                                                                log_p, log_sum, num_threads, isa);
+  params.factor = reinterpret_cast<const double*>(factor);
+  params.d_hidden = reinterpret_cast<float*>(d_hidden);
+  params.d_weight = reinterpret_cast<float*>(d_weight);
+  params.d_bias = reinterpret_cast<float*>(d_bias);
+  params.first = first;
+  launch_linear_marginal_loss_bwd(params);
+}
+
 using SpanExtents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and C
 
 // kept: [4, B, K] of right, wrong, posterior and residual.
@@ -253,6 +313,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("encode_rows", &encode_rows, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_fwd", &marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("linear_marginal_loss_memory", &linear_marginal_loss_memory);
+  m.def("linear_marginal_loss_fwd", &linear_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_marginal_loss_bwd", &linear_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_fwd", &score_spans_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_bwd", &score_spans_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());

@@ -7,8 +7,10 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/marginal_loss.h"
+#include "cuda/mips_topk.h"
 
 namespace py = pybind11;
 using namespace realm_kernels::cuda;
@@ -73,6 +75,81 @@ void marginal_loss(uintptr_t log_prior, uintptr_t log_likelihood, const std::str
   check(launch(params, reinterpret_cast<cudaStream_t>(stream)));
 }
 
+Number number(const std::string& dtype) {
+  return dtype == "bfloat16" ? Number::kBFloat16 : dtype == "float16" ? Number::kFloat16 : Number::kFloat32;
+}
+
+Scanned scanned(const std::string& dtype) {
+  return dtype == "int8" ? Scanned::kInt8 : dtype == "float16" ? Scanned::kFloat16 : Scanned::kBFloat16;
+}
+
+// B, N, D, k, E; what the scan multiplies, and whether queries are it already; rows of a group of codes, or
+// 0; multiprocessors and bytes of workspace at most.
+using Shape = std::tuple<std::array<int64_t, 5>, std::string, bool, int, int, int64_t>;
+
+SearchShape search_shape(const Shape& shape) {
+  const auto& [sizes, type, is_exact, code_group, multiprocessors, workspace] = shape;
+  return {sizes[0],      sizes[1], sizes[2],   sizes[3],        sizes[4],
+          scanned(type), is_exact, code_group, multiprocessors, workspace};
+}
+
+py::dict mips_topk_plan(const Shape& shape) {
+  const MipsTopkPlan plan = plan_mips_topk(search_shape(shape));
+  py::dict told;
+  told["batch"] = plan.batch;
+  told["bytes"] = plan.bytes;
+  told["shape"] = plan.shape == 0 ? "wide" : plan.shape == 1 ? "deep" : "narrow";
+  told["group"] = plan.group;
+  told["selected"] = plan.selected;
+  told["stages"] = plan.stages;
+  told["shared_bytes"] = plan.shared_bytes;
+  told["blocks"] = plan.blocks;
+  told["group_max"] = plan.group_max;
+  told["pitch"] = plan.pitch;
+  return told;
+}
+
+using Queries = std::tuple<uintptr_t, int, std::string, int64_t, int64_t>;  // address, count, dtype, strides
+using Rows = std::tuple<uintptr_t, std::string, int64_t, int64_t>;   // address, dtype, stride, first id
+using Exclude = std::tuple<uintptr_t, int64_t, int64_t>;             // address, strides
+using Codes = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t>;  // codes, their pitch, mean, bounds
+
+void mips_topk(const Shape& shape, const Queries& queries, const Rows& rows, uintptr_t row_mask,
+               const Exclude& exclude, const Codes& codes, std::array<uintptr_t, 3> results,
+               uintptr_t workspace, bool with_maxima, bool whole, uintptr_t stream) {
+  const SearchShape sizes = search_shape(shape);
+  MipsTopkParams p{};
+  p.num_rows = static_cast<int>(sizes.num_rows);
+  p.dim = static_cast<int>(sizes.dim);
+  p.k = static_cast<int>(sizes.k);
+  p.num_excluded = static_cast<int>(sizes.num_excluded);
+  p.code_group = sizes.code_group;
+  p.queries = pointer<const void>(std::get<0>(queries));
+  p.batch = std::get<1>(queries);
+  p.query_type = number(std::get<2>(queries));
+  p.query_stride = std::get<3>(queries);
+  p.query_stride_d = std::get<4>(queries);
+  p.rows = pointer<const void>(std::get<0>(rows));
+  p.row_type = number(std::get<1>(rows));
+  p.row_stride = std::get<2>(rows);
+  p.first_row = std::get<3>(rows);
+  const int64_t row_bytes = p.row_stride * (p.row_type == Number::kFloat32 ? 4 : 2);
+  p.aligned = std::get<0>(rows) % 16 == 0 && row_bytes % 16 == 0;
+  p.row_mask = pointer<const bool>(row_mask);
+  p.exclude = pointer<const int64_t>(std::get<0>(exclude));
+  p.exclude_stride = std::get<1>(exclude);
+  p.exclude_stride_e = std::get<2>(exclude);
+  p.codes = pointer<const int8_t>(std::get<0>(codes));
+  p.code_pitch = std::get<1>(codes);
+  p.mean = pointer<const float>(std::get<2>(codes));
+  p.code_bounds = pointer<const float>(std::get<3>(codes));
+  p.scores = pointer<float>(results[0]);
+  p.indices = pointer<int64_t>(results[1]);
+  p.repairs = pointer<unsigned long long>(results[2]);
+  check(launch_mips_topk({sizes, p, pointer<unsigned char>(workspace), with_maxima, whole},
+                         reinterpret_cast<cudaStream_t>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -81,4 +158,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("runtime_version", &runtime_version);
   m.def("architectures", &architectures);
   m.def("marginal_loss", &marginal_loss, py::call_guard<py::gil_scoped_release>());
+  m.def("mips_topk_plan", &mips_topk_plan);
+  m.def("mips_topk", &mips_topk, py::call_guard<py::gil_scoped_release>());
 }

@@ -4,7 +4,7 @@ from . import nn
 from .backends import explain, use_backend
 from .linear_marginal_loss import linear_marginal_loss
 from .marginal_loss import Posterior, marginal_loss, posterior
-from .mips_topk import SearchCounters, TopK, mips_topk, search_counters
+from .mips_topk import ScanConfig, SearchCounters, TopK, mips_topk, search_counters, use_scan_config
 from .native import build_info
 from .score_spans import score_spans
 from .span_marginal_loss import span_marginal_loss
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistributedTable",
     "Posterior",
+    "ScanConfig",
     "SearchCounters",
     "ShardedTable",
     "StreamedTable",
@@ -33,4 +34,5 @@ __all__ = [
     "search_counters",
     "span_marginal_loss",
     "use_backend",
+    "use_scan_config",
 ]

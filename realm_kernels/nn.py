@@ -52,7 +52,8 @@ class MarginalLoss(nn.Module):
 
 
 class LinearMarginalLoss(nn.Module):
-    """rk.linear_marginal_loss with its ignore_index, mode, reduction and return_posterior fixed.
+    """rk.linear_marginal_loss with its ignore_index, mode, reduction, return_posterior and min_posterior
+    fixed.
 
     It owns no weight: the decoder's, tied to the embeddings or not, is passed to each call.
 
@@ -69,6 +70,7 @@ class LinearMarginalLoss(nn.Module):
         mode: str = "sequence",
         reduction: str = "mean",
         return_posterior: bool = False,
+        min_posterior: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice("LinearMarginalLoss", "mode", mode, marginal_loss_checks.MODES)
@@ -77,6 +79,7 @@ class LinearMarginalLoss(nn.Module):
         self.mode = mode
         self.reduction = reduction
         self.return_posterior = return_posterior
+        self.min_posterior = min_posterior
 
     def forward(
         self,
@@ -101,12 +104,13 @@ class LinearMarginalLoss(nn.Module):
             mode=self.mode,
             reduction=self.reduction,
             return_posterior=self.return_posterior,
+            min_posterior=self.min_posterior,
         )
 
     def extra_repr(self) -> str:
         return (
             f"ignore_index={self.ignore_index}, mode={self.mode!r}, reduction={self.reduction!r}, "
-            f"return_posterior={self.return_posterior}"
+            f"return_posterior={self.return_posterior}, min_posterior={self.min_posterior}"
         )
 
 

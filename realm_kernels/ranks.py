@@ -14,7 +14,7 @@ from torch import Tensor
 from .validation import describe
 
 # First field of every header. Ranks that enter different calls find out there, instead of mixing their bytes.
-CALLS = ("from_local", "mips_topk", "rows", "marginal_loss")
+CALLS = ("from_local", "mips_topk", "rows", "marginal_loss", "linear_marginal_loss")
 FIELDS = 8  # of every header, so that headers of different calls have one size
 HEADER_BYTES = 8 * (2 + FIELDS)
 
@@ -97,6 +97,11 @@ class Ranks:
             return gathered
         pieces = gathered.view(self.size, longest, *tensor.shape[1:])
         return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+    def sum_(self, tensor: Tensor, what: str) -> None:
+        """Add up `tensor` of all ranks in place: the same bits on each, in an order the backend chooses."""
+        if tensor.numel() > 0:
+            self._move(what, lambda: dist.all_reduce(tensor, group=self.group))
 
     def exchange(self, tensor: Tensor, sent: Sequence[int], received: Sequence[int], what: str) -> Tensor:
         """sent[r] rows go to rank r, received[r] come from it: [sum(sent), ...] -> [sum(received), ...]."""

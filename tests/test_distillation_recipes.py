@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from linear_marginal_loss_cases import Meter
 
 import realm_kernels as rk
 from realm_kernels.testing import assert_within
@@ -79,7 +80,13 @@ def test_perplexity_distillation_is_the_divergence_from_the_readers_softmax(reci
         x.assert_recipe(recipes["perplexity_distillation"](x.scores, target, x.doc_mask), expected)
 
 
-def test_a_detached_reader_costs_one_product():
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_detached_reader_costs_one_product(reduction):
+    """As explained, and as counted over forward and backward."""
     x = Problem()
-    explained = rk.explain(rk.linear_marginal_loss, x.scores, x.hidden.detach(), x.weight.detach(), x.targets)
-    assert explained.flops == 2 * BATCH * DOCUMENTS * TOKENS * HIDDEN * VOCABULARY
+    inputs = (x.scores, x.hidden.detach(), x.weight.detach(), x.targets.clamp(min=0))
+    explained = rk.explain(rk.linear_marginal_loss, *inputs, reduction=reduction)
+    with rk.use_backend("torch"), Meter() as meter:
+        rk.linear_marginal_loss(*inputs, reduction=reduction).sum().backward()
+    assert x.scores.grad.any()
+    assert explained.flops == meter.flops == 2 * BATCH * DOCUMENTS * TOKENS * HIDDEN * VOCABULARY

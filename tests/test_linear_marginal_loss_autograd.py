@@ -127,12 +127,12 @@ def test_the_ops_keep_the_rules_of_torch_library(mode, needs):
     case = make_case(2).requiring(*(DIFFERENTIABLE if any(needs) else ()))
     tensors = tuple(vars(case).values())
     torch.library.opcheck(
-        torch.ops.realm_kernels.linear_marginal_loss.default, (*tensors, -100, mode, *needs)
+        torch.ops.realm_kernels.linear_marginal_loss.default, (*tensors, -100, mode, *needs, 0.0)
     )
     # Its gradient is refused, so its inputs ask for none.
     tensors = tuple(None if x is None else x.detach() for x in tensors)
-    forward = torch.ops.realm_kernels.linear_marginal_loss(*tensors, -100, mode, *needs)
-    arguments = (torch.ones(2), *tensors, *forward[2:], any(needs), -100, mode, True, True, True, True)
+    forward = torch.ops.realm_kernels.linear_marginal_loss(*tensors, -100, mode, *needs, 0.0)
+    arguments = (torch.ones(2), *tensors, *forward[2:], any(needs), -100, mode, True, True, True, 0.1, True)
     torch.library.opcheck(torch.ops.realm_kernels.linear_marginal_loss_bwd.default, arguments)
 
 
@@ -214,5 +214,8 @@ def test_a_backend_chosen_for_the_call_holds_for_its_gradient():
 
 
 def test_a_backend_this_op_lacks_is_named():
-    with rk.use_backend("cuda"), pytest.raises(ValueError, match="this op lacks; it has torch, reference"):
+    with (
+        rk.use_backend("cuda"),
+        pytest.raises(ValueError, match="this op lacks; it has cpu, triton, torch, reference"),
+    ):
         make_case().loss()

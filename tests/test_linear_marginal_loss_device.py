@@ -1,7 +1,7 @@
 """What linear_marginal_loss does on a GPU, run on the CPU: static shapes, half-precision products.
 
 torch's CPU has no product of half-precision operands with a float32 result; these tests give it one with the
-meaning cuBLAS gives it. What they cannot show is cuBLAS itself: the last test does, where a GPU is.
+meaning cuBLAS gives it. What they cannot show is cuBLAS itself: the tests marked gpu do, where one is.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_marginal_loss_cases import MODES, Case, eager, gradients, make_case
+from linear_marginal_loss_cases import DIFFERENTIABLE, MODES, Case, eager, gradients, make_case
 from torch.nn import functional as F
 
-from realm_kernels.linear_marginal_loss import chunked, chunks, products, reference
+import realm_kernels as rk
+from realm_kernels.linear_marginal_loss import chunked, chunks, passes, products, reference, triton
 from realm_kernels.linear_marginal_loss.problem import Needs, Problem, posterior_factor
 from realm_kernels.testing import assert_within
 
 modes = pytest.mark.parametrize("mode", MODES)
+backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -62,24 +64,27 @@ def test_static_shapes_give_the_same(mode, rows, static_shapes, monkeypatch):
 
 
 @modes
-def test_static_shapes_look_at_nothing_masks_hide(mode, static_shapes):
+@backends
+def test_static_shapes_look_at_nothing_masks_hide(mode, backend, static_shapes):
     case = make_case()
     hide = ~case.doc_mask[:, :, None, None] | (case.targets == -100)[:, None, :, None]
     spoiled = replace(case, hidden=case.hidden.masked_fill(hide, torch.nan))
-    clean, dirty = (gradients(lambda c: c.loss(mode), c) for c in (case, spoiled))
+    with rk.use_backend(backend):
+        clean, dirty = (gradients(lambda c: c.loss(mode), c) for c in (case, spoiled))
     for name, value in clean.items():
         assert torch.equal(dirty[name], value), name
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["static", "counted"])
-def test_a_target_out_of_range_makes_its_example_nan(counted, monkeypatch):
+@pytest.mark.parametrize("through", [passes.TORCH, triton.TritonPasses()], ids=["torch", "triton"])
+def test_a_target_out_of_range_makes_its_example_nan(counted, through, monkeypatch):
     """Where a look would synchronise, nothing refuses it."""
     monkeypatch.setattr(chunked, "may_count_rows", lambda device: counted)
     case = make_case(3, masks=False)
     targets = case.targets.clone()
     targets[1, 2] = 10**12
     problem = Problem(*vars(replace(case, targets=targets)).values(), -100, "sequence")
-    log_likelihood, units = chunked.forward(problem, Needs(True, False, False))
+    log_likelihood, units = chunked.forward(problem, Needs(True, False, False), through)
     assert log_likelihood[1, :, 2].isnan().all() and units.d_hidden[1].isnan().all()
     assert log_likelihood[[0, 2]].isfinite().all() and units.d_hidden[[0, 2]].isfinite().all()
 
@@ -88,13 +93,18 @@ def test_a_target_out_of_range_makes_its_example_nan(counted, monkeypatch):
 @half
 @pytest.mark.parametrize("rows", [5, 15, 1000], ids="rows{}".format)
 @pytest.mark.parametrize("adds", [False, True], ids=["adds-apart", "adds-inside"])
-def test_half_precision_products_are_no_worse_than_torch(mode, dtype, rows, adds, tensor_cores, monkeypatch):
+@backends
+def test_half_precision_products_are_no_worse_than_torch(
+    mode, dtype, rows, adds, backend, tensor_cores, monkeypatch
+):
     case = make_case(5, dtype=dtype, vocabulary=300)
     monkeypatch.setattr(products, "ADDS_IN_FLOAT32", adds)
-    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", rows * case.weight.shape[0] * (4 + 2))
+    copy = 0 if backend == "triton" else 2  # its gradients take the place of the logits
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", rows * case.weight.shape[0] * (4 + copy))
     oracle = gradients(lambda c: eager(c, mode), case.to(torch.float64))
     torch_error = gradients(lambda c: eager(c, mode), case)
-    ours = gradients(lambda c: c.loss(mode), case)
+    with rk.use_backend(backend):
+        ours = gradients(lambda c: c.loss(mode), case)
     for name, expected in oracle.items():
         # Besides the roundings of a result: gradients of logits are half precision, as in torch.
         eps = 2.0**-23 if name in ("loss", "scores", "log_weight") else 3 * torch.finfo(dtype).eps
@@ -104,14 +114,16 @@ def test_half_precision_products_are_no_worse_than_torch(mode, dtype, rows, adds
 
 @modes
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_float16_neither_overflows_nor_vanishes(mode, reduction, tensor_cores):
+@backends
+def test_float16_neither_overflows_nor_vanishes(mode, reduction, backend, tensor_cores):
     """Gradients of 1e-7 a logit and the scale of a loss: float16 has no room for either as it is."""
     case = make_case(4, dtype=torch.float16, vocabulary=3000, masks=False)
     scale = 2.0**13 if reduction == "none" else 2.0**15  # the largest for which d_weight is finite
     upstream = torch.full((4,) if reduction == "none" else (), scale)
     wide = case.to(torch.float64)
     oracle = gradients(lambda c: eager(c, mode, reduction), wide, ("weight",), upstream.double())["weight"]
-    ours = gradients(lambda c: c.loss(mode, reduction), case, ("weight",), upstream)["weight"]
+    with rk.use_backend(backend):
+        ours = gradients(lambda c: c.loss(mode, reduction), case, ("weight",), upstream)["weight"]
 
     # What is rounded to float16 is d_logits, each within half an ulp, and in the end the result.
     problem = Problem(*vars(wide).values(), -100, mode)
@@ -126,19 +138,85 @@ def test_float16_neither_overflows_nor_vanishes(mode, reduction, tensor_cores):
     assert_within(ours, oracle, products_error + 2 * half_ulp * oracle.abs() + float32_error, "d_weight")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def on_gpu(*sizes, **options) -> Case:
+    case = make_case(*sizes, **options)
+    return Case(**{name: None if x is None else x.cuda() for name, x in vars(case).items()})
+
+
+def gpu(test):
+    """Marks a test that needs one."""
+    absent = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(absent(test))
+
+
+@gpu
 @modes
+@backends
+@pytest.mark.parametrize("vocabulary", [1, 500, 30522], ids="V{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_on_a_gpu_it_is_no_worse_than_torch(mode, dtype):
-    cpu = make_case(5, dtype=dtype, vocabulary=30522)
-    case = Case(**{name: None if x is None else x.cuda() for name, x in vars(cpu).items()})
+def test_on_a_gpu_it_is_no_worse_than_torch(mode, dtype, vocabulary, backend):
+    case = on_gpu(5, dtype=dtype, vocabulary=vocabulary, width=123)
     oracle = gradients(lambda c: eager(c, mode), case.to(torch.float64))
     torch_error = gradients(lambda c: eager(c, mode), case)
-    ours = gradients(lambda c: c.loss(mode), case)
-    again = gradients(lambda c: c.loss(mode), case)
+    with rk.use_backend(backend):
+        ours = gradients(lambda c: c.loss(mode), case)
+        again = gradients(lambda c: c.loss(mode), case)
     for name, expected in oracle.items():
         eps = 2.0**-22 if name in ("loss", "scores", "log_weight") else 3 * torch.finfo(dtype).eps
         error = (torch_error[name].double() - expected).abs().max()
         assert_within(ours[name], expected, error + eps * expected.abs().max(), name)
         assert torch.equal(ours[name], again[name]), name
+
+
+@gpu
+@modes
+def test_on_a_gpu_triton_serves_and_a_target_out_of_range_makes_its_example_nan(mode):
+    case = on_gpu(5, dtype=torch.bfloat16, masks=False)
+    assert rk.explain(rk.linear_marginal_loss, *list(vars(case).values())[:4]).backend == "triton"
+    case.targets[1, 2] = 10**12
+    loss = case.loss(mode, "none")
+    assert loss[1].isnan() and loss[[0, 2, 3, 4]].isfinite().all()
+
+
+@gpu
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("rows", [40, 1000], ids=["two-passes", "one-pass"])
+def test_a_captured_graph_gives_the_bits_of_a_call(reduction, rows, monkeypatch):
+    """Nothing is read back: forward and backward are captured, and replayed on other inputs."""
+    case = on_gpu(12, 8, 6, width=64, vocabulary=3000, dtype=torch.bfloat16).requiring(*DIFFERENTIABLE)
+    monkeypatch.setattr(chunks, "WORKSPACE_BYTES", rows * 3000 * 4)
+    leaves = [getattr(case, name) for name in DIFFERENTIABLE]
+
+    def step():
+        loss = case.loss(reduction=reduction)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles the kernels and warms cuBLAS, as torch asks before a capture
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    for name, got, want in zip(("loss", *DIFFERENTIABLE), captured, step(), strict=True):
+        assert torch.equal(got, want), name
+
+
+@gpu
+def test_on_a_gpu_the_memory_is_the_workspace_and_one_sum_of_the_weight():
+    """B = 64, K = 8, M = 20, H = 768, V = 30522 in bfloat16: at most 300 MB beyond inputs and gradients."""
+    case = on_gpu(64, 8, 20, width=768, vocabulary=30522, dtype=torch.bfloat16, masks=False)
+    case = case.requiring("scores", "hidden", "weight")
+    case.loss().backward()
+    case.scores.grad = case.hidden.grad = case.weight.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    case.loss().backward()
+    torch.cuda.synchronize()
+    gradients_of_inputs = case.hidden.nbytes + case.weight.nbytes + case.scores.nbytes
+    assert torch.cuda.max_memory_allocated() - before - gradients_of_inputs <= 300e6

@@ -7,6 +7,7 @@ import torch
 from linear_marginal_loss_cases import Case, Meter, make_case
 
 import realm_kernels as rk
+from realm_kernels import native
 from realm_kernels.linear_marginal_loss import chunked, chunks
 from realm_kernels.linear_marginal_loss.problem import Needs, Problem
 
@@ -92,7 +93,15 @@ def test_chunks_are_whole_examples_where_one_fits(batch, rows, examples_at_once,
     assert ranges[-1][1] == batch * EXAMPLE
 
 
-def test_explain_tells_the_plan_and_computes_nothing(monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_explain_tells_the_plan_and_computes_nothing(backend, monkeypatch):
+    if backend == "cpu" and native.cpu is None:
+        pytest.skip(native.cpu_missing)
+    with rk.use_backend(backend):
+        _explain(backend, monkeypatch)
+
+
+def _explain(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 36 * ROW)
     case = case_of(7).requiring("hidden", "weight")
     with Meter() as meter:
@@ -100,7 +109,7 @@ def test_explain_tells_the_plan_and_computes_nothing(monkeypatch):
             rk.linear_marginal_loss, case.scores, case.hidden, case.weight, case.targets, **case.options()
         )
     assert meter.flops == 0
-    assert (told.op, told.backend) == ("linear_marginal_loss", "torch")
+    assert (told.op, told.backend) == ("linear_marginal_loss", backend)
     assert told.plan == "chunks of 3 examples, 36 rows, one pass, 0 MiB of workspace, 3 products"
     assert told.flops == 3 * 2 * 7 * EXAMPLE * 8 * 500
     none = rk.explain(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from marginal_loss_cases import CASES, INF, MODES, NAN, ROUNDING, answer, rounded
 from marginal_loss_oracle import Inputs, solve
+from optional_hypothesis import given, settings, st
 
 import realm_kernels as rk
 from realm_kernels import native
@@ -164,6 +163,28 @@ def test_an_example_of_nothing_is_zero_and_not_counted(backend, mode):
     for reduction in ("sum", "mean"):
         for x in run(nothing, mode, reduction)[:3]:
             assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "-"))
+def test_reductions_over_the_adversarial_cases(backend, name):
+    inputs = CASES[name]
+    for mode in MODES:
+        expected = answer(name, mode)
+        for reduction, divisor in (("sum", 1), ("mean", max(1, expected.count))):
+            loss, d_scores, d_log_likelihood, _ = run(inputs, mode, reduction)
+            # The sum over examples is float64: a rounding of each, beside their own.
+            bound = (
+                expected.loss_bound + 2.0**-50 * expected.loss.abs().nan_to_num(posinf=0.0)
+            ).sum() / divisor
+            right = expected.loss.sum() / divisor
+            assert_within(loss, right, rounded(bound, right, loss.dtype), reduction)
+            for mine, right, bound in (
+                (d_scores, expected.d_scores, expected.d_scores_bound),
+                (d_log_likelihood, expected.d_log_likelihood, expected.d_log_likelihood_bound),
+            ):
+                # The upstream gradient, 1 / divisor, is one rounding more.
+                bound = (bound + 2.0**-52 * right.abs()) / divisor
+                assert_within(mine, right / divisor, rounded(bound, right / divisor, mine.dtype), reduction)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

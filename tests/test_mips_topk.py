@@ -6,8 +6,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from optional_hypothesis import given, settings, st
 
 import realm_kernels as rk
 from realm_kernels.backends import valid_names

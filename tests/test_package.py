@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PUBLIC_NAMES = {
     "DistributedTable",
     "Posterior",
+    "ScanConfig",
     "SearchCounters",
     "ShardedTable",
     "StreamedTable",
@@ -32,6 +33,7 @@ PUBLIC_NAMES = {
     "search_counters",
     "span_marginal_loss",
     "use_backend",
+    "use_scan_config",
 }
 
 

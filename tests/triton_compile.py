@@ -19,6 +19,8 @@ from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MATRIX_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+# The type of both operands: the last of the PTX name, or the kind on sm_100.
+OPERANDS = re.compile(r"(?:wgmma\.mma_async|mma\.sync)\.\S+?\.(\w+)\.\1\b|tcgen05\.mma\S*?\.(kind::\w+)")
 WARP = 32
 # Apart from what float64 exp and log begin with: a look at the high word, and a first guess of a quotient.
 FLUSHES = re.compile(r"(?<!abs)(?<!rcp\.approx)\.ftz")
@@ -58,6 +60,7 @@ def resources(binary):
         "spills": stack + local,
         "shared": binary.metadata.shared,
         "matrix": [name for name in MATRIX_INSTRUCTIONS if name in ptx],
+        "operands": sorted({a or b for a, b in OPERANDS.findall(ptx)}),
         "flushes": bool(FLUSHES.search(ptx)),
         "pipelined": "cp.async" in ptx,
     }

@@ -4,27 +4,32 @@ A chunk holds all K * M rows of its examples, so their posteriors are known as s
 pass does everything:
 
     logits = W hidden^T + b                                [V, R]   first product
-    statistics over V: log p(target), sum of exponentials  [R]
+    statistics over V: log p(target), sum of exponentials  [R]      passes.py
     posterior of the chunk's examples, by marginal_loss    [R]
-    d_logits = posterior (p - onehot(target)), in place    [V, R]
+    d_logits = posterior (p - onehot(target)), in place    [V, R]   passes.py
     d_hidden = d_logits^T W                                [R, H]   second product
     d_weight += d_logits hidden, in float32                [V, H]   third product
 
 The gradients are those of an upstream gradient of 1, to be scaled by the real one. Where that is not one
 number for all examples (reduction "none" with a weight to train), and where one example outgrows the
-workspace, a first pass takes the statistics alone and a second recomputes the logits: four products.
+workspace, a first pass takes the statistics alone and a second recomputes the logits: four products. So it
+is where rows of small posterior are left out, and the second pass takes the others alone.
 README.md counts the bytes.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend
-from .chunks import chunks_of
+from .chunks import Chunks, chunks_of
+from .memory import fresh
+from .passes import TORCH, Passes, Statistics
 from .problem import Gradients, Needs, Problem, posterior_factor
 from .products import products_for
 
@@ -43,149 +48,178 @@ def may_count_rows(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class Statistics(NamedTuple):
-    log_p: Tensor  # [R] float64, log softmax of the logits at the target
-    total: Tensor  # [R] float64, sum over V of exp(logit - the largest)
+class Pass(ABC):
+    """The inputs of one call by rows, and its results; what a chunk is computed with is a subclass's own."""
 
-
-def softmax_statistics_(logits: Tensor, targets: Tensor) -> Statistics:
-    """The statistics of logits [V, R], which become exp(logit - the largest), and 0 at the target.
-
-    The target is summed apart from the rest: log p = -log1p(rest / e) keeps its digits where p is near 1.
-    What is left of a row is a handful of numbers on which all hangs, and those are float64.
-    """
-    largest = logits.amax(0)
-    at_target = targets[None]
-    distance = logits.gather(0, at_target)[0].double() - largest.double()
-    logits.sub_(largest).exp_()
-    logits.scatter_(0, at_target, 0.0)
-    e, rest = distance.exp(), logits.sum(0).double()
-    total = e + rest
-    log_p = torch.where(rest < e, -(rest / e).log1p(), distance - total.log())
-    return Statistics(log_p, total)
-
-
-def logits_gradient_(exponentials: Tensor, targets: Tensor, statistics: Statistics, factor: Tensor) -> None:
-    """exponentials [V, R], as softmax_statistics_ left them, become factor [R] (p - onehot(target))."""
-    dtype = exponentials.dtype
-    exponentials.mul_((factor / statistics.total).to(dtype))
-    exponentials.scatter_(0, targets[None], (factor * statistics.log_p.expm1()).to(dtype)[None])
-
-
-class Pass:
-    """The buffers of one call, and what it does with one chunk."""
-
-    def __init__(self, problem: Problem, needs: Needs) -> None:
-        self.problem, self.needs = problem, needs
-        self.chunks = chunks_of(problem)
-        self.products = products_for(problem.weight, problem.sum_dtype)
+    def __init__(self, problem: Problem, needs: Needs, chunks: Chunks) -> None:
+        self.problem, self.needs, self.chunks = problem, needs, chunks
         self.bias = None
         if problem.bias is not None:
             # Softmax does not see a common offset, which would cost the logits the digits it has.
             bias = problem.bias.double()
-            self.bias = (bias - bias.amax()).to(problem.sum_dtype)[:, None]  # [V, 1]
+            self.bias = (bias - bias.amax()).to(problem.sum_dtype)  # [V]
         hidden, weight = problem.hidden, problem.weight
         self.hidden = hidden.reshape(-1, hidden.shape[3])  # [B * K * M, H]
         self.live = problem.live().flatten()
-        self.targets = problem.targets[:, None, :].expand(hidden.shape[:3]).flatten()
+        targets = problem.targets[:, None, :].expand(hidden.shape[:3]).flatten()
+        # Of rows without a part too, which are left out by counting, or whose log likelihood is made 0.
+        self.outside = (targets < 0) | (targets >= weight.shape[0])
+        self.targets = torch.where(self.outside, 0, targets)
 
         dtype = problem.sum_dtype
-        self.workspace = weight.new_empty(
-            weight.shape[0] * min(self.chunks.step(), self.chunks.rows), dtype=dtype
-        )
         self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=torch.float64)
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
         )
-        self.d_weight = weight.new_empty(weight.shape if needs.weight else (0,), dtype=dtype)
+        self.d_weight = fresh(weight, weight.shape if needs.weight else (0,), dtype)
         self.d_weight_begun = False
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
 
+    def factor(self, examples: slice, d_loss: Tensor) -> Tensor:
+        """Of examples that are scored: float64 [R], the upstream gradient d_loss [B] times the posterior."""
+        part = self.problem.examples(examples.start, examples.stop)
+        return posterior_factor(part, self.log_likelihood[examples], d_loss[examples]).flatten()
+
+    @property
+    def leaves_rows_out(self) -> bool:
+        """Whether min_posterior saves work: rows that are scored, but have no gradient, are counted."""
+        return self.problem.min_posterior > 0.0 and may_count_rows(self.live.device)
+
+    @abstractmethod
+    def score(self, rows: Rows) -> Tensor:
+        """Logits of a chunk and their statistics: float64 [R], log softmax at the target."""
+
+    @abstractmethod
+    def add_gradients(self, rows: Rows, factor: Tensor) -> None:
+        """Of the chunk scored last; factor: float64 [R], the upstream gradient times the posterior."""
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """[first, last) of each chunk, by the rows that have a part where they may be counted."""
+        by_example = self.chunks.rows_of_example
+        if by_example == 0 or not may_count_rows(self.live.device):
+            return self.chunks.ranges()
+        return self.chunks.ranges_of(self.live.view(-1, by_example).sum(1).tolist())
+
     def rows(self, first: int, last: int) -> Rows:
-        live, targets, hidden = self.live[first:last], self.targets[first:last], self.hidden[first:last]
         place: Tensor | slice = slice(first, last)
-        if may_count_rows(live.device):
-            kept = live.nonzero()[:, 0]
-            place, targets, hidden = kept + first, targets[kept], hidden[kept]
-        else:
-            targets = torch.where(live, targets, 0)
+        live, hidden = self.live[place], self.hidden[place]
+        if not may_count_rows(live.device):
             hidden = torch.where(live[:, None], hidden, 0.0)
-        outside = (targets < 0) | (targets >= self.problem.weight.shape[0])
-        return Rows(place, self.products.operand(hidden), torch.where(outside, 0, targets), outside)
+        elif not live.all():
+            kept = live.nonzero()[:, 0]
+            place, hidden = kept + first, hidden[kept]
+        return Rows(place, hidden, self.targets[place], self.outside[place])
 
-    def exponentials(self, rows: Rows) -> tuple[Tensor, Statistics]:
-        """First product and statistics."""
-        vocabulary, count = self.problem.weight.shape[0], rows.hidden.shape[0]
-        logits = self.workspace[: vocabulary * count].view(vocabulary, count)
-        self.products.logits(rows.hidden, logits)
-        if self.bias is not None:
-            logits.add_(self.bias)
-        return logits, softmax_statistics_(logits, rows.targets)
-
-    def keep_log_likelihood(self, rows: Rows, statistics: Statistics) -> None:
-        log_p = torch.where(rows.outside, torch.nan, statistics.log_p)
+    def keep_log_likelihood(self, rows: Rows, log_p: Tensor) -> None:
+        log_p = torch.where(rows.outside, torch.nan, log_p)
         if isinstance(rows.place, slice):  # rows without a part are 0
             log_p = torch.where(self.live[rows.place], log_p, 0.0)
         self.log_likelihood.view(-1)[rows.place] = log_p
 
-    def add_gradients(self, rows: Rows, exponentials: Tensor, statistics: Statistics, factor: Tensor) -> None:
-        """Second and third product; factor: float64 [R], the upstream gradient times the posterior."""
-        scale = self.products.scale
-        logits_gradient_(exponentials, rows.targets, statistics, factor * scale)
-        d_logits = self.products.operand(exponentials)
-        if self.needs.hidden:
-            d_hidden = self.products.d_hidden(d_logits) / scale
-            self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
-        if self.needs.weight:
-            self.products.add_d_weight(self.d_weight, d_logits, rows.hidden, not self.d_weight_begun)
-            self.d_weight_begun = True
-        if self.needs.bias:
-            self.d_bias += exponentials.sum(1)
+    def keep_d_hidden(self, rows: Rows, d_hidden: Tensor) -> None:
+        self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
 
     def gradients(self) -> Gradients:
-        scale = self.products.scale
         if not self.d_weight_begun:
             self.d_weight.zero_()
-        if scale != 1.0:
-            self.d_weight.div_(scale)
-            self.d_bias.div_(scale)
         return Gradients(self.d_hidden, self.d_weight, self.d_bias)
 
 
-def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
+class LibraryPass(Pass):
+    """torch's matrix products, with a device's passes between them."""
+
+    EXTRA_WORDS = 0  # of the logits, beyond those of the weight
+
+    def __init__(self, problem: Problem, needs: Needs, passes: Passes, chunks: Chunks) -> None:
+        super().__init__(problem, needs, chunks)
+        self.passes = passes
+        self.products = products_for(problem.weight, problem.sum_dtype)
+        self.words = problem.weight.shape[0]
+        rows = min(self.chunks.step(), self.chunks.rows)
+        self.workspace = problem.weight.new_empty(
+            (self.words + self.EXTRA_WORDS) * rows, dtype=problem.sum_dtype
+        )
+
+    def score(self, rows: Rows) -> Tensor:
+        """First product and statistics."""
+        self.operand = rows.hidden.to(self.products.operand_dtype)
+        words, count = self.words + self.EXTRA_WORDS, rows.hidden.shape[0]
+        self.logits = self.workspace[: words * count].view(words, count)
+        self.products.logits(self.operand, self.logits[: self.words])
+        self.statistics = self.statistics_(rows)
+        return self.statistics.log_p
+
+    def statistics_(self, rows: Rows) -> Statistics:
+        return self.passes.statistics_(self.logits, self.bias, rows.targets)
+
+    def add_gradients(self, rows: Rows, factor: Tensor) -> None:
+        """Second and third product."""
+        scale = self.products.scale
+        d_logits = self.passes.gradient_(
+            self.logits,
+            self.bias,
+            rows.targets,
+            self.statistics,
+            factor if scale == 1.0 else factor * scale,
+            self.products.operand_dtype,
+            self.d_bias if self.needs.bias else None,
+        )[: self.words]
+        if self.needs.hidden:
+            self.keep_d_hidden(rows, self.products.d_hidden(d_logits))
+        if self.needs.weight:
+            self.products.add_d_weight(self.d_weight, d_logits, self.operand, not self.d_weight_begun)
+            self.d_weight_begun = True
+
+    def gradients(self) -> Gradients:
+        found = super().gradients()
+        if self.products.scale != 1.0:
+            for gradient in found:
+                gradient.div_(self.products.scale)
+        return found
+
+
+def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:
     """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
-    work = Pass(problem, needs)
-    ones = work.log_likelihood.new_ones(problem.scores.shape[0])
-    one_pass = any(needs) and work.chunks.examples_at_once > 0
-    for first, last in work.chunks.ranges():
+    return forward_by(LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place)))
+
+
+def backward(
+    problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs, passes: Passes = TORCH
+) -> Gradients:
+    """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
+    work = LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place))
+    return backward_by(work, log_likelihood, d_loss)
+
+
+def forward_by(work: Pass) -> tuple[Tensor, Gradients]:
+    batch, by_example = work.problem.scores.shape[0], work.chunks.rows_of_example
+    ones = work.log_likelihood.new_ones(batch)
+    one_pass = any(work.needs) and work.chunks.examples_at_once > 0 and not work.leaves_rows_out
+    for first, last in work.ranges():
         rows = work.rows(first, last)
-        exponentials, statistics = work.exponentials(rows)
-        work.keep_log_likelihood(rows, statistics)
+        work.keep_log_likelihood(rows, work.score(rows))
         if one_pass:
-            examples = first // work.chunks.rows_of_example, last // work.chunks.rows_of_example
-            part = slice(*examples)
-            factor = posterior_factor(
-                problem.examples(*examples), work.log_likelihood[part], ones[part]
-            ).flatten()
+            factor = work.factor(slice(first // by_example, last // by_example), ones)
             kept = rows.place - first if isinstance(rows.place, Tensor) else slice(None)
-            work.add_gradients(rows, exponentials, statistics, factor[kept])
-    if any(needs) and not one_pass:
-        _second_pass(work, posterior_factor(problem, work.log_likelihood, ones).flatten())
+            work.add_gradients(rows, factor[kept])
+    if any(work.needs) and not one_pass:
+        _second_pass(work, work.factor(slice(0, batch), ones))
     return work.log_likelihood, work.gradients()
 
 
-def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
-    """The gradients of sum_b d_loss_b loss_b, logits recomputed; |d_loss| at most 1."""
-    work = Pass(problem, needs)
-    _second_pass(work, posterior_factor(problem, log_likelihood, d_loss).flatten())
+def backward_by(work: Pass, log_likelihood: Tensor, d_loss: Tensor) -> Gradients:
+    work.log_likelihood = log_likelihood
+    _second_pass(work, work.factor(slice(0, d_loss.shape[0]), d_loss))
     return work.gradients()
 
 
 def _second_pass(work: Pass, factor: Tensor) -> None:
-    for first, last in work.chunks.ranges():
+    if work.leaves_rows_out:
+        work.live &= factor != 0
+    for first, last in work.ranges():
         rows = work.rows(first, last)
-        exponentials, statistics = work.exponentials(rows)
-        work.add_gradients(rows, exponentials, statistics, factor[rows.place])
+        work.score(rows)
+        work.add_gradients(rows, factor[rows.place])
 
 
 BACKEND = Backend(name="torch", refuses=lambda *arguments: None, forward=forward, backward=backward)

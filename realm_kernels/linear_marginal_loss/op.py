@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, chunked, reference
+from ..marginal_loss.reference import reduce
+from . import checks, chunked, cpu, reference, triton
+from .memory import fresh, scale_into
 from .problem import Gradients, Needs, Problem
 
-BACKENDS = (chunked.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, triton.BACKEND, chunked.BACKEND, reference.BACKEND)
 
 _INPUTS = (
     "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"
     " Tensor? log_weight"
 )
-_OPTIONS = "int ignore_index, str mode, bool needs_hidden, bool needs_weight, bool needs_bias"
+_OPTIONS = (
+    "int ignore_index, str mode, bool needs_hidden, bool needs_weight, bool needs_bias, float min_posterior"
+)
 
 # Gradients come with the forward, for an upstream gradient of 1. needs_weight and needs_bias promise an
 # upstream gradient equal for all examples: a sum over examples cannot be taken apart again.
@@ -43,9 +47,9 @@ def backend_for(problem: Problem) -> backends.Backend:
 
 @contextmanager
 def _inside(problem: Problem, backend: backends.Backend) -> Iterator[None]:
-    """No autocast within, and the marginal of documents by the reference too, or by the first that can."""
+    """No autocast within, and the marginal of documents by the same backend if it has one of that name."""
     device_type = problem.hidden.device.type
-    marginal = backend.name if backend.name == "reference" else None
+    marginal = backends.forced_backend() if backend.name in ("cpu", "reference") else None
     with torch.autocast(device_type, enabled=False), backends.use_backend(marginal):
         yield
 
@@ -64,10 +68,13 @@ def linear_marginal_loss_fwd(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
 ) -> tuple[Tensor, ...]:
     """loss [B], count int64 [B] as of marginal_loss, log_likelihood float64 [B, K, M], gradients for 1."""
     checks.check_values(targets, weight.shape[0], ignore_index)
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
+    )
     backend = backend_for(problem)
     with _inside(problem, backend):
         log_likelihood, units = backend.forward(problem, Needs(needs_hidden, needs_weight, needs_bias))
@@ -91,6 +98,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
 ) -> tuple[Tensor, ...]:
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
     batch, vocabulary, dtype = scores.shape[0], weight.shape[0], problem.sum_dtype
@@ -124,9 +132,12 @@ def linear_marginal_loss_bwd(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
     needs_scores: bool,
 ) -> tuple[Tensor, ...]:
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
+    )
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     backend = backend_for(problem)
     with _inside(problem, backend):
@@ -141,19 +152,42 @@ def linear_marginal_loss_bwd(
             needs_scores,
             False,
         )
-        if has_units:
+        if has_units or not any(needs):
             units = Gradients(unit_d_hidden, unit_d_weight, unit_d_bias)
-            return d_scores.to(problem.loss_dtype), *_scaled(problem, units, needs, d_loss, d_loss[:1].sum())
+            return d_scores.to(problem.loss_dtype), *scaled(problem, units, needs, d_loss, d_loss[:1].sum())
         # Of the size of one, as the units are: half precision has no room for the scale of a loss.
         size = d_loss.abs().amax() if d_loss.numel() > 0 else d_loss.sum()
         relative = torch.where(size > 0, d_loss / size, 0.0)
         assert backend.backward is not None
         units = backend.backward(problem, log_likelihood, relative, needs)
-        scaled = _scaled(problem, units, needs, size.expand(d_loss.shape), size)
-        return d_scores.to(problem.loss_dtype), *scaled
+        gradients = scaled(problem, units, needs, size.expand(d_loss.shape), size)
+        return d_scores.to(problem.loss_dtype), *gradients
 
 
-def _scaled(
+def loss(problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
+    """The reduced loss, and log_likelihood float64 [B, K, M], of inputs that were checked."""
+    needs = needs_of(problem)
+    # One example's share of d_weight cannot be scaled afterwards, so with "none" nothing is made beforehand.
+    beforehand = reduction != "none" or not (needs.weight or needs.bias)
+    each, count, log_likelihood, *_ = torch.ops.realm_kernels.linear_marginal_loss(
+        *problem.tensors,
+        problem.ignore_index,
+        problem.mode,
+        *(beforehand and needed for needed in needs),
+        problem.min_posterior,
+    )
+    return reduce(each, count, reduction), log_likelihood
+
+
+def needs_of(problem: Problem) -> Needs:
+    return Needs(*(_needs_gradient(x) for x in (problem.hidden, problem.weight, problem.bias)))
+
+
+def _needs_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
+
+
+def scaled(
     problem: Problem, units: Gradients, needs: Needs, by_example: Tensor, by_all: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the inputs, in their dtypes, in memory of their own."""
@@ -164,8 +198,8 @@ def _scaled(
         torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
         d_hidden.masked_fill_(~problem.live()[..., None], 0.0)  # where an infinite scale made 0 a NaN
     if needs.weight:
-        d_weight = torch.empty_like(problem.weight, memory_format=torch.contiguous_format)
-        torch.mul(units.d_weight, by_all, out=d_weight)
+        d_weight = fresh(problem.weight, problem.weight.shape, problem.weight.dtype)
+        scale_into(d_weight, units.d_weight, by_all)
     if needs.bias:
         d_bias = problem.weight.new_empty(problem.weight.shape[0])
         torch.mul(units.d_bias, by_all, out=d_bias)
@@ -192,6 +226,7 @@ def _(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
+    min_posterior: float,
     needs_scores: bool,
 ) -> tuple[Tensor, ...]:
     problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
@@ -204,7 +239,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias = inputs
+    *tensors, ctx.ignore_index, ctx.mode, needs_hidden, needs_weight, needs_bias, ctx.min_posterior = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(*tensors, *rest[1:])
@@ -226,6 +261,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, 
             wants_hidden,
             wants_weight,
             wants_bias,
+            ctx.min_posterior,
             wants_scores or wants_log_weight,
         )
     return (
@@ -236,7 +272,7 @@ def _backward(ctx: Any, d_loss: Tensor, *_rest: Tensor) -> tuple[Tensor | None, 
         d_bias if wants_bias else None,
         None,
         d_scores.to(log_weight.dtype) if wants_log_weight else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 

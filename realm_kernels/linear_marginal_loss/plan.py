@@ -7,7 +7,7 @@ from torch import Tensor
 from ..backends import Explanation
 from . import op
 from .checks import OP, check
-from .chunks import chunks_of
+from .chunks import chunks_in_cache, chunks_of
 from .problem import Problem
 
 
@@ -33,13 +33,19 @@ def explain(
     mode: str = "sequence",
     reduction: str = "mean",
     return_posterior: bool = False,
+    min_posterior: float = 0.0,
 ) -> Explanation:
-    check(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, reduction)
-    problem = Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode)
+    problem = Problem(
+        scores, hidden, weight, targets, bias, doc_mask, log_weight, ignore_index, mode, min_posterior
+    )
+    check(problem, reduction)
     backend = op.backend_for(problem)
     products = 1 + hidden.requires_grad + weight.requires_grad
     recomputed = reduction == "none" and weight.requires_grad
-    chunks = chunks_of(problem)
+    if backend.name == "cpu":
+        chunks = chunks_in_cache(problem)
+    else:
+        chunks = chunks_of(problem, in_place=backend.name == "triton")
     if backend.name == "reference":
         plan = f"all {chunks.rows} rows of logits at once, in float64"
     elif chunks.examples_at_once > 0:

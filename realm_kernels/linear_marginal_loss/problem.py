@@ -41,6 +41,23 @@ class Problem:
     log_weight: Tensor | None  # [B, K]
     ignore_index: int
     mode: str
+    min_posterior: float = 0.0  # rows whose posterior is below it have no part in d_hidden, d_weight, d_bias
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return (
+            self.scores,
+            self.hidden,
+            self.weight,
+            self.targets,
+            self.bias,
+            self.doc_mask,
+            self.log_weight,
+        )
+
+    @property
+    def options(self) -> tuple[int, str, float]:
+        return self.ignore_index, self.mode, self.min_posterior
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -94,4 +111,17 @@ def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -
         False,
         True,
     )
-    return -d_log_likelihood
+    return keep_likely(problem, -d_log_likelihood, d_loss)
+
+
+def keep_likely(problem: Problem, factor: Tensor, d_loss: Tensor) -> Tensor:
+    """factor [B, K, M], d_loss [B] times the posterior, but 0 where that is below min_posterior.
+
+    |p - onehot| <= sqrt(2), so a row that is left out is missed by at most sqrt(2) min_posterior |d_loss|
+    |hidden| in d_weight (Frobenius' norm), as much with |hidden| = 1 in d_bias, and by at most
+    2 min_posterior |d_loss| max_v |W_v| in d_hidden: README.md derives it.
+    """
+    if problem.min_posterior == 0.0:
+        return factor
+    least = problem.min_posterior * d_loss.abs()[:, None, None]
+    return torch.where(factor.abs() < least, 0.0, factor)  # NaN stays

@@ -31,6 +31,9 @@ class WideProducts:
 
     def __init__(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         self.weight, self.sum_dtype = weight, sum_dtype
+        self.operand_dtype = (
+            sum_dtype  # of rows of hidden and of gradients of logits, as the products take them
+        )
 
     def slices(self) -> Iterator[tuple[slice, Tensor]]:
         vocabulary, width = self.weight.shape
@@ -41,10 +44,6 @@ class WideProducts:
         for first in range(0, vocabulary, step):
             part = slice(first, min(first + step, vocabulary))
             yield part, self.weight[part].to(self.sum_dtype)
-
-    def operand(self, x: Tensor) -> Tensor:
-        """Rows of hidden, or gradients of logits, as the products take them."""
-        return x.to(self.sum_dtype)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """W hidden^T into out [V, R]."""
@@ -69,10 +68,8 @@ class TensorCoreProducts:
 
     def __init__(self, weight: Tensor, sum_dtype: torch.dtype) -> None:
         self.weight, self.sum_dtype = weight, sum_dtype
+        self.operand_dtype = weight.dtype
         self.scale = FLOAT16_SCALE if weight.dtype == torch.float16 else 1.0
-
-    def operand(self, x: Tensor) -> Tensor:
-        return x.to(self.weight.dtype)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         return torch.mm(self.weight, hidden.t(), out_dtype=self.sum_dtype, out=out)

@@ -57,7 +57,9 @@ def check(
     """Raise TypeError or ValueError for arguments the op does not take; return the table's shards."""
     shards = shards_of(table)
     num_rows = sum(shard.shape[0] for shard in shards if isinstance(shard, Tensor) and shard.dim() > 0)
-    check_call(queries, shards, k, exclude, row_mask, num_rows)
+    # A table, not a tensor, may stay in host memory while it is searched on a GPU.
+    may_differ = not isinstance(table, Tensor) and all(shard.device.type == "cpu" for shard in shards)
+    check_call(queries, shards, k, exclude, row_mask, num_rows, on_host=may_differ)
     if not isinstance(table, Tensor) and any(shard.requires_grad for shard in shards):
         raise ValueError(
             f"{OP}: table must be a plain Tensor to receive a gradient, got a ShardedTable that requires one"
@@ -73,16 +75,21 @@ def check_call(
     row_mask: Tensor | None,
     num_rows: int,
     mask_legend: str = "[N]",
+    on_host: bool = False,
 ) -> None:
-    """The rules that one process and many share: `shards` are those here, `num_rows` counts all rows."""
+    """The rules that one process and many share: `shards` are those here, `num_rows` counts all rows.
+
+    on_host: the rows are in host memory, and queries on a GPU may search them there.
+    """
     check_tensor(OP, "queries", queries, "[B, D]", (None, None), FLOAT_DTYPES)
     if isinstance(queries, DTENSOR):
         raise TypeError(f"{OP}: queries must be a plain Tensor, each rank's own, got a DTensor")
     batch, dim = queries.shape
     if dim < 1:
         raise ValueError(f"{OP}: queries must be [B, D] with D >= 1, got {describe(queries)}")
+    where = None if on_host and queries.device.type == "cuda" else queries.device
     for shard in shards:
-        check_tensor(OP, "table", shard, "[N, D]", (None, dim), FLOAT_DTYPES, queries.device)
+        check_tensor(OP, "table", shard, "[N, D]", (None, dim), FLOAT_DTYPES, where)
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"{OP}: k must be an int, got {describe(k)}")
     if not 1 <= k <= num_rows:

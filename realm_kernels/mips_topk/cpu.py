@@ -72,7 +72,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     batch, dim = queries.shape
-    if codes and not quantized.are_of(codes, shards):
+    if codes and not (quantized.are_for_the_cpu(codes) and quantized.are_of(codes, shards)):
         codes = ()
     # The kernel steps from row to row by a stride, but reads a row as it lies.
     rows = [shard if shard.stride(1) == 1 or dim == 1 else shard.contiguous() for shard in shards]

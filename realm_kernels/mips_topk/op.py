@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, cpu, reference, triton
+from ..table import device_stream
+from ..table.sharded import gather
+from . import checks, cpu, cuda, reference, triton
 
-BACKENDS = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
 # return_rows: the caller will ask for d_queries, so the gathered rows [B, k, D] come along as a third result.
 # codes: empty, or Int8Codes.tensors() of the shards; a backend may scan the rows all the same.
@@ -47,10 +49,22 @@ def mips_topk_fwd(
     backend = backend_for(queries, shards, k, exclude, row_mask)
     scores, indices = backend.forward(queries, shards, k, exclude, row_mask, codes)
     if return_rows:
-        rows = reference.gather_rows(shards, indices)  # [B, k, D]
+        rows = _gather_rows(shards, indices)  # [B, k, D]
     else:
-        rows = shards[0].new_empty(0)
+        rows = queries.new_empty(0, dtype=shards[0].dtype)
     return scores, indices, rows
+
+
+def _gather_rows(shards: list[Tensor], indices: Tensor) -> Tensor:
+    """Rows by global id on the device of the ids, zeros for -1."""
+    if shards[0].device == indices.device:
+        return reference.gather_rows(shards, indices)
+    if device_stream.is_pinned(shards):
+        from .triton_gather import gather_pinned  # imports triton
+
+        return gather_pinned(shards, indices)
+    device_stream.refuse_capture()
+    return gather(shards, indices.cpu()).to(indices.device)
 
 
 @torch.library.register_fake("realm_kernels::mips_topk")
@@ -66,7 +80,7 @@ def _(
     batch, dim = queries.shape
     scores = queries.new_empty(batch, k, dtype=torch.float32)
     indices = queries.new_empty(batch, k, dtype=torch.int64)
-    rows = shards[0].new_empty((batch, k, dim) if return_rows else (0,))
+    rows = queries.new_empty((batch, k, dim) if return_rows else (0,), dtype=shards[0].dtype)
     return scores, indices, rows
 
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ..backends import Explanation
 from ..ranks import HEADER_BYTES
+from ..table import device_stream
+from ..table.quantized import are_for_the_cpu
 from . import op
 from .checks import OP, check, check_call, codes_of, is_across_ranks
 from .distributed import MASK_LEGEND, rows_of
@@ -51,10 +53,20 @@ def explain(
     backend = op.backend_for(queries, shards, k, exclude, row_mask)
     batch, dim = queries.shape
     num_rows = sum(shard.shape[0] for shard in shards)
-    codes = codes_of(table) if backend.name == "cpu" else None
+    codes = codes_of(table)
+    if codes is not None and (
+        backend.name == "reference"
+        or codes.device != queries.device
+        or are_for_the_cpu(codes.tensors()) != (backend.name == "cpu")
+    ):
+        codes = None
     row_bytes = shards[0].element_size() if codes is None else 1
     bytes_moved, flops = cost(batch, num_rows, dim, k, row_bytes, queries.element_size())
     certified = "" if codes is None else "; scans their int8 codes, rescores what these cannot exclude"
+    if shards[0].device != queries.device:
+        pinned = device_stream.is_pinned(shards)
+        certified += f"; rows in {'pinned' if pinned else 'pageable'} host memory"
+        certified += "" if codes is not None else ", copied to the GPU a window at a time"
     return Explanation(
         op=OP,
         backend=backend.name,

@@ -82,4 +82,10 @@ def forward(
     return select(scores, eligible_rows(scores, exclude, row_mask), k)
 
 
-BACKEND = Backend(name="reference", refuses=lambda *arguments: None, forward=forward)
+def refuses(queries: Tensor, shards: list[Tensor], *rest: object) -> str | None:
+    if shards[0].device != queries.device:
+        return f"the table is on {shards[0].device}, the queries are on {queries.device}"
+    return None
+
+
+BACKEND = Backend(name="reference", refuses=refuses, forward=forward)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
+from ..table import quantized
 
 
 def refuses(
@@ -43,7 +44,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     from .triton_search import search  # imports triton
 
-    return search(queries, shards, k, exclude, row_mask)
+    if codes and not (codes[0].device == queries.device and quantized.are_of(codes, shards)):
+        codes = ()
+    return search(queries, shards, k, exclude, row_mask, codes)
 
 
 def repairs(device: torch.device | str) -> int:

@@ -6,8 +6,9 @@ The legend is in triton_scan.py.
 import triton
 import triton.language as tl
 
+from .triton_codes import row_bounds
 from .triton_keys import NOTHING, index_of, key_of, merge_largest, value_of
-from .triton_select import upper_bound
+from .triton_select import load_bounds, may_return
 
 LANES = tl.constexpr(8)  # of the canonical sum
 
@@ -19,6 +20,7 @@ def _canonical_keys(
     row_mask,  # pointer, [N] bool, or None
     exclude,  # pointer, [E] int64 of one query
     row,  # [R] int32
+    place,  # [R] where in rows they lie
     is_row,  # [R] bool: which of them to look at
     first_row,
     num_excluded,
@@ -36,7 +38,7 @@ def _canonical_keys(
     float64, so a fused multiply-add gives the same bits.
     """
     lane = tl.arange(0, LANES)
-    start = rows + row.to(tl.int64)[:, None] * stride_row  # [R, 1]
+    start = rows + place.to(tl.int64)[:, None] * stride_row  # [R, 1]
     p = tl.zeros([row.shape[0], LANES], tl.float64)
     # Sixteen steps in flight hide most of the latency of a gather.
     for first in tl.range(0, DIM, LANES, loop_unroll_factor=16):
@@ -49,11 +51,9 @@ def _canonical_keys(
     p = tl.sum(tl.sum(p, axis=1), axis=1)
     score = p.to(tl.float32) + 0.0  # [R], -0 becomes +0
     is_row = is_row & (score == score)
-    if HAS_MASK:
-        is_row = is_row & (tl.load(row_mask + row.to(tl.int64) * stride_mask, mask=is_row, other=0) != 0)
-    row_id = row.to(tl.int64) + first_row
-    for e in range(num_excluded):
-        is_row = is_row & (row_id != tl.load(exclude + e * stride_exclude))
+    is_row = may_return(
+        row, is_row, row_mask, exclude, first_row, num_excluded, stride_mask, stride_exclude, HAS_MASK
+    )
     return tl.where(is_row, key_of(score, row), NOTHING)
 
 
@@ -64,6 +64,7 @@ def rescore_kernel(
     row_mask,  # [N] bool, or None
     exclude,  # [B, E] int64
     selected,  # [B, num_positions / G] int64 keys of (U, group); None: every row from first_position on
+    ceiling,  # [B] int64: only keys below it count; None: all
     keys,  # [B, num_positions] int64 keys of (canonical score, row)
     num_rows,
     first_row,
@@ -82,6 +83,7 @@ def rescore_kernel(
     BLOCK_R: tl.constexpr,
     HAS_MASK: tl.constexpr,
     SELECTED: tl.constexpr,
+    STAGED: tl.constexpr,  # rows holds the rows of the positions, [B, num_positions, D]
 ):
     """Canonical scores of the rows of the selected groups.
 
@@ -99,12 +101,14 @@ def rescore_kernel(
     else:
         row = first_position + position
     is_row = is_row & (row < num_rows)
+    place = query * num_positions + position if STAGED else row
     found = _canonical_keys(
         queries + query * stride_query_b,
         rows,
         row_mask,
         exclude + query * stride_exclude_b,
         row,
+        place,
         is_row,
         first_row,
         num_excluded,
@@ -116,22 +120,29 @@ def rescore_kernel(
         DIM,
         HAS_MASK,
     )
+    if ceiling is not None:
+        found = tl.where(found < tl.load(ceiling + query), found, NOTHING)
     tl.store(keys + query * num_positions + position, found, mask=position < num_positions)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_groups", "first_row", "num_excluded"])
+@triton.jit(do_not_specialize=["num_queries", "num_rows", "num_groups", "first_row", "num_excluded"])
 def repair_kernel(
     queries,  # [B, D]
     rows,  # [N, D]
     row_mask,  # [N] bool, or None
     exclude,  # [B, E] int64
+    terms,  # [5, B] float32, or None: rows have no codes
+    codes,  # [N / G, G, D32] int8, or None
+    bounds,  # [N / G, 3] float32, or None
     group_max,  # [B, N / G] float32
-    group_norm,  # [N / G] float32
-    slope,  # [B] float32
-    offset,  # [B] float32
+    group_norm,  # [N / G] float32, or None
+    slope,  # [B] float32, or None
+    offset,  # [B] float32, or None
     flags,  # [B] int32
     kth,  # [B] int64 key of the k-th row so far
+    ceiling,  # [B] int64: only keys below it count; None: all
     best,  # [B, parts, TOP] int64
+    num_queries,
     num_rows,
     num_groups,
     first_row,
@@ -143,7 +154,10 @@ def repair_kernel(
     stride_mask,
     stride_exclude_b,
     stride_exclude,
+    stride_code,
+    float32_error,
     DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     PART: tl.constexpr,
     TOP: tl.constexpr,
@@ -161,30 +175,46 @@ def repair_kernel(
         return
     last = tl.load(kth + query)
     tau = value_of(last)
-    slope, offset = tl.load(slope + query), tl.load(offset + query)
-    group_max += query * num_groups
     parts = tl.num_programs(1)
     run = tl.cdiv(tl.cdiv(num_groups, parts), PART) * PART
     end = tl.minimum((part + 1) * run, num_groups)
     found = tl.full([TOP], NOTHING, tl.int64)
     for first in range(part * run, end, PART):
         several = first + tl.arange(0, PART)
-        maxima = tl.load(group_max + several, mask=several < end, other=float("-inf"))
-        norms = tl.load(group_norm + several, mask=several < end, other=0.0)
-        bounds = upper_bound(maxima, norms, slope, offset)
-        bounds = tl.where(several < end, bounds, float("-inf"))
-        if (tl.max(bounds, axis=0) >= tau) & (tl.max(bounds, axis=0) > float("-inf")):
+        uppers = load_bounds(group_max, group_norm, slope, offset, query, several, several < end, num_groups)
+        if (tl.max(uppers, axis=0) >= tau) & (tl.max(uppers, axis=0) > float("-inf")):
             for group in range(first, tl.minimum(first + PART, end)):
-                bound = upper_bound(tl.load(group_max + group), tl.load(group_norm + group), slope, offset)
-                if (bound >= tau) & (bound > float("-inf")):
+                upper = load_bounds(
+                    group_max, group_norm, slope, offset, query, group, group < end, num_groups
+                )
+                if (upper >= tau) & (upper > float("-inf")):
                     row = group * GROUP + tl.arange(0, GROUP)
+                    is_row = row < num_rows
+                    if codes is not None:  # read only the rows that their codes do not exclude
+                        bound = row_bounds(
+                            queries + query * stride_query_b,
+                            terms + query,
+                            codes,
+                            bounds,
+                            row,
+                            is_row,
+                            num_queries,
+                            stride_query_d,
+                            stride_code,
+                            float32_error,
+                            DIM,
+                            BLOCK_D,
+                            GROUP,
+                        )
+                        is_row = is_row & (bound >= tau)
                     keys = _canonical_keys(
                         queries + query * stride_query_b,
                         rows,
                         row_mask,
                         exclude + query * stride_exclude_b,
                         row,
-                        row < num_rows,
+                        row,
+                        is_row,
                         first_row,
                         num_excluded,
                         stride_query_d,
@@ -196,6 +226,8 @@ def repair_kernel(
                         HAS_MASK,
                     )
                     keys = tl.where(keys >= last, keys, NOTHING)
+                    if ceiling is not None:
+                        keys = tl.where(keys < tl.load(ceiling + query), keys, NOTHING)
                     if tl.max(keys, axis=0) > tl.min(found, axis=0):
                         found = merge_largest(found, keys)
     tl.store(best + (query * parts + part) * TOP + tl.arange(0, TOP), found)

@@ -86,7 +86,7 @@ def scan_kernel(
     stride_row,
     stride_d,
     stride_mask,
-    norm_scale,  # 1 + what the float32 sum of D squares may lose, relative to the norm
+    norm_scale,  # 1 + what rounded squares and their sum may lose, relative to the norm
     DIM: tl.constexpr,
     D_PADDED: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -103,7 +103,7 @@ def scan_kernel(
     different queries have neighbouring ids, run together and share the tile in L2. Where D fits one block the
     queries stay in shared memory and tiles stream through STAGES buffers. Reads N * D once from memory,
     writes 4 * B * N / G. Limit: memory below about 200 flops a byte, the matrix rate above; a score costs one
-    max and no more.
+    max and no more, an element of a row half an instruction for its norm.
     """
     query = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D)
@@ -112,25 +112,26 @@ def scan_kernel(
     if D_PADDED == BLOCK_D:
         q = tl.load(query_rows + d[None, :], mask=is_query, other=0.0)  # [BLOCK_B, BLOCK_D]
     group_of_tile = tl.arange(0, BLOCK_N // GROUP)
-    is_first = tl.program_id(0) == 0  # one program of each tile tells the norms
     for tile in tl.range(tl.program_id(1), tl.cdiv(num_rows, BLOCK_N), tl.num_programs(1), num_stages=STAGES):
         # Rows past the end repeat the last one, which changes no maximum.
         row = tl.minimum(tile * BLOCK_N + tl.arange(0, BLOCK_N), num_rows - 1).to(tl.int64)
         row_start = rows + row[:, None] * stride_row  # [BLOCK_N, 1]
+        # One program of each tile tells the norms, in turn.
+        is_first = tile % tl.num_programs(0) == tl.program_id(0)
         scores = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         square = tl.zeros([BLOCK_N], tl.float32)
         if D_PADDED == BLOCK_D:
             x = _load_columns(row_start, d, stride_d, DIM, BLOCK_D)
             scores = _add_products(scores, q, x, UPCAST)
             if is_first:
-                square = _squares(x)
+                square = _squares(x, UPCAST)
         else:
             for start in tl.range(0, D_PADDED, BLOCK_D, num_stages=STAGES):
                 x = _load_columns(row_start, start + d, stride_d, DIM, BLOCK_D)
                 q = tl.load(query_rows + start + d[None, :], mask=is_query, other=0.0)
                 scores = _add_products(scores, q, x, UPCAST)
                 if is_first:
-                    square += _squares(x)
+                    square += _squares(x, UPCAST)
         if HAS_MASK:
             is_row = tl.load(row_mask + row * stride_mask) != 0
             scores = tl.where(is_row[None, :], scores, float("-inf"))
@@ -166,6 +167,15 @@ def _add_products(scores, q, x, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _squares(x):
-    x = x.to(tl.float32)
-    return tl.sum(x * x, axis=1)
+def _squares(x, UPCAST: tl.constexpr):
+    """Squared norms [BLOCK_N], a little rounded, by the tensor core: with ones, every column is the sum.
+
+    An instruction squares two numbers and the sums cost no more; by lanes and shuffles norms cost more than
+    the maxima of 128 queries. float16 squares would overflow: they are formed in bfloat16, too.
+    """
+    if UPCAST:
+        x = x.to(tl.float32)
+    elif x.dtype == tl.float16:
+        x = x.to(tl.bfloat16)
+    ones = tl.full([x.shape[1], 16], 1.0, x.dtype)
+    return tl.max(tl.dot(x * x, ones), axis=1)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..table import device_stream, quantized
 from . import triton_plan
+from .merging import merge
+from .triton_coded import CodedBlock, StagedBlock
 from .triton_keys import NOTHING
-from .triton_launch import Block, Piece, Workspace, launch_rescore, shared_bytes
-from .triton_plan import MAX_K, WORKSPACE_BYTES, Plan
+from .triton_launch import Block, Codes, Piece, Workspace, decoded, launch_rescore, shared_bytes
+from .triton_plan import WORKSPACE_BYTES, Plan
+from .triton_tuning import configured
 
 PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
-DENSE_ROWS = 1 << 16  # at least so many rows are scored at once where k is beyond the fused search
+DENSE_ROWS = 1 << 16  # at least so many rows are scored at once where every row is
 
 Planner = Callable[..., Plan]
 
@@ -26,42 +30,88 @@ def search(
     k: int,
     exclude: Tensor | None = None,
     row_mask: Tensor | None = None,
+    codes: Sequence[Tensor] = (),
     planner: Planner = triton_plan.plan_for,
 ) -> tuple[Tensor, Tensor]:
-    """(scores [B, k], indices [B, k]) as the contract defines them; `planner` plans the search of a piece."""
+    """(scores [B, k], indices [B, k]) as the contract defines them; `planner` plans the search of a piece.
+
+    Shards may be in host memory. codes: quantized.Int8Codes.tensors() on the queries' device, or none.
+    """
     if queries.shape[0] == 0:
         return queries.new_empty((0, k), dtype=torch.float32), queries.new_empty((0, k), dtype=torch.int64)
-    result: tuple[Tensor, Tensor] | None = None
+    if exclude is None:
+        exclude = queries.new_empty((queries.shape[0], 0), dtype=torch.int64)
     with _on_device(queries.device):
-        for piece in _pieces(queries, shards, exclude, row_mask):
-            found = _search_piece(piece, k, planner) if k <= MAX_K else _search_densely(piece, k)
+        plans = _plans(queries, shards, k, exclude.shape[1], codes, planner)
+        result: tuple[Tensor, Tensor] | None = None
+        for first, rows, piece_codes, plan in plans:
+            mask = None if row_mask is None else row_mask[first : first + rows.shape[0]]
+            piece = Piece(queries, rows, first, exclude, mask, piece_codes)
+            found = _search_piece(piece, k, plan)
             result = found if result is None else merge(result, found)
     assert result is not None  # 1 <= k <= N: some shard has rows
     return result
 
 
-def merge(earlier: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The k first of two results [B, k] by score, then id, then nothing; all ids of `later` are larger."""
-    scores = torch.cat([earlier[0], later[0]], dim=1)  # [B, 2k]
-    indices = torch.cat([earlier[1], later[1]], dim=1)
-    bits = scores.view(torch.int32)
-    high = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(indices < 0, -(1 << 31))
-    order = high.sort(dim=1, descending=True, stable=True).indices[:, : earlier[0].shape[1]]
-    return scores.gather(1, order), indices.gather(1, order)
+def _plans(
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    num_excluded: int,
+    codes: Sequence[Tensor],
+    planner: Planner,
+) -> Iterator[tuple[int, Tensor, Codes | None, Plan]]:
+    """(first row, rows, codes, plan) of each piece. Rows of the host come in windows, unless codes serve."""
+    batch, dim = queries.shape
+
+    def plan_of(rows: Tensor, **more: Any) -> Plan:
+        shape = (batch, rows.shape[0], dim, k, num_excluded, queries.dtype, rows.dtype)
+        return planner(*shape, shared_bytes(queries.device), **more)
+
+    on_host = is_on_host(queries, shards)
+    if codes and quantized.are_for_the_cpu(codes):
+        codes = ()
+    for first, shard, codes_of_shard in _with_codes(shards, codes):
+        pieces = list(_split(first, shard, codes_of_shard))
+        for start, rows, piece_codes in pieces:
+            plan = None
+            if piece_codes is not None:
+                group = piece_codes.codes.shape[1]
+                staged = dim * rows.element_size() if on_host and not device_stream.is_pinned([rows]) else 0
+                plan = plan_of(rows, code_group=group, staged_bytes=staged)
+                if plan.kept is None:
+                    plan = None
+            if plan is not None:
+                yield start, rows, piece_codes, plan
+            elif on_host:
+                workspace = WORKSPACE_BYTES - device_stream.BUFFERS * device_stream.WINDOW_BYTES
+                for window_start, window in device_stream.windows([(start, rows)], queries.device):
+                    yield window_start, window, None, plan_of(window, workspace=workspace)
+            else:
+                yield start, rows, None, plan_of(rows)
 
 
-def _pieces(
-    queries: Tensor, shards: list[Tensor], exclude: Tensor | None, row_mask: Tensor | None
-) -> Iterator[Piece]:
-    if exclude is None:
-        exclude = queries.new_empty((queries.shape[0], 0), dtype=torch.int64)
-    first_row = 0
-    for shard in shards:
-        for rows in shard.split(PIECE_ROWS):
-            if rows.shape[0] > 0:
-                mask = None if row_mask is None else row_mask[first_row : first_row + rows.shape[0]]
-                yield Piece(queries, rows, first_row, exclude, mask)
-                first_row += rows.shape[0]
+def is_on_host(queries: Tensor, shards: Sequence[Tensor]) -> bool:
+    return shards[0].device != queries.device
+
+
+def _with_codes(shards: list[Tensor], codes: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Codes | None]]:
+    """(first row, shard, its codes) of the shards that have rows."""
+    for number, (first, shard) in enumerate(device_stream.spans(shards)):
+        if shard.shape[0] > 0:
+            of_shard = Codes(codes[0], *codes[2 + 2 * number : 4 + 2 * number]) if codes else None
+            yield first, shard, of_shard
+
+
+def _split(first: int, shard: Tensor, codes: Codes | None) -> Iterator[tuple[int, Tensor, Codes | None]]:
+    for start in range(0, shard.shape[0], PIECE_ROWS):
+        rows = shard[start : start + PIECE_ROWS]
+        if codes is not None:
+            group = codes.codes.shape[1]
+            groups = slice(start // group, start // group + triton_plan.ceil_div(rows.shape[0], group))
+            yield first + start, rows, Codes(codes.mean, codes.codes[groups], codes.bounds[groups])
+        else:
+            yield first + start, rows, None
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -69,32 +119,29 @@ def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _search_piece(piece: Piece, k: int, planner: Planner) -> tuple[Tensor, Tensor]:
-    batch, dim = piece.queries.shape
-    plan = planner(
-        batch,
-        piece.rows.shape[0],
-        dim,
-        k,
-        piece.exclude.shape[1],
-        piece.queries.dtype,
-        piece.rows.dtype,
-        shared_bytes(piece.queries.device),
-    )
+def _search_piece(piece: Piece, k: int, plan: Plan) -> tuple[Tensor, Tensor]:
+    if triton_plan.scores_all(plan, piece.rows.shape[0]):
+        return _search_densely(piece, k)
+    batch = piece.queries.shape[0]
     scores = piece.queries.new_empty((batch, k), dtype=torch.float32)
     indices = piece.queries.new_empty((batch, k), dtype=torch.int64)
     workspace = Workspace(plan, piece.queries)
+    kind = Block if piece.codes is None else StagedBlock if plan.staged_bytes else CodedBlock
+    first = min(plan.batch, batch)
+    plan = configured(
+        plan,
+        piece.queries.device,
+        (piece.rows.shape[0], piece.queries.shape[1]),
+        lambda tried: kind(piece, tried, workspace, 0, first).scan(),
+    )
     for start in range(0, batch, plan.batch):
         stop = min(start + plan.batch, batch)
-        block = Block(piece, plan, workspace, start, stop)
-        block.scan()
-        block.finish(block.rescore(block.select()), scores[start:stop], indices[start:stop])
-        block.repair(scores[start:stop], indices[start:stop])
+        kind(piece, plan, workspace, start, stop).answer(scores[start:stop], indices[start:stop])
     return scores, indices
 
 
 def _search_densely(piece: Piece, k: int) -> tuple[Tensor, Tensor]:
-    """Every row rescored, a chunk at a time, and merged by the library: for k beyond the fused search."""
+    """Every row scored, a chunk at a time, and merged by the library."""
     batch, num_rows = piece.queries.shape[0], piece.rows.shape[0]
     chunk = min(num_rows, max(k, DENSE_ROWS))
     # Keys of the chunk and of the rows kept, once more side by side, and twice that for the library's sort.
@@ -110,14 +157,5 @@ def _search_densely(piece: Piece, k: int) -> tuple[Tensor, Tensor]:
             keys = indices.new_empty((stop - start, min(chunk, num_rows - first)))
             launch_rescore(gather, None, keys, first)
             best = torch.cat([best, keys], dim=1).topk(k, dim=1).values
-        scores[start:stop], indices[start:stop] = _decoded(best, piece.first_row)
+        scores[start:stop], indices[start:stop] = decoded(best, piece.first_row)
     return scores, indices
-
-
-def _decoded(keys: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-    """Scores and global ids of keys, as value_of() and index_of() of triton_keys.py."""
-    missing = keys == torch.iinfo(torch.int64).min
-    high = (keys >> 32).int()
-    scores = torch.where(high < 0, high ^ 0x7FFFFFFF, high).view(torch.float32)
-    indices = first_row + 0x7FFFFFFF - (keys & 0x7FFFFFFF)
-    return scores.masked_fill(missing, -torch.inf), indices.masked_fill(missing, -1)

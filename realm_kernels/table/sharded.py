@@ -158,27 +158,50 @@ class ShardedTable:
         codes = self.codes if shards[0].device == self.device else None
         return ShardedTable(shards, self.version, self.row_ids, self.hold, codes)
 
-    def quantize(self, scheme: str = "int8") -> ShardedTable:
-        """The same rows, shared and not copied, with int8 codes that a search on the CPU scans instead.
+    def quantize(self, scheme: str = "int8", *, device: str | torch.device | None = None) -> ShardedTable:
+        """The same rows, shared and not copied, with int8 codes that a search scans instead.
+
+        device: where searches run, and the codes are kept: the table's own unless told. Codes on a GPU of a
+            table in host memory make a table searchable there that is larger than the GPU: only the few rows
+            that the codes cannot exclude are read from the host. With `pin_memory()` kernels read them where
+            they are; from pageable or mapped memory the host gathers them, so that every search waits for
+            the GPU and none can be captured in a graph.
 
         Results are those of the rows themselves, bit for bit: the scan admits what the bound of its error
-        cannot exclude, and what it admits is scored from the rows, in memory or mapped from disk. A bound
-        that excludes little costs time only. The codes take one byte an element, a quarter of float32 rows.
-        When rows are written to, by a TableRefresher or in place, the next search encodes them anew; in a
-        compiled graph, which cannot, it scans the rows instead. Writes that torch does not count go unseen:
-        through numpy, DLPack or `.data`, and by other processes. Call quantize again after these. A
-        TableRefresher that is given the quantised table encodes with every swap.
+        cannot exclude, and what it admits is scored from the rows. A bound that excludes little costs time
+        only. The codes take one byte an element, a quarter of float32 rows. When rows are written to, by a
+        TableRefresher or in place, the next search encodes them anew; in a compiled graph, which cannot, it
+        scans the rows instead, and in a CUDA graph that is being captured it is an error. Writes that torch
+        does not count go unseen: through numpy, DLPack or `.data`, by replays of a CUDA graph, and by other
+        processes. Call quantize again after these. A TableRefresher that is given the quantised table
+        encodes with every swap.
 
-        Raises ValueError for another scheme, for a table that is not on the CPU, has D above 16384 or was
-        made in inference mode, and where the C++ module is missing.
+        Raises ValueError for another scheme, a device other than the CPU and CUDA or that is not there, for
+        a table that is on another GPU, has D above 16384 or was made in inference mode, and on the CPU where
+        the C++ module is missing.
         """
         if scheme != "int8":
             raise ValueError(f'{OP}.quantize: scheme must be "int8", got {describe(scheme)}')
-        reason = quantized.refuses(self.shards)
+        where = self.device if device is None else torch.device(device)
+        if where.type == "cuda" and where.index is None and torch.cuda.is_available():
+            where = torch.device("cuda", torch.cuda.current_device())
+        reason = quantized.refuses(self.shards, where)
         if reason is not None:
             raise ValueError(f"{OP}.quantize: {reason}")
-        codes = quantized.Int8Codes.of(self.shards)
+        codes = quantized.Int8Codes.of(self.shards, where)
         return ShardedTable(self.shards, self.version, self.row_ids, self.hold, codes)
+
+    def pin_memory(self) -> ShardedTable:
+        """The table with its rows copied to page-locked host memory, which a GPU reads by itself.
+
+        Shards that are pinned already are shared. Raises ValueError for a table on a GPU or where torch
+        finds none.
+        """
+        if self.device.type != "cpu" or not torch.cuda.is_available():
+            there = "" if torch.cuda.is_available() else "; torch finds no GPU"
+            raise ValueError(f"{OP}.pin_memory: the table must be on cpu, it is on {self.device}{there}")
+        shards = [shard if shard.is_pinned() else shard.pin_memory() for shard in self.shards]
+        return ShardedTable(shards, self.version, self.row_ids)
 
     def part(self, first: int, after: int) -> ShardedTable:
         """The rows from `first` to `after` as a table of their own, which shares their storage."""

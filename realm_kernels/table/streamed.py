@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..validation import check_tensor, dtype_name
-from . import manifest, shard_file
+from . import device_stream, manifest, shard_file
 from .row_ids import RowIds
 from .writer import check_count
 
@@ -79,24 +79,29 @@ class StreamedTable:
         exclude: Tensor | None = None,
         row_mask: Tensor | None = None,
     ) -> TopK:
-        """rk.mips_topk over all rows: the same ids, bits, gradients to queries and errors. CPU only.
+        """rk.mips_topk over all rows: the same ids, bits, gradients to queries and errors.
 
-        queries [B, D]; exclude int64 [B, E]; row_mask bool [N], beside the table's own, which always counts.
+        queries [B, D] on the CPU or a GPU, exclude int64 [B, E] and row_mask bool [N] there too; row_mask
+        counts beside the table's own. On a GPU windows pass through two buffers of 64 MiB, and one is copied
+        while another is searched; the host fills them, so this cannot be captured in a CUDA graph.
         """
         from ..mips_topk import TopK, mips_topk
         from ..mips_topk.checks import check_call, check_values
 
         # The rules of the whole, before any window; a tensor without storage stands for the rows.
-        rows = torch.empty(1, dtype=self.dtype).expand(self.num_rows, self.dim)
+        device = queries.device if isinstance(queries, Tensor) else torch.device("cpu")
+        rows = torch.empty(1, dtype=self.dtype, device=device).expand(self.num_rows, self.dim)
         check_call(queries, [rows], k, exclude, row_mask, self.num_rows)
         check_values(self.num_rows, exclude)
-        if queries.device.type != "cpu":
-            raise ValueError(f"{OP}: queries must be on cpu, where the windows are, got {queries.device}")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{OP}: queries must be on cpu or cuda, got {device}")
         if self.row_mask is not None:
-            row_mask = self.row_mask if row_mask is None else row_mask & self.row_mask
+            alive = self.row_mask.to(device)
+            row_mask = alive if row_mask is None else row_mask & alive
         scores = queries.new_empty(queries.shape[0], 0, dtype=torch.float32)
-        indices = torch.empty(queries.shape[0], 0, dtype=torch.int64)
-        for first, window in self._windows():
+        indices = torch.empty(queries.shape[0], 0, dtype=torch.int64, device=device)
+        windows = self._windows()
+        for first, window in windows if device.type == "cpu" else device_stream.windows(windows, device):
             after = first + window.shape[0]
             inside = None
             if exclude is not None:

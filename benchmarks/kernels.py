@@ -1,0 +1,54 @@
+"""Every GPU kernel of the project, found in its sources: nothing is imported and nothing need be compiled.
+
+A Triton function that is launched is named *_kernel (tests/test_triton_compile.py holds it); the others are
+parts of these.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_GLOBAL = re.compile(r"__global__\s+(?:void\s+)?(?:__launch_bounds__\s*\([^)]*\)\s*)?(?:void\s+)?(\w+)\s*\(")
+
+
+def triton_functions(root: Path = ROOT) -> list[str]:
+    """ "module:function" of everything under @triton.jit in realm_kernels."""
+    found = []
+    for path in sorted((root / "realm_kernels").rglob("*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(map(_is_jit, node.decorator_list)):
+                found.append(f"{module}:{node.name}")
+    return found
+
+
+def triton_kernels(root: Path = ROOT) -> list[str]:
+    """Those of triton_functions() that are launched."""
+    return [name for name in triton_functions(root) if name.endswith("_kernel")]
+
+
+def launched_functions(root: Path = ROOT) -> set[str]:
+    """Names of Triton functions that something launches: function[grid](...)."""
+    names = {name.rpartition(":")[2] for name in triton_functions(root)}
+    found = set()
+    for path in (root / "realm_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                found.add(ast.unparse(node.func.value).rpartition(".")[2])
+    return found & names
+
+
+def cuda_kernels(root: Path = ROOT) -> list[str]:
+    """The names of the __global__ functions of csrc."""
+    files = sorted(
+        path for path in (root / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".inl")
+    )
+    return sorted({name for path in files for name in _GLOBAL.findall(path.read_text())})
+
+
+def _is_jit(decorator: ast.expr) -> bool:
+    function = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(function) in ("triton.jit", "jit")

@@ -1,0 +1,114 @@
+// Logits of a block of the vocabulary and their statistics. Part of linear_marginal_loss_body.inl.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/linear_marginal_loss_pack.inl"
+
+namespace realm_kernels {
+namespace {
+
+constexpr float kLowest = -0x1.fffffep127f;  // below every logit but -inf, whose exponential is then 0
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// What is kept of the logits of n words and one panel of rows, [n][kLanes]: exponentials to `out` where it is
+// not null, their sums, and what they are relative to. The target is taken out: its share is added last, in
+// float64, so that log p keeps its digits where p is near 1.
+inline void finish_panel(const LinearMarginalLossParams& params, int64_t first_word, int64_t n,
+                         int64_t first_row, float* logits, float* out, float* target_logits, float* largest,
+                         float* sums) {
+  for (int64_t lane = 0; lane < smaller(kLanes, params.rows - first_row); ++lane) {
+    const int64_t word = params.targets[first_row + lane] - first_word;
+    if (word >= 0 && word < n) {
+      float& logit = logits[word * kLanes + lane];
+      target_logits[first_row + lane] = logit + (params.bias ? params.bias[first_word + word] : 0.0f);
+      logit = -__builtin_inff();
+    }
+  }
+  Vec max_low = Vec{} + kLowest, max_high = max_low;
+  for (int64_t i = 0; i < n; ++i) {
+    Vec low = load<Vec>(logits + i * kLanes), high = load<Vec>(logits + i * kLanes + kWidth);
+    if (params.bias) {
+      low += params.bias[first_word + i];
+      high += params.bias[first_word + i];
+      store(logits + i * kLanes, low);
+      store(logits + i * kLanes + kWidth, high);
+    }
+    max_low = larger(low, max_low);
+    max_high = larger(high, max_high);
+  }
+  Vec sum_low = {}, sum_high = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const Vec low = exponential(load<Vec>(logits + i * kLanes) - max_low);
+    const Vec high = exponential(load<Vec>(logits + i * kLanes + kWidth) - max_high);
+    sum_low += low;
+    sum_high += high;
+    if (out) {
+      store(out + i * kLanes, low);
+      store(out + i * kLanes + kWidth, high);
+    }
+  }
+  store(largest + first_row, max_low);
+  store(largest + first_row + kWidth, max_high);
+  store(sums + first_row, sum_low);
+  store(sums + first_row + kWidth, sum_high);
+}
+
+template <class Step>
+void forward_blocks(const LinearMarginalLossParams& params, const ChunkLayout& layout, const float* packed,
+                    const RowStatistics& statistics, int64_t begin, int64_t end, float* scratch) {
+  const int64_t depth = (params.width + Step::kEach - 1) / Step::kEach;
+  float* logits = scratch;  // [kBlock][kLanes]
+  float* stage = scratch + kBlock * kLanes;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kBlock, n = smaller(kBlock, params.vocabulary - first);
+    const WeightRows weight = weight_rows(params, first, n, stage);
+    const Groups groups(n);
+    float* out = layout.exponentials ? layout.exponentials + first * layout.padded_rows : nullptr;
+    for (int64_t p = 0; p < panels_of(params.rows); ++p) {
+      for (int64_t g = 0; g < groups.count; ++g) {
+        const int64_t row = groups.first(g), size = groups.size(g);
+        Ask ask = kAskNothing;
+        if (p == 0 && weight.in_place && first + row + size < params.vocabulary) {
+          // The rows of the next group, which is also that of the next block.
+          const int64_t lines = size * weight.pitch * 4 / kLineBytes;
+          ask = {reinterpret_cast<const char*>(weight.units + (row + size) * weight.pitch), lines / 2,
+                 2 * kLineBytes};
+        }
+        tile_of<Step, Broadcast::kRows>(size, packed + p * depth * kLanes, depth,
+                                        weight.units + row * weight.pitch, weight.pitch, ask,
+                                        [&](int q, Vec low, Vec high) {
+                                          store(logits + (row + q) * kLanes, low);
+                                          store(logits + (row + q) * kLanes + kWidth, high);
+                                        });
+      }
+      finish_panel(params, first, n, p * kLanes, logits, out ? out + p * n * kLanes : nullptr,
+                   statistics.target_logits, layout.largest + block * layout.padded_rows,
+                   statistics.sums + block * layout.padded_rows);
+    }
+  }
+}
+
+void merge(const ChunkLayout& layout, const RowStatistics& statistics, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r += kWidth) {
+    Vec largest = Vec{} + kLowest;
+    for (int64_t b = 0; b < layout.blocks; ++b) {
+      largest = larger(load<Vec>(layout.largest + b * layout.padded_rows + r), largest);
+    }
+    double totals[kWidth] = {};
+    for (int64_t b = 0; b < layout.blocks; ++b) {
+      const int64_t at = b * layout.padded_rows + r;
+      const Vec share =
+          load<Vec>(statistics.sums + at) * exponential(load<Vec>(layout.largest + at) - largest);
+      for (int i = 0; i < kWidth; ++i) {
+        totals[i] += static_cast<double>(share[i]);
+      }
+    }
+    store(statistics.largest + r, largest);
+    __builtin_memcpy(statistics.totals + r, totals, sizeof totals);
+  }
+}
+
+}  // namespace
+}  // namespace realm_kernels

@@ -1,0 +1,358 @@
+// The Hopper scan: group maxima of the inner products of B queries with N rows, the scores only in registers.
+//
+// One block a multiprocessor, persistent. Of three warp groups the first loads (one thread) and measures the
+// rows (two warps), the others multiply. Tiles of 128 rows come as panels of 128 bytes through a ring of
+// stages; a full barrier says that a panel has landed, an empty one that every warp is done with it. Reads
+// N D once from memory for each block of queries, writes 4 B N / G. docs/hopper_scan.md has the numbers.
+#pragma once
+
+#include "cuda/sm90/scan_parts.h"
+
+namespace realm_kernels {
+namespace cuda {
+namespace sm90 {
+
+// kWide. Of the m64 blocks of queries a consumer group owns every second one, and multiplies them with a tile
+// one after the other. While the maxima of one product are taken, the next one is already under way in other
+// accumulators; whichever group pauses, the other keeps the tensor cores busy.
+template <class Element, bool kWithMaxima>
+struct WideConsumer {
+  using T = typename Element::Accumulator;
+
+  struct Item {
+    int tile;
+    int block;        // of 64 queries
+    RingPosition at;  // of the tile's first panel
+  };
+
+  const ScanArguments& a;
+  const Ring& ring;
+  Share share;
+  int group;
+  uint32_t queries, stages;  // shared addresses
+  int tiles;
+  int valid_tile = -1;
+  uint32_t valid = 0xFFFFFFFFu;
+
+  // The item after `item`; false where there is none. Every group has a block of queries: plan.blocks >= 2.
+  RK_DEVICE bool next(Item& item) const {
+    item.block += kConsumerGroups;
+    if (item.block >= a.plan.blocks) {
+      item.block = group;
+      item.tile += share.tile_step;
+      item.at = item.at.plus(a.plan.panels, ring.stages);
+    }
+    return item.tile < tiles;
+  }
+
+  RK_DEVICE void multiply(T (&d)[64], const Item& item) const {
+    int p = 0;
+#pragma unroll 1
+    do {  // there is a panel: the compiler must see that no path leads around the products
+      const RingPosition at = item.at.plus(p, ring.stages);
+      if (item.block == group) {  // the first product with this tile
+        barrier_wait(ring.full + at.stage, at.parity);
+      }
+      const uint64_t q =
+          descriptor(queries + static_cast<uint32_t>((p * a.plan.blocks + item.block) * kBlockBytes));
+      const uint64_t x = descriptor(stages + static_cast<uint32_t>(at.stage * kStageBytes));
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma<Element>(d, descriptor_step(q, step), descriptor_step(x, step), p + step > 0);
+      }
+    } while (++p < a.plan.panels);
+    wgmma_commit();
+  }
+
+  // The product is complete: free the tile if it was the last one with it, and take the maxima.
+  RK_DEVICE void finish(const T (&d)[64], const Item& item) {
+    if (item.block + kConsumerGroups >= a.plan.blocks) {
+#pragma unroll 1
+      for (int p = 0; p < a.plan.panels; ++p) {
+        arrive_warp(ring.empty + item.at.plus(p, ring.stages).stage);
+      }
+    }
+    if constexpr (kWithMaxima) {
+      if (a.row_mask != nullptr && item.tile != valid_tile) {
+        valid_tile = item.tile;
+        valid = valid_columns(a, item.tile);
+      }
+      store_maxima(a, d, item.tile, (share.query_block * a.plan.blocks + item.block) * kBlockQueries, valid);
+    } else {
+      pretend_to_read(a, d);
+    }
+  }
+
+  RK_DEVICE void run() {
+    T even[64], odd[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      even[i] = odd[i] = T{};
+    }
+    Item item{share.first_tile, group, {}}, other = item;
+    if (item.tile >= tiles) {
+      return;
+    }
+    barrier_wait(ring.resident, 0);
+    bool is_first = true;
+    while (true) {
+      multiply(even, item);
+      if (!is_first) {
+        wgmma_wait<1>(odd);
+        finish(odd, other);
+      }
+      is_first = false;
+      other = item;
+      if (!next(other)) {
+        wgmma_wait<0>(even);
+        finish(even, item);
+        return;
+      }
+      multiply(odd, other);
+      wgmma_wait<1>(even);
+      finish(even, item);
+      item = other;
+      if (!next(item)) {
+        wgmma_wait<0>(odd);
+        finish(odd, other);
+        return;
+      }
+    }
+  }
+};
+
+// kDeep. Both operands stream: a stage is a panel of 128 rows and the same panel of up to 256 queries, of
+// which a consumer group owns two blocks, every second one. A stage is free one stage later, when its
+// products are.
+template <class Element, bool kWithMaxima>
+struct DeepConsumer {
+  using T = typename Element::Accumulator;
+
+  const ScanArguments& a;
+  const Ring& ring;
+  Share share;
+  int group;
+  uint32_t stages;
+  int tiles;
+
+  RK_DEVICE void run() {
+    if (group + kConsumerGroups < a.plan.blocks) {
+      run_blocks<true>();
+    } else {
+      run_blocks<false>();
+    }
+  }
+
+  template <bool kTwo>
+  RK_DEVICE void run_blocks() {
+    T upper[64], lower[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      upper[i] = lower[i] = T{};
+    }
+    RingPosition at;
+    for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+      int previous = at.stage;
+#pragma unroll 1
+      for (int p = 0; p < a.plan.panels; ++p) {
+        barrier_wait(ring.full + at.stage, at.parity);
+        const uint32_t stage = stages + static_cast<uint32_t>(at.stage * a.plan.stage_bytes);
+        const uint64_t x = descriptor(stage);
+        const uint64_t q = descriptor(stage + kStageBytes + static_cast<uint32_t>(group * kBlockBytes));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          wgmma<Element>(upper, descriptor_step(q, step), descriptor_step(x, step), p + step > 0);
+        }
+        if constexpr (kTwo) {
+          const uint64_t q2 = q + encoded(kConsumerGroups * kBlockBytes);
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+            wgmma<Element>(lower, descriptor_step(q2, step), descriptor_step(x, step), p + step > 0);
+          }
+        }
+        wgmma_commit();
+        if (p > 0) {
+          wgmma_wait<1>();
+          arrive_warp(ring.empty + previous);
+        }
+        previous = at.stage;
+        at = at.plus(1, ring.stages);
+      }
+      wgmma_wait<0>(upper);
+      if constexpr (kTwo) {
+        wgmma_wait<0>(lower);
+      }
+      arrive_warp(ring.empty + previous);
+      if constexpr (kWithMaxima) {
+        const uint32_t valid = a.row_mask == nullptr ? 0xFFFFFFFFu : valid_columns(a, tile);
+        const int first_query = (share.query_block * a.plan.blocks + group) * kBlockQueries;
+        store_maxima(a, upper, tile, first_query, valid);
+        if constexpr (kTwo) {
+          store_maxima(a, lower, tile, first_query + kConsumerGroups * kBlockQueries, valid);
+        }
+      } else {
+        pretend_to_read(a, upper);
+        pretend_to_read(a, lower);
+      }
+    }
+  }
+};
+
+// kNarrow. Up to 64 queries on N, rows on M: a consumer group takes every second tile, both halves of it. The
+// maxima go over the eight lanes and four warps that share a query, the latter through shared memory.
+template <class Element, bool kWithMaxima>
+struct NarrowConsumer {
+  using T = typename Element::Accumulator;
+
+  const ScanArguments& a;
+  const Ring& ring;
+  Share share;
+  int group;
+  uint32_t queries, stages;
+  T* exchange;  // [2 halves, 4 warps, 64 queries]
+  int tiles;
+
+  RK_DEVICE void run() {
+    T upper[32], lower[32];  // rows 0..63 and 64..127
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      upper[i] = lower[i] = T{};
+    }
+    RingPosition at = RingPosition{}.ahead(group * a.plan.panels, ring.stages);
+    bool waited = false;
+    for (int tile = share.first_tile + group * share.tile_step; tile < tiles;
+         tile += kConsumerGroups * share.tile_step) {
+      if (!waited) {
+        barrier_wait(ring.resident, 0);
+        waited = true;
+      }
+      int previous = at.stage;
+#pragma unroll 1
+      for (int p = 0; p < a.plan.panels; ++p) {
+        barrier_wait(ring.full + at.stage, at.parity);
+        const uint64_t x = descriptor(stages + static_cast<uint32_t>(at.stage * kStageBytes));
+        const uint64_t q = descriptor(queries + static_cast<uint32_t>(p * kBlockBytes));
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          wgmma<Element>(upper, descriptor_step(x, step), descriptor_step(q, step), p + step > 0);
+          wgmma<Element>(lower, descriptor_step(x + encoded(kBlockBytes), step), descriptor_step(q, step),
+                         p + step > 0);
+        }
+        wgmma_commit();
+        if (p > 0) {
+          wgmma_wait<1>();
+          arrive_warp(ring.empty + previous);
+        }
+        previous = at.stage;
+        at = at.plus(1, ring.stages);
+      }
+      wgmma_wait<0>(upper);
+      wgmma_wait<0>(lower);
+      arrive_warp(ring.empty + previous);
+      if constexpr (kWithMaxima) {
+        exchange_maxima(upper, tile, 0);
+        exchange_maxima(lower, tile, 1);
+        warp_group_sync(group);
+        store(tile);
+        warp_group_sync(group);
+      } else {
+        pretend_to_read(a, upper);
+        pretend_to_read(a, lower);
+      }
+      at = at.ahead(a.plan.panels, ring.stages);  // past the other group's tile
+    }
+  }
+
+  // The 16 rows of this warp, for each of 64 queries.
+  RK_DEVICE void exchange_maxima(const T (&d)[32], int tile, int half) const {
+    const int thread = threadIdx.x % kWarpGroup, warp = thread / kWarp;
+    bool counts[2] = {true, true};
+    if (a.row_mask != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile * kTileRows + half * kBlockQueries + fragment_row(thread, 2 * i);
+        counts[i] = row < a.num_rows && a.row_mask[row];
+      }
+    }
+    T best[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {  // columns 2 (i / 2 * 4 + thread % 4) + i % 2
+      const int first = i / 2 * 4 + i % 2;
+      const T above = counts[0] ? d[first] : lowest(T{}), below = counts[1] ? d[first + 2] : lowest(T{});
+      best[i] = larger(larger(above, below), lowest(T{}));
+#pragma unroll
+      for (int distance = 4; distance < kWarp; distance *= 2) {
+        best[i] = larger(best[i], __shfl_xor_sync(0xFFFFFFFFu, best[i], distance));
+      }
+    }
+    if (thread % kWarp < 4) {
+      T* out = exchange + (half * 4 + warp) * kBlockQueries;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        out[fragment_column(thread, i / 2 * 4 + i % 2)] = best[i];
+      }
+    }
+  }
+
+  // A group is 2, 4 or 8 of the eight pieces of 16 rows. Neighbouring threads write neighbouring groups.
+  RK_DEVICE void store(int tile) const {
+    const int groups = kTileRows / a.group, pieces = 8 / groups;
+    for (int i = threadIdx.x % kWarpGroup; i < groups * kBlockQueries; i += kWarpGroup) {
+      const int query = i / groups, group_here = i % groups;
+      T best = lowest(T{});
+      for (int piece = 0; piece < pieces; ++piece) {
+        best = larger(best, exchange[(group_here * pieces + piece) * kBlockQueries + query]);
+      }
+      const int row = share.query_block * kBlockQueries + query, place = tile * groups + group_here;
+      if (row < a.num_queries && place < a.num_groups) {
+        static_cast<T*>(a.group_max)[row * a.pitch + place] = best;
+      }
+    }
+  }
+};
+
+// The kernel. Its arguments are the same in every thread; roles differ by warp group, norms are told once.
+template <class Element, Shape kShape, bool kWithMaxima>
+RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorMap* queries) {
+  const SharedPlan& plan = a.plan;
+  unsigned char* memory = aligned_memory();
+  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks);
+  const bool measures = Element::kBytes == 2 && share.query_block == 0;
+  const int consumers = kShape == Shape::kNarrow ? kConsumerWarps / 2 : kConsumerWarps;
+  const Ring ring = make_ring(plan, memory, consumers + (measures ? kNormWarps : 0));
+  const int warp = uniform(threadIdx.x / kWarp), warp_group = warp / (kWarpGroup / kWarp);
+  if (warp_group == 0) {
+    give_registers<kProducerRegisters>();
+    if (warp == 0) {
+      if (threadIdx.x == 0) {
+        tma_prefetch(rows);
+        tma_prefetch(queries);
+        produce<Element, kShape>(a, share, ring, memory, rows, queries);
+      }
+    } else if (measures && warp <= kNormWarps) {
+      if constexpr (Element::kBytes == 2) {
+        measure<Element>(a, share, ring, memory, warp - 1);
+      }
+    }
+  } else {
+    take_registers<kConsumerRegisters>();
+    const int group = warp_group - 1, tiles = ceil_div(a.num_rows, kTileRows);
+    const uint32_t resident = shared_address(memory), stages = shared_address(memory + plan.stages_at());
+    if constexpr (kShape == Shape::kWide) {
+      WideConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, tiles}.run();
+    } else if constexpr (kShape == Shape::kDeep) {
+      DeepConsumer<Element, kWithMaxima>{a, ring, share, group, stages, tiles}.run();
+    } else {
+      using T = typename Element::Accumulator;
+      T* exchange = reinterpret_cast<T*>(memory + plan.exchange_at() + group * kExchangeBytes);
+      NarrowConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, exchange, tiles}.run();
+    }
+  }
+}
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace realm_kernels

@@ -1,0 +1,274 @@
+// What the three shapes of the Hopper scan share: arguments, barriers, the producer, the norms of the rows,
+// the maxima of a fragment. docs/hopper_scan.md walks through the kernels.
+#pragma once
+
+#include "cuda/sm90/wgmma.h"
+
+namespace realm_kernels {
+namespace cuda {
+namespace sm90 {
+
+struct ScanArguments {
+  void* group_max;       // [B, pitch] float32 (int32 for codes), largest inner product of the group's rows
+  float* group_norm;     // [N / norm_rows], at least the largest norm of these rows; codes bring theirs
+  const bool* row_mask;  // [N], or null: every row counts
+  int64_t pitch;
+  int num_queries, num_rows, num_groups;
+  int group;          // rows: 32, 64 or 128
+  int query_blocks;   // blocks of the grid that read the same tiles
+  int dim;            // columns of a row
+  float norm_scale;   // 1 + what the float32 sum of D squares may lose, relative to the norm
+  float norm_hidden;  // the norm that squares below 2^-126 may hide
+  SharedPlan plan;
+};
+
+// The barriers of the ring: a full one is ended by the bytes that land, an empty one by a warp each that
+// reads.
+struct Ring {
+  uint64_t* full;
+  uint64_t* empty;
+  uint64_t* resident;  // ended by the queries that stay
+  int stages;
+};
+
+RK_DEVICE unsigned char* aligned_memory() {
+  unsigned char* memory = dynamic_shared_memory();
+  return memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
+}
+
+RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, int readers) {
+  auto* barriers = reinterpret_cast<uint64_t*>(memory + plan.barriers_at());
+  const Ring ring{barriers, barriers + kMaxStages, barriers + 2 * kMaxStages, plan.stages};
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < plan.stages; ++s) {
+      barrier_init(ring.full + s, 1);
+      barrier_init(ring.empty + s, static_cast<uint32_t>(readers));
+    }
+    barrier_init(ring.resident, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  return ring;
+}
+
+RK_DEVICE void arrive_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) {
+    barrier_arrive(barrier);
+  }
+}
+
+// One thread: the queries once, then panel after panel of this block's tiles, as stages become free.
+template <class Element, Shape kShape>
+RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
+                       const TensorMap* rows, const TensorMap* queries) {
+  constexpr int kPanelColumns = kPanelBytes / Element::kBytes;
+  const SharedPlan& plan = a.plan;
+  const int first_query = share.query_block * plan.blocks * kBlockQueries;
+  if (kShape != Shape::kDeep) {
+    barrier_expect(ring.resident, static_cast<uint32_t>(plan.resident));
+    for (int p = 0; p < plan.panels; ++p) {
+      for (int b = 0; b < plan.blocks; ++b) {
+        tma_load(queries, memory + (p * plan.blocks + b) * kBlockBytes, ring.resident, p * kPanelColumns,
+                 first_query + b * kBlockQueries);
+      }
+    }
+  }
+  RingPosition at;
+  const int tiles = ceil_div(a.num_rows, kTileRows);
+  for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+    for (int p = 0; p < plan.panels; ++p) {
+      barrier_wait(ring.empty + at.stage, at.empty_parity());
+      barrier_expect(ring.full + at.stage, static_cast<uint32_t>(plan.stage_bytes));
+      unsigned char* stage = memory + plan.stages_at() + at.stage * plan.stage_bytes;
+      tma_load(rows, stage, ring.full + at.stage, p * kPanelColumns, tile * kTileRows);
+      if (kShape == Shape::kDeep) {
+        for (int b = 0; b < plan.blocks; ++b) {
+          tma_load(queries, stage + kStageBytes + b * kBlockBytes, ring.full + at.stage, p * kPanelColumns,
+                   first_query + b * kBlockQueries);
+        }
+      }
+      at = at.plus(1, ring.stages);
+    }
+  }
+}
+
+// The float32 values of two halves in a word.
+template <class Element>
+RK_DEVICE void unpack(uint32_t word, float& low, float& high);
+template <>
+RK_DEVICE void unpack<BFloat16>(uint32_t word, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xFFFF0000u);
+}
+template <>
+RK_DEVICE void unpack<Float16>(uint32_t word, float& low, float& high) {
+  low = half_to_float(word & 0xFFFFu);
+  high = half_to_float(word >> 16);
+}
+
+// A norm warp owns 64 rows of every tile. A lane reads 16 bytes of rows lane / 8 and four below, atom by
+// atom: the warp reads 512 bytes in a row, without bank conflicts, and as the swizzle only permutes 16-byte
+// pieces within a row, it does not matter here. A row lies over eight lanes. Rows with a NaN score NaN
+// whatever the query and are never returned: fmaxf drops their norm, as the maxima drop their scores.
+template <class Element>
+RK_DEVICE void measure(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
+                       int warp) {
+  constexpr int kAtoms = kNormRows / kAtomRows;
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t base = shared_address(memory + a.plan.stages_at()) +
+                        static_cast<uint32_t>(warp * kAtoms * kAtomBytes + lane * 16);
+  RingPosition at;
+  const int tiles = ceil_div(a.num_rows, kTileRows);
+  for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+    float squares[kAtoms][2] = {};
+    for (int p = 0; p < a.plan.panels; ++p) {
+      barrier_wait(ring.full + at.stage, at.parity);
+      const uint32_t address = base + static_cast<uint32_t>(at.stage * a.plan.stage_bytes);
+#pragma unroll
+      for (int i = 0; i < 2 * kAtoms; ++i) {
+        const Vector16 v = load_shared(address + static_cast<uint32_t>(i * kAtomBytes / 2));
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float low, high;
+          unpack<Element>(v.words[w], low, high);
+          squares[i / 2][i % 2] = fmaf(low, low, squares[i / 2][i % 2]);
+          squares[i / 2][i % 2] = fmaf(high, high, squares[i / 2][i % 2]);
+        }
+      }
+      arrive_warp(ring.empty + at.stage);
+      at = at.plus(1, ring.stages);
+    }
+    float largest[2] = {0.0f, 0.0f};  // of the upper and the lower 32 rows
+    const int first_row = tile * kTileRows + warp * kNormRows;
+#pragma unroll
+    for (int i = 0; i < 2 * kAtoms; ++i) {
+      float square = squares[i / 2][i % 2];
+      square += __shfl_xor_sync(0xFFFFFFFFu, square, 1);
+      square += __shfl_xor_sync(0xFFFFFFFFu, square, 2);
+      square += __shfl_xor_sync(0xFFFFFFFFu, square, 4);
+      const int row = first_row + 4 * i + lane / 8;
+      if (a.row_mask != nullptr && (row >= a.num_rows || !a.row_mask[row])) {
+        square = 0.0f;
+      }
+      largest[i / kAtoms] = fmaxf(largest[i / kAtoms], square);
+    }
+    if (a.group > kSubgroup) {
+      largest[0] = fmaxf(largest[0], largest[1]);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xFFFFFFFFu, largest[h], 8));
+      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xFFFFFFFFu, largest[h], 16));
+    }
+    const int norms = norm_rows(a.group), per_warp = kNormRows / norms;
+    const int place = first_row / norms + lane;
+    if (lane < per_warp && place < ceil_div(a.num_rows, norms)) {
+      a.group_norm[place] = sqrtf(lane == 0 ? largest[0] : largest[1]) * a.norm_scale + a.norm_hidden;
+    }
+  }
+}
+
+RK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the number, where one of them is NaN
+RK_DEVICE int larger(int a, int b) { return a > b ? a : b; }
+RK_DEVICE float lowest(float) { return __uint_as_float(0xFF800000u); }
+RK_DEVICE int lowest(int) { return static_cast<int>(0x80000000u); }
+
+// The maximum of v[i] over the four lanes that share rows of a fragment, for i the lane's number in its four.
+template <class T>
+RK_DEVICE T quad_transposed_maximum(const T (&v)[4]) {
+  const int lane = threadIdx.x % 4;
+  const bool upper = (lane & 2) != 0, odd = (lane & 1) != 0;
+  T kept[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  // keep v[2..3] in the upper lanes, v[0..1] in the lower ones
+    const T sent = upper ? v[i] : v[i + 2];
+    kept[i] = larger(upper ? v[i + 2] : v[i], __shfl_xor_sync(0xFFFFFFFFu, sent, 2));
+  }
+  return larger(odd ? kept[1] : kept[0], __shfl_xor_sync(0xFFFFFFFFu, odd ? kept[0] : kept[1], 1));
+}
+
+template <class T>
+RK_DEVICE T quad_maximum(T v) {
+  v = larger(v, __shfl_xor_sync(0xFFFFFFFFu, v, 1));
+  return larger(v, __shfl_xor_sync(0xFFFFFFFFu, v, 2));
+}
+
+// The empty epilogue: products that nobody reads would not be made.
+template <class T, int kCount>
+RK_DEVICE void pretend_to_read(const ScanArguments& a, const T (&d)[kCount]) {
+  if (d[0] == lowest(T{})) {
+    *static_cast<T*>(a.group_max) = d[0];
+  }
+}
+
+// Whether the rows of this lane's 32 columns of a tile count: bit 2 j + e is column 8 j + 2 (lane % 4) + e.
+RK_DEVICE uint32_t valid_columns(const ScanArguments& a, int tile) {
+  uint32_t valid = 0;
+  for (int c = 0; c < 32; ++c) {
+    const int row = tile * kTileRows + fragment_column(threadIdx.x % kWarpGroup, c / 2 * 4 + c % 2);
+    valid |= static_cast<uint32_t>(row < a.num_rows && a.row_mask[row]) << c;
+  }
+  return valid;
+}
+
+// Maxima of a 64 x 128 fragment with rows of the table on N, written where they belong: 56 maxima a thread
+// for groups of 32 and at most 6 more for larger ones, then 2 to 6 shuffles. Rows past the end are zeros:
+// they can only raise the bound of the last group.
+template <class T>
+RK_DEVICE void store_maxima(const ScanArguments& a, const T (&d)[64], int tile, int first_query,
+                            uint32_t valid) {
+  T best[2][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      best[half][s] = lowest(T{});
+    }
+  }
+  if (valid == 0xFFFFFFFFu) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      T& m = best[i / 2 % 2][i / 16];
+      m = larger(m, d[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      T& m = best[i / 2 % 2][i / 16];
+      m = larger(m, (valid >> (i / 4 * 2 + i % 2) & 1) != 0 ? d[i] : lowest(T{}));
+    }
+  }
+  T* out = static_cast<T*>(a.group_max);
+  const int lane = threadIdx.x % 4;
+  const int query = first_query + fragment_row(threadIdx.x % kWarpGroup, 0);
+  if (a.group == 4 * kSubgroup) {
+    const T upper = quad_maximum(larger(larger(best[0][0], best[0][1]), larger(best[0][2], best[0][3])));
+    const T lower = quad_maximum(larger(larger(best[1][0], best[1][1]), larger(best[1][2], best[1][3])));
+    const int row = query + 8 * lane;
+    if (lane < 2 && row < a.num_queries && tile < a.num_groups) {
+      out[row * a.pitch + tile] = lane == 0 ? upper : lower;
+    }
+  } else if (a.group == 2 * kSubgroup) {
+    const T pairs[4] = {larger(best[0][0], best[0][1]), larger(best[0][2], best[0][3]),
+                        larger(best[1][0], best[1][1]), larger(best[1][2], best[1][3])};
+    const T m = quad_transposed_maximum(pairs);
+    const int row = query + 8 * (lane / 2), group = 2 * tile + lane % 2;
+    if (row < a.num_queries && group < a.num_groups) {
+      out[row * a.pitch + group] = m;
+    }
+  } else {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T m = quad_transposed_maximum(best[half]);
+      const int row = query + 8 * half, group = 4 * tile + lane;
+      if (row < a.num_queries && group < a.num_groups) {
+        out[row * a.pitch + group] = m;
+      }
+    }
+  }
+}
+
+}  // namespace sm90
+}  // namespace cuda
+}  // namespace realm_kernels

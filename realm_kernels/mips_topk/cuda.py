@@ -1,0 +1,234 @@
+"""The CUDA C++ backend of mips_topk: TMA and wgmma on Hopper (csrc/cuda/mips_topk*, docs/hopper_scan.md).
+
+Reached by use_backend("cuda") only: it is compiled and its kernels run on a model of a GPU, but it has not run
+on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..backends import Backend
+from ..validation import dtype_name
+from .merging import merge
+
+WORKSPACE_BYTES = 256 << 20
+PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
+MAX_K = 2048  # keys that a block keeps in shared memory
+MAX_DIM = 8192  # a query in float64 stays there too
+TMA_BYTES = 16  # rows must start on multiples of as many
+HOPPER = (9, 0)
+
+
+def refuses(
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    codes: Sequence[Tensor] = (),
+) -> str | None:
+    unusable = native.cuda_unusable()
+    if unusable:
+        return unusable
+    if queries.device.type != "cuda" or any(shard.device != queries.device for shard in shards):
+        return f"queries and table must be on one GPU, got {queries.device} and {shards[0].device}"
+    capability = torch.cuda.get_device_capability(queries.device)
+    if capability != HOPPER:
+        return f"its instructions exist on compute capability 9.0 only, got {capability[0]}.{capability[1]}"
+    return refuses_layout(queries, shards, k, codes)
+
+
+def refuses_layout(
+    queries: Tensor, shards: Sequence[Tensor], k: int, codes: Sequence[Tensor] = ()
+) -> str | None:
+    """What of `refuses` depends on shapes, dtypes and addresses alone."""
+    dim = queries.shape[1]
+    if k > MAX_K:
+        return f"k must be at most {MAX_K}, got {k}"
+    if dim > MAX_DIM:
+        return f"D must be at most {MAX_DIM}, got {dim}"
+    if any(shard.stride(1) != 1 and dim > 1 for shard in shards):
+        return "the elements of a row must be contiguous"
+    if _device_codes(codes):
+        return None
+    for shard in shards:
+        if shard.dtype == torch.float32:
+            return "rows of float32 are scanned by their int8 codes only (table.quantize)"
+        if shard.dtype == torch.float16 and queries.dtype != torch.float16:
+            return f"rows of float16 need queries of float16, got {dtype_name(queries.dtype)}"
+        row_bytes = shard.stride(0) * shard.element_size()
+        if shard.data_ptr() % TMA_BYTES != 0 or row_bytes % TMA_BYTES != 0:
+            return f"rows must start on multiples of {TMA_BYTES} bytes, got a stride of {row_bytes}"
+    return None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [first_row, first_row + N) of the table, with their codes where it is quantised."""
+
+    rows: Tensor  # [N, D]
+    first_row: int
+    row_mask: Tensor | None  # [N]
+    codes: tuple[Tensor, Tensor, Tensor] | None = None  # mean [D], codes [groups, G, D32], bounds [groups, 3]
+
+    @property
+    def code_group(self) -> int:
+        return 0 if self.codes is None else self.codes[1].shape[1]
+
+    def scanned(self) -> str:
+        return "int8" if self.codes is not None else dtype_name(self.rows.dtype)
+
+
+def forward(
+    queries: Tensor,
+    shards: list[Tensor],
+    k: int,
+    exclude: Tensor | None,
+    row_mask: Tensor | None,
+    codes: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    row_mask = None if row_mask is None else row_mask.contiguous()
+    result: tuple[Tensor, Tensor] | None = None
+    with torch.cuda.device(queries.device):
+        for piece in _pieces(shards, row_mask, _device_codes(codes)):
+            found = _search(queries, piece, k, exclude)
+            result = found if result is None else merge(result, found)
+    assert result is not None  # 1 <= k <= N: some shard has rows
+    return result
+
+
+def _device_codes(codes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The codes, Int8Codes.tensors(), if they lie as a GPU scans them: row after row."""
+    return codes if codes and codes[2].dtype == torch.int8 and codes[2].dim() == 3 else ()
+
+
+def _pieces(shards: Sequence[Tensor], row_mask: Tensor | None, codes: Sequence[Tensor]) -> Iterator[Piece]:
+    first_row = 0
+    for number, shard in enumerate(shards):
+        for start in range(0, shard.shape[0], PIECE_ROWS):
+            rows = shard[start : start + PIECE_ROWS]
+            mask = None if row_mask is None else row_mask[first_row : first_row + rows.shape[0]]
+            of_piece = None
+            if codes:
+                found, bounds = codes[2 + 2 * number : 4 + 2 * number]
+                groups = slice(start // found.shape[1], -(-(start + rows.shape[0]) // found.shape[1]))
+                of_piece = codes[0], found[groups], bounds[groups]
+            yield Piece(rows, first_row, mask, of_piece)
+            first_row += rows.shape[0]
+
+
+def plan_for(
+    batch: int, piece: Piece, dim: int, k: int, excluded: int, query_dtype: torch.dtype, multiprocessors: int
+) -> dict[str, Any]:
+    """What the C++ plan is: batch and bytes of a pass, shape of the scan, group, selected, and so on."""
+    assert native.cuda is not None
+    shape = _shape(batch, piece, dim, k, excluded, query_dtype, multiprocessors)
+    plan: dict[str, Any] = native.cuda.mips_topk_plan(shape)
+    return plan
+
+
+def _shape(
+    batch: int, piece: Piece, dim: int, k: int, excluded: int, query_dtype: torch.dtype, multiprocessors: int
+) -> tuple[Any, ...]:
+    sizes = [batch, piece.rows.shape[0], dim, k, excluded]
+    is_exact = piece.codes is None and query_dtype == piece.rows.dtype
+    return sizes, piece.scanned(), is_exact, piece.code_group, multiprocessors, WORKSPACE_BYTES
+
+
+def _search(queries: Tensor, piece: Piece, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, dim = queries.shape
+    scores = queries.new_empty((batch, k), dtype=torch.float32)
+    indices = queries.new_empty((batch, k), dtype=torch.int64)
+    if batch == 0:
+        return scores, indices
+    excluded = 0 if exclude is None else exclude.shape[1]
+    processors = multiprocessors(queries.device)
+    plan = plan_for(batch, piece, dim, k, excluded, queries.dtype, processors)
+    workspace = queries.new_empty(plan["bytes"], dtype=torch.uint8)
+    for start in range(0, batch, plan["batch"]):
+        block = slice(start, min(start + plan["batch"], batch))
+        launch(
+            queries[block],
+            piece,
+            None if exclude is None else exclude[block],
+            scores[block],
+            indices[block],
+            workspace,
+            batch,
+        )
+    return scores, indices
+
+
+def launch(
+    queries: Tensor,
+    piece: Piece,
+    exclude: Tensor | None,
+    scores: Tensor,
+    indices: Tensor,
+    workspace: Tensor,
+    batch: int,
+    *,
+    with_maxima: bool = True,
+    whole: bool = True,
+) -> None:
+    """One pass, on the current stream: queries [b, D] of a batch that was planned as one of `batch` queries.
+
+    whole=False ends with the scan, and with_maxima=False takes no maxima in it: for benchmarks.
+    """
+    assert native.cuda is not None
+    dim, k = queries.shape[1], scores.shape[1]
+    excluded = 0 if exclude is None else exclude.shape[1]
+    processors = multiprocessors(queries.device)
+    codes = (0, 0, 0, 0)
+    if piece.codes is not None:
+        mean, found, bounds = piece.codes
+        codes = (found.data_ptr(), found.shape[2], mean.data_ptr(), bounds.data_ptr())
+    native.cuda.mips_topk(
+        _shape(batch, piece, dim, k, excluded, queries.dtype, processors),
+        (
+            queries.data_ptr(),
+            queries.shape[0],
+            dtype_name(queries.dtype),
+            queries.stride(0),
+            queries.stride(1),
+        ),
+        (piece.rows.data_ptr(), dtype_name(piece.rows.dtype), piece.rows.stride(0), piece.first_row),
+        0 if piece.row_mask is None else piece.row_mask.data_ptr(),
+        (0, 0, 0) if exclude is None else (exclude.data_ptr(), exclude.stride(0), exclude.stride(1)),
+        codes,
+        (scores.data_ptr(), indices.data_ptr(), repair_counter(queries.device).data_ptr()),
+        workspace.data_ptr(),
+        with_maxima,
+        whole,
+        torch.cuda.current_stream(queries.device).cuda_stream,
+    )
+
+
+_repairs: dict[torch.device, Tensor] = {}
+
+
+def repair_counter(device: torch.device) -> Tensor:
+    if device not in _repairs:
+        _repairs[device] = torch.zeros(1, dtype=torch.int64, device=device)
+    return _repairs[device]
+
+
+def repairs(device: torch.device | str) -> int:
+    """How many queries of this process had to be repaired on `device`. Waits for the device."""
+    return int(repair_counter(torch.device(device)))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+BACKEND = Backend(name="cuda", refuses=refuses, forward=forward, default=False)

@@ -1,0 +1,344 @@
+// A model of the parts of a GPU that the kernels in csrc/cuda use, so that g++ compiles the same kernels and
+// a CPU runs them: the threads of a block are fibers, switched at random wherever a real one could wait.
+//
+// What the hardware does behind a kernel's back is made as nasty as it may be. A TMA transfer ruins its
+// target when it is issued and fills it some random time later. A wgmma runs when it is issued or as late as
+// the wait for it, and until then its accumulators hold NaN; its sums are truncated. Descriptors are decoded
+// bit by bit, addresses swizzled as the PTX ISA says, phases of barriers counted. So a stage freed too early,
+// a wrong parity, a missing wait or a wrong offset gives wrong numbers or a deadlock that is told, not luck.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <ucontext.h>
+
+#define RK_DEVICE inline
+
+struct ModelIndex {
+  unsigned x = 0, y = 0, z = 0;
+};
+inline ModelIndex threadIdx, blockIdx, blockDim, gridDim;
+
+namespace realm_kernels {
+namespace cuda_model {
+
+constexpr size_t kStackBytes = 96 * 1024;
+constexpr int kMisalignment = 48;  // of the dynamic shared memory, as nothing promises more than 16
+constexpr int kPatience = 2000;    // rounds without progress that mean a deadlock
+
+struct Barrier {
+  uint32_t count = 0, pending = 0, phase = 0;
+  int64_t bytes = 0;
+  void settle() {
+    if (pending == 0 && bytes == 0) {
+      ++phase;
+      pending = count;
+    }
+  }
+};
+
+// A wgmma under way, for one thread: its own accumulators only, as no other thread reads them.
+struct Product {
+  std::function<void()> compute;
+  std::function<void()> reveal;
+};
+
+struct Accumulators {  // what they hold while nobody may look
+  std::vector<unsigned char> value;
+  int under_way = 0;
+};
+
+struct Rendezvous {
+  int arrived = 0;
+  uint64_t generation = 0;
+  uint64_t slots[2][32] = {};
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned thread = 0;
+  bool done = false;
+  std::vector<Product> open;                // issued, not committed
+  std::deque<std::vector<Product>> groups;  // committed, not complete
+  std::map<void*, Accumulators> accumulators;
+
+  // Everything issued so far, in order: the hardware may be this early.
+  void compute() {
+    for (auto& group : groups) {
+      compute(group);
+    }
+    compute(open);
+  }
+  static void compute(std::vector<Product>& products) {
+    for (auto& product : products) {
+      if (product.compute) {
+        product.compute();
+        product.compute = nullptr;
+      }
+    }
+  }
+};
+
+class Machine {
+ public:
+  static Machine& get() {
+    static Machine machine;
+    return machine;
+  }
+
+  // A launch: every block in turn, on `threads` fibers and `shared_bytes` of dynamic shared memory.
+  void launch(unsigned blocks, unsigned threads, size_t shared_bytes, uint64_t seed,
+              const std::function<void()>& kernel) {
+    random_.seed(seed);
+    kernel_ = &kernel;
+    for (unsigned block = 0; block < blocks; ++block) {
+      run_block(block, blocks, threads, shared_bytes);
+    }
+  }
+
+  unsigned char* shared() { return memory_.get() + kMisalignment; }
+  uint32_t address(const void* pointer) const {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - memory_.get());
+  }
+  unsigned char* at(uint32_t address) {
+    require(address < memory_bytes_, "shared memory is left");
+    return memory_.get() + address;
+  }
+  Barrier& barrier(void* pointer) { return barriers_[pointer]; }
+  Fiber& fiber() { return *current_; }
+  bool chance(int one_in) { return random_() % static_cast<unsigned>(one_in) == 0; }
+  void progress() { idle_ = 0; }
+  void later(std::function<void()> transfer) { transfers_.push_back(std::move(transfer)); }
+
+  void require(bool holds, const char* what) {
+    if (!holds && error_.empty()) {
+      error_ = what;
+    }
+    if (!holds && current_ != nullptr) {
+      yield_forever();
+    }
+  }
+
+  void yield() { swapcontext(&current_->context, &scheduler_); }
+
+  void meet(Rendezvous& place, int count) {
+    const uint64_t generation = place.generation;
+    if (++place.arrived == count) {
+      place.arrived = 0;
+      ++place.generation;
+      progress();
+    }
+    while (place.generation == generation) {
+      yield();
+    }
+  }
+  Rendezvous& warp() { return warps_[current_->thread / 32]; }
+  Rendezvous& block() { return block_; }
+  Rendezvous& named(int id) { return named_[id]; }
+
+  uint64_t exchange(uint64_t value, unsigned from_lane) {
+    Rendezvous& place = warp();
+    const uint64_t parity = place.generation & 1;
+    place.slots[parity][current_->thread % 32] = value;
+    meet(place, 32);
+    return place.slots[parity][from_lane % 32];
+  }
+
+ private:
+  [[noreturn]] void yield_forever() {
+    while (true) {
+      yield();
+    }
+  }
+
+  static void enter() {
+    Machine& machine = get();
+    (*machine.kernel_)();
+    machine.require(machine.current_->open.empty() && machine.current_->groups.empty(),
+                    "a thread ends with a wgmma under way");
+    machine.current_->done = true;
+    machine.progress();
+    machine.yield_forever();
+  }
+
+  void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_bytes) {
+    gridDim.x = blocks;
+    blockDim.x = threads;
+    blockIdx.x = block;
+    // Swizzling looks at addresses: the memory starts on a multiple of 1024 of them, namely at 0.
+    memory_bytes_ = shared_bytes + kMisalignment;
+    memory_.reset(new unsigned char[memory_bytes_]);
+    std::memset(memory_.get(), 0xFF, memory_bytes_);
+    barriers_.clear();
+    warps_.assign((threads + 31) / 32, Rendezvous{});
+    block_ = Rendezvous{};
+    named_.clear();
+    fibers_.clear();
+    for (unsigned t = 0; t < threads; ++t) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->thread = t;
+      fiber->stack.reset(new char[kStackBytes]);
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = kStackBytes;
+      fiber->context.uc_link = nullptr;
+      makecontext(&fiber->context, &Machine::enter, 0);
+      fibers_.push_back(std::move(fiber));
+    }
+    size_t alive = threads;
+    idle_ = 0;
+    while (alive > 0) {
+      alive = 0;
+      const size_t start = random_() % threads;
+      for (size_t i = 0; i < threads; ++i) {
+        Fiber& fiber = *fibers_[(start + i) % threads];
+        if (!fiber.done && !(chance(8))) {
+          current_ = &fiber;
+          threadIdx.x = fiber.thread;
+          swapcontext(&scheduler_, &fiber.context);
+          current_ = nullptr;
+          if (!error_.empty()) {
+            fail();
+          }
+        }
+        alive += !fiber.done;
+      }
+      while (!transfers_.empty() && chance(2)) {
+        const size_t chosen = random_() % transfers_.size();
+        const auto transfer = transfers_[chosen];
+        transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(chosen));
+        transfer();
+        progress();
+      }
+      if (++idle_ > kPatience) {
+        error_ = "deadlock: no thread of block " + std::to_string(block) + " can go on";
+        fail();
+      }
+    }
+    if (!transfers_.empty()) {
+      error_ = "a block ends with a transfer under way";
+      fail();
+    }
+  }
+
+  void fail() {
+    const std::string error = error_;
+    error_.clear();
+    transfers_.clear();
+    throw std::runtime_error(error);
+  }
+
+  std::mt19937_64 random_;
+  const std::function<void()>* kernel_ = nullptr;
+  std::unique_ptr<unsigned char[]> memory_;
+  size_t memory_bytes_ = 0;
+  std::map<void*, Barrier> barriers_;
+  std::vector<Rendezvous> warps_;
+  Rendezvous block_;
+  std::map<int, Rendezvous> named_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<std::function<void()>> transfers_;
+  ucontext_t scheduler_;
+  Fiber* current_ = nullptr;
+  std::string error_;
+  int idle_ = 0;
+};
+
+inline Machine& machine() { return Machine::get(); }
+
+template <class T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8, "a register or two");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+template <class T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace cuda_model
+}  // namespace realm_kernels
+
+// CUDA's own names.
+inline void __syncthreads() {
+  auto& m = realm_kernels::cuda_model::machine();
+  m.meet(m.block(), static_cast<int>(blockDim.x));
+}
+inline void __syncwarp() {
+  auto& m = realm_kernels::cuda_model::machine();
+  m.meet(m.warp(), 32);
+}
+inline void __threadfence() {}
+template <class T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  using namespace realm_kernels::cuda_model;
+  return from_bits<T>(machine().exchange(to_bits(value), static_cast<unsigned>(lane)));
+}
+template <class T>
+T __shfl_xor_sync(uint32_t, T value, int mask) {
+  return __shfl_sync(0xFFFFFFFFu, value, static_cast<int>((threadIdx.x % 32) ^ static_cast<unsigned>(mask)));
+}
+inline uint32_t __ballot_sync(uint32_t, bool holds) {
+  uint32_t bits = 0;
+  auto& m = realm_kernels::cuda_model::machine();
+  auto& place = m.warp();
+  const uint64_t parity = place.generation & 1;
+  place.slots[parity][threadIdx.x % 32] = holds;
+  m.meet(place, 32);
+  for (int lane = 0; lane < 32; ++lane) {
+    bits |= static_cast<uint32_t>(place.slots[parity][lane] != 0) << lane;
+  }
+  return bits;
+}
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline float __uint_as_float(uint32_t bits) { return realm_kernels::cuda_model::from_bits<float>(bits); }
+inline uint32_t __float_as_uint(float value) {
+  return static_cast<uint32_t>(realm_kernels::cuda_model::to_bits(value));
+}
+template <class T>
+T atomicAdd(T* place, T value) {
+  const T before = *place;
+  *place += value;
+  return before;
+}
+template <class T>
+T atomicMax(T* place, T value) {
+  const T before = *place;
+  *place = before > value ? before : value;
+  return before;
+}
+
+namespace realm_kernels {
+namespace cuda {
+
+inline unsigned char* dynamic_shared_memory() { return cuda_model::machine().shared(); }
+inline int64_t load_from_others(const int64_t* place) { return *place; }
+inline float round_up_to_float(double x) {
+  const float nearest = static_cast<float>(x);
+  return static_cast<double>(nearest) < x ? std::nextafter(nearest, INFINITY) : nearest;
+}
+inline float half_to_float(uint32_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return (bits & 0x8000) != 0 ? -magnitude : magnitude;
+}
+
+}  // namespace cuda
+}  // namespace realm_kernels

@@ -1,0 +1,168 @@
+"""The CUDA kernels of mips_topk on the model of a GPU (tests/cuda_model), and inputs that the tests share."""
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCANNED = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2}
+SHAPES = {"wide": 0, "deep": 1, "narrow": 2}
+INF, NAN = float("inf"), float("nan")
+
+
+def compiler():
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def build(folder, mutation=None):
+    """The model as a shared library; mutation: (header, text, replacement) to build it with a mistake."""
+    sources = ROOT / "csrc"
+    if mutation is not None:
+        header, text, replacement = mutation
+        shutil.copytree(sources / "cuda", folder / "cuda")
+        path = folder / "cuda" / header
+        original = path.read_text()
+        assert original.count(text) == 1, f"{header}: {text!r} must stand there once"
+        path.write_text(original.replace(text, replacement))
+        sources = folder
+    library = folder / "model.so"
+    model = ROOT / "tests/cuda_model"
+    command = [compiler(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    if mutation is not None:
+        command.append("-w")  # what a mistake leaves unused is not the point
+    command += ["-shared", "-fPIC", f"-I{sources}", f"-I{model}", model / "model.cpp", "-o", library]
+    subprocess.run(command, check=True, timeout=300)
+    return Model(library)
+
+
+class Model:
+    def __init__(self, library):
+        self._library = ctypes.CDLL(str(library))
+        for name in ("model_scan", "model_search"):
+            getattr(self._library, name).restype = ctypes.c_char_p
+
+    def scan(self, shape, queries, rows, *, group, blocks, workers=1, row_mask=None, seed=0):
+        """(group maxima [B, N / G], norms) by one shape of the scan; queries and rows in the scanned dtype."""
+        (B, D), N = queries.shape, rows.shape[0]
+        groups = -(-N // group)
+        if rows.dtype == torch.int8:
+            maxima = torch.full((B, groups), 2**31 - 1, dtype=torch.int32)
+        else:
+            maxima = torch.full((B, groups), NAN)
+        norms = torch.full((-(-N // min(group, 64)),), NAN)
+        error = self._library.model_scan(
+            *(SCANNED[rows.dtype], SHAPES[shape], pointer(queries), pointer(rows), B, N, D),
+            *(ctypes.c_int64(rows.stride(0)), pointer(row_mask), group, blocks, workers),
+            *(pointer(maxima), ctypes.c_int64(groups), pointer(norms), ctypes.c_uint64(seed)),
+        )
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return maxima, norms
+
+    def search(self, queries, rows, k, exclude=None, row_mask=None, codes=None, **how):
+        """A whole search of one piece. how: threads of a block, group, selected, shape, first_row, seed."""
+        (B, D), N = queries.shape, rows.shape[0]
+        result = Found(torch.full((B, k), NAN), torch.full((B, k), -99), torch.zeros(1, dtype=torch.int64))
+        tensors = [queries, rows, row_mask, exclude, *(codes or [None] * 3)]
+        tensors += [result.scores, result.indices, result.counter]
+        pointers = (ctypes.c_void_p * 10)(*(None if t is None else t.data_ptr() for t in tensors))
+        shape = how.get("shape")
+        numbers = (ctypes.c_int64 * 16)(
+            *(B, N, D, k, 0 if exclude is None else exclude.shape[1]),
+            *(SCANNED[torch.int8 if codes else rows.dtype], NUMBERS[queries.dtype], NUMBERS[rows.dtype]),
+            *(rows.stride(0), how.get("first_row", 0)),
+            *((codes[0].shape[1], codes[0].shape[2]) if codes else (0, 0)),
+            *(how.get("threads", 32), how.get("group", 0), how.get("selected", 0)),
+            0 if shape is None else SHAPES[shape] + 1,
+        )
+        error = self._library.model_search(
+            pointers, numbers, ctypes.c_uint64(how.get("seed", 0)), pointer(result.told)
+        )
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return result
+
+
+@dataclass
+class Found:
+    scores: torch.Tensor
+    indices: torch.Tensor
+    counter: torch.Tensor
+
+    def __post_init__(self):
+        self.told = torch.zeros(4, dtype=torch.int64)
+
+    @property
+    def repairs(self):
+        return int(self.counter)
+
+    @property
+    def shape(self):
+        return list(SHAPES)[int(self.told[0])]
+
+
+def pointer(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def encode(rows, group=32):
+    """(codes int8 [N / G, G, D32], mean [D], bounds [N / G, 3]) as a GPU scans them, without NaN rows."""
+    N, D = rows.shape
+    x = rows.double()
+    is_row = ~x.isnan().any(1, keepdim=True)
+    finite = x[x.isfinite().all(1)]
+    mean = (finite.mean(0) if len(finite) else torch.zeros(D)).float()
+    centred = torch.where(is_row, x - mean.double(), 0.0)
+    centred = torch.nn.functional.pad(centred, (0, 0, 0, -N % group)).view(-1, group, D)
+    largest = centred.abs().amax((1, 2))
+    step = torch.where(largest.isfinite(), (largest / 127).clamp(min=2.0**-60), 1.0).float().double()
+    codes = torch.where(centred.isfinite(), (centred / step[:, None, None]).round().clamp(-127, 127), 0.0)
+    error = (centred - step[:, None, None] * codes).norm(dim=2).amax(1) + 2.0**-50 * centred.norm(dim=2).amax(
+        1
+    )
+    error = torch.where(largest.isfinite(), error, INF)
+    norm = (step[:, None, None] * codes).norm(dim=2).amax(1)
+    bounds = torch.stack([step, error * (1 + 2.0**-20), norm * (1 + 2.0**-20)], 1).float().contiguous()
+    codes = torch.nn.functional.pad(codes, (0, -D % 32)).to(torch.int8).contiguous()
+    return codes, mean, bounds
+
+
+def integers(*shape, low=-2, high=3):
+    return torch.randint(low, high, shape).float()
+
+
+ORDERS = {
+    "ascending": lambda n: torch.arange(n),
+    "descending": lambda n: torch.arange(n).flip(0),
+    "organ-pipe": lambda n: torch.minimum(torch.arange(n), torch.arange(n).flip(0)),
+    "all-equal": lambda n: torch.ones(n),
+    "all-negative": lambda n: -1 - torch.arange(n) % 37,
+    "top-k-in-one-group": lambda n: torch.where((torch.arange(n) >= 64) & (torch.arange(n) < 72), 9.0, -1.0),
+    "one-per-group": lambda n: torch.where(torch.arange(n) % 32 == 5, 9.0 + torch.arange(n), -1.0),
+    "last-partial-tile": lambda n: torch.where(torch.arange(n) >= n - 3, 5.0, 0.0),
+    "every-row-twice": lambda n: torch.arange(n) // 2,
+}
+
+
+def ordered_table(order, N, D=8):
+    """Two queries, and rows of bfloat16 whose first column is in an adversarial order."""
+    table = torch.ones(N, D)
+    table[:, 0] = ORDERS[order](N).float()
+    queries = torch.zeros(2, D)
+    queries[:, 0] = torch.tensor([1.0, -3.0])
+    return queries, table.bfloat16()
+
+
+def special_rows(D=8):
+    """Queries and rows with NaN and infinities, a tile of tombstones, zeros."""
+    queries, rows = torch.randn(4, D), torch.randn(290, D)
+    rows[3], rows[40, 2], rows[41, 1] = NAN, INF, -INF
+    rows[42], rows[60] = INF, -INF
+    rows[128:256] = NAN
+    queries[1, 4], queries[2, 0], queries[3] = NAN, INF, 0.0
+    return queries, rows.bfloat16()

@@ -1,0 +1,286 @@
+"""The CUDA kernels of mips_topk, the very source that nvcc compiles, on a model of a GPU.
+
+The model (tests/cuda_model) switches threads at random, delays TMA and wgmma as long as they may be delayed,
+and decodes descriptors and swizzles as the PTX ISA has them. So tiles, fragments, addresses, phases of barriers
+and everything after the scan are tested here; instructions and clocks are not.
+"""
+
+import mips_topk_cuda_cases as cases
+import pytest
+import torch
+from mips_topk_cuda_cases import INF, NAN, ORDERS, integers
+
+from realm_kernels.mips_topk import reference
+from realm_kernels.testing import assert_same_topk
+
+pytestmark = pytest.mark.skipif(cases.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return cases.build(tmp_path_factory.mktemp("cuda_model"))
+
+
+def draw(dtype, *shape):
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape).to(dtype)
+    return torch.randn(*shape).to(dtype)
+
+
+SCANS = [
+    # shape, dtype, B, N, D, group, blocks of queries, workers, masked
+    pytest.param("wide", torch.bfloat16, 130, 300, 128, 128, 4, 2, False, id="wide-B130-two-workers"),
+    pytest.param("wide", torch.bfloat16, 512, 260, 128, 64, 8, 1, False, id="wide-B512-as-REALM"),
+    pytest.param("wide", torch.bfloat16, 300, 400, 96, 32, 3, 2, True, id="wide-two-query-blocks-masked"),
+    pytest.param("wide", torch.float16, 128, 400, 256, 128, 2, 3, True, id="wide-float16-four-panels"),
+    pytest.param("wide", torch.int8, 256, 400, 128, 128, 4, 2, False, id="wide-int8"),
+    pytest.param("deep", torch.bfloat16, 128, 200, 768, 128, 2, 2, False, id="deep-D768"),
+    pytest.param("deep", torch.bfloat16, 250, 300, 328, 64, 4, 1, True, id="deep-ragged-D-masked"),
+    pytest.param("deep", torch.int8, 70, 300, 1040, 32, 3, 1, True, id="deep-int8-three-blocks"),
+    pytest.param("narrow", torch.bfloat16, 5, 700, 128, 128, 1, 2, False, id="narrow-B5"),
+    pytest.param("narrow", torch.bfloat16, 64, 400, 768, 64, 1, 1, True, id="narrow-more-panels-than-stages"),
+    pytest.param("narrow", torch.float16, 33, 500, 64, 32, 1, 1, True, id="narrow-float16"),
+    pytest.param("narrow", torch.int8, 33, 500, 64, 32, 1, 2, True, id="narrow-int8"),
+]
+
+
+def check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked, seed=0):
+    queries, rows = draw(dtype, B, D), draw(dtype, N, D)
+    row_mask = torch.rand(N) < 0.5 if masked else None
+    maxima, norms = model.scan(
+        shape, queries, rows, group=group, blocks=blocks, workers=workers, row_mask=row_mask, seed=seed
+    )
+    lowest = -INF if dtype != torch.int8 else -(2.0**31)
+    scores = queries.double() @ rows.double().T  # [B, N]
+    # What is not there scores 0, the zeros that TMA fills in, or nothing where a mask looks at it.
+    scores = torch.nn.functional.pad(scores, (0, -N % group), value=lowest if masked else 0.0)
+    lengths = torch.nn.functional.pad(rows.double().norm(dim=1), (0, -N % min(group, 64)))
+    if masked:
+        scores[:, :N][:, ~row_mask] = lowest
+        lengths[:N][~row_mask] = 0.0
+    best = scores.view(B, -1, group).amax(2)
+    if dtype == torch.int8:
+        assert torch.equal(maxima.double(), best)
+        return
+    # The sum truncates: each addition loses at most 2^-22 of what is summed.
+    bound = (
+        2.0**-22 * (D + D / 8 + 4) * (queries.double().abs() @ rows.double().abs().T).amax(1, keepdim=True)
+    )
+    assert ((maxima.double() - best).abs().nan_to_num(0.0) <= bound).all()  # -inf in the same places
+    assert torch.equal(maxima == -INF, best == -INF)
+    longest = lengths.view(-1, min(group, 64)).amax(1)
+    assert ((norms.double() - longest).abs() <= (D + 8) * 2.0**-23 * longest).all()
+
+
+@pytest.mark.parametrize("shape,dtype,B,N,D,group,blocks,workers,masked", SCANS)
+def test_the_scan_finds_the_maximum_of_every_group(
+    model, shape, dtype, B, N, D, group, blocks, workers, masked
+):
+    check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked)
+
+
+@pytest.mark.parametrize("shape,blocks", [("wide", 2), ("deep", 2), ("narrow", 1)])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_order_of_threads_and_transfers_matters(model, shape, blocks, seed):
+    """More tiles than stages, so that every stage is used again, in orders that chance makes."""
+    check_scan(model, shape, torch.bfloat16, 40, 128 * 14, 64, 128, blocks, 1, False, seed)
+
+
+# Mistakes that such kernels are prone to. The model must notice each: by wrong numbers or a deadlock.
+MISTAKES = {
+    "a stage is not waited for": (
+        "sm90/scan.h",
+        "if (item.block == group) {  // the first product with this tile\n"
+        "        barrier_wait(ring.full + at.stage, at.parity);\n      }",
+        "",
+    ),
+    "the producer does not wait": (
+        "sm90/scan_parts.h",
+        "barrier_wait(ring.empty + at.stage, at.empty_parity());",
+        "",
+    ),
+    "a parity is off": ("sm90/layout.h", "return parity ^ 1; }", "return parity; }"),
+    "rows stride by seven atoms": (
+        "sm90/layout.h",
+        "(encoded(kAtomBytes) << 32)",
+        "(encoded(kAtomBytes - 128) << 32)",
+    ),
+    "a step along K is 64 bytes": (
+        "sm90/layout.h",
+        "encoded(kStepBytes) * static_cast<uint64_t>(step)",
+        "encoded(2 * kStepBytes) * static_cast<uint64_t>(step)",
+    ),
+    "maxima are taken while the product is under way": (
+        "sm90/scan.h",
+        "multiply(odd, other);\n      wgmma_wait<1>(even);",
+        "multiply(odd, other);\n      wgmma_wait<2>(even);",
+    ),
+    "a tile is freed by one block of queries of two": (
+        "sm90/scan.h",
+        "if (item.block + kConsumerGroups >= a.plan.blocks) {\n#",
+        "if (item.block == group) {\n#",
+    ),
+    "fragments lie otherwise": (
+        "sm90/layout.h",
+        "2 * (thread % 4) + i % 2;",
+        "2 * (thread % 4) + i / 2 % 2;",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.replace(" ", "-"))
+def test_the_model_notices_mistakes(tmp_path, mistake):
+    broken = cases.build(tmp_path, MISTAKES[mistake])
+    for seed in range(3):
+        try:
+            check_scan(broken, "wide", torch.bfloat16, 250, 128 * 9, 128, 64, 4, 1, False, seed)
+        except (AssertionError, RuntimeError):
+            return
+    pytest.fail("every run was right")
+
+
+def check(model, queries, rows, k, exclude=None, row_mask=None, **how):
+    found = model.search(queries, rows, k, exclude, row_mask, **how)
+    expected = reference.forward(queries, [rows], k, exclude, row_mask)
+    assert_same_topk((found.scores, found.indices), expected)
+    return found
+
+
+@pytest.mark.parametrize("queries", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_queries_over_bfloat16_rows(model, queries):
+    check(model, torch.randn(3, 24).to(queries), torch.randn(300, 24).bfloat16(), 5)
+
+
+def test_float16_over_float16(model):
+    check(model, torch.randn(3, 128).half(), torch.randn(300, 128).half(), 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_adversarial_orders(model, order):
+    queries, rows = cases.ordered_table(order, 327)
+    check(model, queries, rows, 7)
+
+
+@pytest.mark.parametrize("N,k", [(1, 1), (7, 6), (31, 31), (32, 3), (33, 33), (127, 5), (128, 9), (129, 65)])
+def test_sizes_around_groups_and_tiles(model, N, k):
+    check(model, torch.randn(2, 16), torch.randn(N, 16).bfloat16(), k)
+
+
+@pytest.mark.parametrize("shape,B", [("narrow", 3), ("wide", 3), ("deep", 3)])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_every_shape_and_group_gives_the_same(model, shape, B, group):
+    queries, rows = integers(B, 72), integers(390, 72).bfloat16()
+    check(model, queries, rows, 9, shape=shape, group=group)
+
+
+def test_batches_around_the_blocks_of_queries(model):
+    rows = torch.randn(150, 64).bfloat16()
+    for B in (64, 65):
+        assert check(model, torch.randn(B, 64), rows, 3).shape == ("narrow" if B == 64 else "wide")
+
+
+def test_wide_rows(model):
+    assert check(model, torch.randn(66, 840), torch.randn(140, 840).bfloat16(), 3).shape == "deep"
+    assert check(model, torch.randn(3, 840), torch.randn(140, 840).bfloat16(), 3).shape == "narrow"
+
+
+def test_nan_and_infinities(model):
+    queries, rows = cases.special_rows()
+    for k in (6, 200):
+        check(model, queries, rows, k, threads=64)
+
+
+def test_a_tile_of_tombstones_needs_no_repair(model):
+    rows = torch.randn(400, 16).bfloat16()
+    rows[100:300] = NAN
+    assert check(model, torch.randn(3, 16), rows, 5).repairs == 0
+
+
+def test_minus_infinity_is_a_score_and_comes_before_the_padding(model):
+    rows = torch.tensor([[-INF], [1.0], [NAN]]).bfloat16().expand(3, 8).contiguous()
+    check(model, torch.ones(1, 8), rows, 3)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e15, 1e19, 3e38], ids=lambda s: f"scale{s:g}")
+def test_tiny_and_huge_values(model, scale):
+    queries, rows = torch.randn(3, 16), (torch.randn(150, 16).clamp(-1, 1) * scale).bfloat16()
+    queries[1] *= scale
+    check(model, queries, rows, 5)
+
+
+def test_gaps_that_the_scan_cannot_see(model):
+    table = torch.zeros(96, 24)
+    table[:, ::3], table[:, 1::3] = 2.0**12, -(2.0**12)
+    table[:, 2::3] = torch.rand(96, 8) * 2.0**-12
+    check(model, torch.ones(2, 24) * torch.tensor([2.0**12, 2.0**-12]).view(2, 1), table.bfloat16(), 9)
+
+
+def test_excluded_and_masked_rows_never_return(model):
+    queries, rows = integers(3, 8), integers(300, 8).bfloat16()
+    exclude, row_mask = torch.randint(-1, 300, (3, 9)), torch.rand(300) < 0.5
+    row_mask[40:170] = False
+    check(model, queries, rows, 100, exclude, row_mask)
+    rows[41], exclude[0] = NAN, torch.tensor([300, 2**40, -7, -(2**40), 3, 3, 3, -1, -1])
+    check(model, queries, rows, 5, exclude, row_mask)
+
+
+def test_nothing_left_gives_padding_without_a_repair(model):
+    rows = torch.randn(300, 8).bfloat16()
+    found = check(model, torch.randn(2, 8), rows, 3, None, torch.zeros(300, dtype=torch.bool))
+    assert found.repairs == 0
+    assert check(model, torch.full((2, 8), NAN), rows, 3).repairs == 0
+    check(model, torch.randn(2, 8), rows[:40].contiguous(), 3, torch.arange(40).expand(2, 40).contiguous())
+
+
+def test_a_repair_is_made_where_the_certificate_fails_and_only_there(model):
+    assert check(model, torch.randn(2, 16), torch.randn(600, 16).bfloat16(), 4).repairs == 0
+    queries = torch.cat([torch.randn(1, 16), torch.zeros(1, 16), torch.randn(1, 16)])
+    rows = torch.randn(1, 16).bfloat16().expand(900, 16).contiguous()
+    assert check(model, queries, rows, 4).repairs == 2  # zero scores are exact: ties go to the chosen groups
+    assert check(model, torch.randn(3, 16), torch.randn(900, 16).bfloat16(), 70, selected=2).repairs == 3
+
+
+def test_more_keys_than_the_buffer_holds(model):
+    """Thirty-two threads keep 256 keys: the buffer is cut again and again."""
+    check(model, torch.randn(2, 8), torch.randn(5000, 8).bfloat16(), 100, group=32, selected=110)
+    queries, rows = cases.ordered_table("ascending", 5000)
+    check(model, queries, rows, 100, group=32, selected=110)
+
+
+def test_ids_beyond_two_to_the_thirty_one(model):
+    first_row = 2**33
+    queries, rows = integers(2, 8), integers(50, 8).bfloat16()
+    exclude = torch.tensor([[first_row + 3], [-1]])
+    scores, indices = reference.forward(queries, [rows], 9, torch.tensor([[3], [-1]]), None)
+    found = model.search(queries, rows, 9, exclude, first_row=first_row)
+    assert_same_topk((found.scores, found.indices), (scores, indices + first_row))
+
+
+def test_rows_with_padding_between_them(model):
+    wide = torch.full((300, 40), NAN).bfloat16()
+    wide[:, :20] = torch.randn(300, 20)
+    check(model, torch.randn(3, 20), wide[:, :20], 6)
+
+
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("B", [3, 70])
+def test_int8_codes(model, rows, B):
+    queries, table = torch.randn(B, 40), (torch.randn(330, 40) + 3).to(rows)
+    found = check(model, queries, table, 5, codes=cases.encode(table, 32 if B == 3 else 64))
+    assert found.repairs <= B // 20
+
+
+def test_int8_codes_of_awkward_rows(model):
+    queries, rows = cases.special_rows()
+    check(model, queries, rows, 6, codes=cases.encode(rows))
+    check(model, queries, rows, 6, None, torch.rand(290) < 0.3, codes=cases.encode(rows, 128))
+    constant = torch.ones(300, 16)
+    constant[70, 3] = 1e6  # an outlier makes every other code of its group 0
+    check(model, torch.randn(2, 16), constant, 9, codes=cases.encode(constant))
+    check(model, torch.zeros(2, 16), constant, 9, codes=cases.encode(constant))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_int8_codes_in_adversarial_orders(model, order):
+    queries, rows = cases.ordered_table(order, 327)
+    check(model, queries, rows, 7, codes=cases.encode(rows))

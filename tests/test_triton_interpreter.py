@@ -1,0 +1,53 @@
+"""Every Triton kernel has run in the interpreter on the inputs known to break it, against float64.
+
+To add an op, add the test functions that hold its kernels against an oracle on such inputs; which kernels
+they launch is seen, not believed. These laws run last, over what the session launched.
+"""
+
+from pathlib import Path
+
+import interpreted
+import pytest
+import torch
+
+from benchmarks.kernels import triton_kernels
+
+# By op: tests against the specification in float64 or an oracle of more digits, over orders, ties, duplicates
+# and special values; over tiny priors, nearly equal documents and masks.
+ADVERSARIAL = {
+    "mips_topk": {
+        "test_mips_topk_triton.py::test_adversarial_orders",
+        "test_mips_topk_triton.py::test_nan_and_infinities",
+        "test_mips_topk_triton.py::test_ties_go_to_the_smaller_id_whatever_the_split",
+        "test_mips_topk_triton.py::test_any_small_input_equals_the_reference",
+        "test_mips_topk_triton_codes.py::test_adversarial_orders",
+        "test_mips_topk_triton_codes.py::test_nan_infinities_and_overflow",
+        "test_mips_topk_triton_codes.py::test_rows_of_the_host_without_codes_come_in_windows",
+        "test_mips_topk_triton_passes.py::test_ties_and_repairs_between_passes",
+        "test_mips_topk_triton_gather.py::test_rows_are_copied_bit_for_bit_and_none_is_zeros",
+    },
+    "marginal_loss": {
+        "test_marginal_loss.py::test_the_loss_and_its_gradients_are_the_oracles_rounded_once",
+        "test_marginal_loss.py::test_reductions_over_the_adversarial_cases",
+    },
+}
+
+
+def op_of(kernel):
+    return kernel.split(".")[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+@pytest.mark.parametrize("kernel", triton_kernels(), ids=lambda kernel: kernel.rpartition(":")[2])
+def test_it_ran_on_the_inputs_known_to_break_it(kernel):
+    tests = ADVERSARIAL.get(op_of(kernel))
+    assert tests, f"{op_of(kernel)} has no line in ADVERSARIAL"
+    if not tests <= interpreted.begun:
+        pytest.skip("not all tests of its op are part of this session")
+    assert interpreted.launches[kernel] & tests, f"{kernel} was launched by none of {sorted(tests)}"
+
+
+def test_the_tests_named_here_exist():
+    for name in set().union(*ADVERSARIAL.values()):
+        file, function = name.split("::")
+        assert f"def {function}(" in Path(__file__).with_name(file).read_text(), name
