@@ -1,4 +1,4 @@
-"""span_marginal_loss and score_spans as torch ops and on a GPU; what is marked gpu has not run without one."""
+"""span_marginal_loss and score_spans as torch ops and on a GPU; what is marked gpu runs on one only."""
 
 from __future__ import annotations
 
