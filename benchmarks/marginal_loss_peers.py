@@ -16,6 +16,11 @@ def marginal_loss(scores: Tensor, log_likelihood: Tensor, mode: str) -> Tensor:
     return -(log_prior[:, :, None] + log_likelihood).logsumexp(1).mean()
 
 
+def marginal_loss_of_answers(scores: Tensor, log_likelihood: Tensor) -> Tensor:
+    """The same of [B, K] log likelihoods of whole answers."""
+    return -(scores.float().log_softmax(1) + log_likelihood).logsumexp(1).mean()
+
+
 def span_marginal_loss(scores: Tensor, span_scores: Tensor, correct: Tensor, normalization: str) -> Tensor:
     """The reader's loss of [B, K, C] span scores, averaged over examples with a correct span."""
     if normalization == "document":

@@ -10,6 +10,7 @@
 #include "cpu/linear_marginal_loss.h"
 #include "cpu/marginal_loss.h"
 #include "cpu/mips_topk.h"
+#include "cpu/score_spans.h"
 #include "cpu/span_evidence.h"
 
 namespace py = pybind11;
@@ -82,6 +83,10 @@ FloatArray float_array(const Array& array) {
   return {reinterpret_cast<const void*>(address), type};
 }
 
+Reduction reduction_of(const std::string& name) {
+  return name == "mean" ? Reduction::kMean : name == "sum" ? Reduction::kSum : Reduction::kNone;
+}
+
 using Extents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and M
 
 MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_likelihood,
@@ -98,32 +103,35 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   std::tie(params.batch, params.documents, params.tokens) = shape;
   std::tie(params.stride_b, params.stride_k, params.stride_m) = strides;
   params.per_token = per_token;
-  params.reduction = reduction == "mean"  ? Reduction::kMean
-                     : reduction == "sum" ? Reduction::kSum
-                                          : Reduction::kNone;
+  params.reduction = reduction_of(reduction);
   params.divisor = 1.0;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
   return params;
 }
 
+using Kept = std::pair<uintptr_t, uintptr_t>;  // addresses of residual and posterior
+
 // Returns what was counted of all examples; a null count is one that nobody asked for per example.
 int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                           uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
                           const Extents& strides, bool per_token, const std::string& reduction,
-                          const Array& loss, uintptr_t count, int num_threads, const std::string& isa) {
+                          const Array& loss, uintptr_t count, const Kept& kept, int num_threads,
+                          const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
   params.wide = float_array(loss).type == FloatType::kFloat64;
   params.loss = reinterpret_cast<void*>(std::get<0>(loss));
   params.count = reinterpret_cast<int64_t*>(count);
+  params.kept_residual = reinterpret_cast<void*>(kept.first);
+  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   return launch_marginal_loss_fwd(params);
 }
 
 void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
                        uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
                        bool per_token, const std::string& reduction, const Array& d_loss, int64_t count,
-                       uintptr_t d_scores, uintptr_t d_log_likelihood, int num_threads,
+                       uintptr_t d_scores, uintptr_t d_log_likelihood, const Kept& kept, int num_threads,
                        const std::string& isa) {
   MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
                                                    shape, strides, per_token, reduction, num_threads, isa);
@@ -132,6 +140,8 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
+  params.kept_residual = reinterpret_cast<void*>(kept.first);
+  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   launch_marginal_loss_bwd(params);
 }
 
@@ -193,45 +203,101 @@ void linear_marginal_loss_bwd(const Matrix& hidden, const Matrix& weight, const 
   launch_linear_marginal_loss_bwd(params);
 }
 
-SpanEvidenceParams span_evidence_inputs(const Array& span_scores, uintptr_t correct, uintptr_t valid,
-                                        uintptr_t is_document, int64_t rows, int64_t spans, uintptr_t right,
-                                        uintptr_t wrong, int num_threads, const std::string& isa) {
+using SpanExtents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and C
+
+// kept: [4, B, K] of right, wrong, posterior and residual.
+SpanEvidenceParams span_inputs(const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                               const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                               const SpanExtents& shape, bool is_global, const std::string& reduction,
+                               uintptr_t kept, int num_threads, const std::string& isa) {
+  const auto [batch, documents, spans] = shape;
   SpanEvidenceParams params{};
+  params.scores = float_array(scores);
+  params.log_weight = float_array(log_weight);
+  params.doc_mask = reinterpret_cast<const bool*>(doc_mask);
   params.span_scores = float_array(span_scores);
   params.correct = reinterpret_cast<const bool*>(correct);
   params.valid = reinterpret_cast<const bool*>(valid);
-  params.is_document = reinterpret_cast<const bool*>(is_document);
-  params.rows = rows;
+  params.documents = documents;
+  params.rows = batch * documents;
   params.spans = spans;
-  params.right = reinterpret_cast<double*>(right);
-  params.wrong = reinterpret_cast<double*>(wrong);
+  params.is_global = is_global;
+  params.reduction = reduction_of(reduction);
+  params.right = reinterpret_cast<double*>(kept);
+  params.wrong = params.right + params.rows;
+  params.posterior = params.wrong + params.rows;
+  params.residual = params.posterior + params.rows;
+  params.divisor = 1.0;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
   return params;
 }
 
-void span_evidence_fwd(const Array& span_scores, uintptr_t correct, uintptr_t valid, uintptr_t is_document,
-                       int64_t rows, int64_t spans, uintptr_t right, uintptr_t wrong,
-                       uintptr_t log_likelihood, uintptr_t log_normalizer, uintptr_t has_correct,
-                       int num_threads, const std::string& isa) {
-  SpanEvidenceParams params = span_evidence_inputs(span_scores, correct, valid, is_document, rows, spans,
-                                                   right, wrong, num_threads, isa);
-  params.log_likelihood = reinterpret_cast<double*>(log_likelihood);
-  params.log_normalizer = reinterpret_cast<double*>(log_normalizer);
-  params.has_correct = reinterpret_cast<bool*>(has_correct);
-  launch_span_evidence_fwd(params);
+int64_t span_marginal_loss_fwd(const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                               const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                               const SpanExtents& shape, bool is_global, const std::string& reduction,
+                               uintptr_t kept, const Array& loss, uintptr_t count, int num_threads,
+                               const std::string& isa) {
+  SpanEvidenceParams params = span_inputs(scores, log_weight, doc_mask, span_scores, correct, valid, shape,
+                                          is_global, reduction, kept, num_threads, isa);
+  params.wide = float_array(loss).type == FloatType::kFloat64;
+  params.loss = reinterpret_cast<void*>(std::get<0>(loss));
+  params.count = reinterpret_cast<int64_t*>(count);
+  return launch_span_marginal_loss_fwd(params);
 }
 
-void span_evidence_bwd(const Array& span_scores, uintptr_t correct, uintptr_t valid, uintptr_t is_document,
-                       int64_t rows, int64_t spans, uintptr_t right, uintptr_t wrong,
-                       uintptr_t d_log_likelihood, uintptr_t d_log_normalizer, uintptr_t d_span_scores,
-                       int num_threads, const std::string& isa) {
-  SpanEvidenceParams params = span_evidence_inputs(span_scores, correct, valid, is_document, rows, spans,
-                                                   right, wrong, num_threads, isa);
-  params.d_log_likelihood = reinterpret_cast<const double*>(d_log_likelihood);
-  params.d_log_normalizer = reinterpret_cast<const double*>(d_log_normalizer);
+void span_marginal_loss_bwd(const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                            const Array& span_scores, uintptr_t correct, uintptr_t valid,
+                            const SpanExtents& shape, bool is_global, const std::string& reduction,
+                            uintptr_t kept, const Array& d_loss, int64_t count, uintptr_t d_scores,
+                            uintptr_t d_span_scores, int num_threads, const std::string& isa) {
+  SpanEvidenceParams params = span_inputs(scores, log_weight, doc_mask, span_scores, correct, valid, shape,
+                                          is_global, reduction, kept, num_threads, isa);
+  params.wide = float_array(d_loss).type == FloatType::kFloat64;
+  params.d_loss = float_array(d_loss).data;
+  params.divisor = static_cast<double>(std::max<int64_t>(1, count));
+  params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_span_scores = reinterpret_cast<void*>(d_span_scores);
-  launch_span_evidence_bwd(params);
+  launch_span_marginal_loss_bwd(params);
+}
+
+using SpanSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // N, T, S, max_width, C
+using HalfRows = std::tuple<uintptr_t, int64_t>;                            // address, row stride
+
+// kept: [3, N, C] of scores, mean and rstd.
+ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, uintptr_t weight,
+                                    const SpanSizes& sizes, double eps, uintptr_t kept, int num_threads,
+                                    const std::string& isa) {
+  ScoreSpansParams params{};
+  params.start = reinterpret_cast<const float*>(std::get<0>(start));
+  params.end = reinterpret_cast<const float*>(std::get<0>(end));
+  params.start_stride = std::get<1>(start);
+  params.end_stride = std::get<1>(end);
+  params.weight = reinterpret_cast<const float*>(weight);
+  std::tie(params.rows, params.length, params.width, params.max_width, params.spans) = sizes;
+  params.eps = static_cast<float>(eps);
+  params.scores = reinterpret_cast<float*>(kept);
+  params.mean = params.scores + params.rows * params.spans;
+  params.rstd = params.mean + params.rows * params.spans;
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+void score_spans_fwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
+                     double eps, uintptr_t kept, int num_threads, const std::string& isa) {
+  launch_score_spans_fwd(score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa));
+}
+
+void score_spans_bwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
+                     double eps, uintptr_t kept, uintptr_t d_scores, uintptr_t d_start, uintptr_t d_end,
+                     uintptr_t d_weight, int num_threads, const std::string& isa) {
+  ScoreSpansParams params = score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa);
+  params.d_scores = reinterpret_cast<const float*>(d_scores);
+  params.d_start = reinterpret_cast<float*>(d_start);
+  params.d_end = reinterpret_cast<float*>(d_end);
+  params.d_weight = reinterpret_cast<float*>(d_weight);
+  launch_score_spans_bwd(params);
 }
 
 }  // namespace
@@ -251,6 +317,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("linear_marginal_loss_memory", &linear_marginal_loss_memory);
   m.def("linear_marginal_loss_fwd", &linear_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("linear_marginal_loss_bwd", &linear_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
-  m.def("span_evidence_fwd", &span_evidence_fwd, py::call_guard<py::gil_scoped_release>());
-  m.def("span_evidence_bwd", &span_evidence_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("score_spans_fwd", &score_spans_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("score_spans_bwd", &score_spans_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
+  m.def("span_marginal_loss_bwd", &span_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
 }

@@ -6,6 +6,7 @@ from .linear_marginal_loss import linear_marginal_loss
 from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import ScanConfig, SearchCounters, TopK, mips_topk, search_counters, use_scan_config
 from .native import build_info
+from .score_spans import score_spans
 from .span_marginal_loss import span_marginal_loss
 from .table import DistributedTable, ShardedTable, StreamedTable, TableEditor, TableRefresher, TableWriter
 
@@ -29,6 +30,7 @@ __all__ = [
     "mips_topk",
     "nn",
     "posterior",
+    "score_spans",
     "search_counters",
     "span_marginal_loss",
     "use_backend",

@@ -29,6 +29,7 @@ PUBLIC_NAMES = {
     "mips_topk",
     "nn",
     "posterior",
+    "score_spans",
     "search_counters",
     "span_marginal_loss",
     "use_backend",

@@ -21,6 +21,10 @@ both = pytest.mark.parametrize("normalization", NORMALIZATIONS)
 BACKENDS = ["reference"]
 if native.cpu is not None:
     BACKENDS += [f"cpu:{name}" for name in native.cpu.instruction_sets()]
+if not native.triton_missing():
+    BACKENDS.append("triton")
+# The interpreter computes in numpy, which warns of the infinities and NaN that these laws are about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)

@@ -25,6 +25,7 @@ from realm_kernels.mips_topk.triton_plan import (
     sort_registers,
     sort_warps,
 )
+from realm_kernels.span_marginal_loss.triton import span_tile
 
 pytest.importorskip("triton")
 
@@ -318,6 +319,40 @@ MARGINAL_LOSS = [
     ),
 ]
 
+SPAN = dict(span_scores="*fp32", correct="*u8", valid="*u8", kept="*fp64", R="i32", C="i32")
+SPAN_EVIDENCE = SPAN | dict(scores="*fp32", log_weight="*fp32", doc_mask="*u8", relevance="*fp64")
+SPAN_EVIDENCE |= dict(log_likelihood="*fp64", has_correct="*i32")
+SPAN_FORWARD = dict(relevance="*fp64", log_likelihood="*fp64", has_correct="*i32", kept="*fp64")
+SPAN_FORWARD |= dict(loss="*fp64", count="*i64", R="i32", K="i32")
+SPAN_BACKWARD = SPAN | dict(d_loss="*fp32", divisor="*i64", d_scores="*fp32", K="i32")
+
+
+def spans(name, number, is_global, dtype="*fp32", on=ARCHITECTURES, **absent):
+    """span_marginal_loss over C = number spans, or K = number documents in its forward over examples."""
+    tile = tile_of(number, 1) if name == "marginal_loss_fwd" else span_tile(number)
+    warps, registers = tile.pop("num_warps"), tile.pop("maxnreg")
+    if name == "marginal_loss_fwd":
+        arguments = SPAN_FORWARD | consts(**tile)
+    elif name == "evidence":
+        end = -(-number // tile["BLOCK_C"]) * tile["BLOCK_C"]
+        arguments = SPAN_EVIDENCE | dict(span_scores=dtype) | consts(GLOBAL=is_global, C_END=end, **tile)
+    else:
+        arguments = SPAN_BACKWARD | dict(span_scores=dtype, d_span_scores=dtype)
+        arguments |= consts(GLOBAL=is_global, REDUCED=True, **tile)
+    title = f"span {name} {'global' if is_global else 'document'} {number}"
+    kernel = f"realm_kernels.span_marginal_loss.triton_kernels:span_{name}_kernel"
+    return Case(title, kernel, arguments | consts(**absent), warps, registers, architectures=on)
+
+
+SPAN_MARGINAL_LOSS = [
+    spans("evidence", 2880, is_global=True),
+    spans("evidence", 1, is_global=False, on=HOPPER, valid=None, doc_mask=None, log_weight=None),
+    spans("marginal_loss_fwd", 8, is_global=False),
+    spans("marginal_loss_fwd", 5000, is_global=True, on=HOPPER),
+    spans("marginal_loss_bwd", 2880, is_global=True, dtype="*bf16"),
+    spans("marginal_loss_bwd", 1, is_global=False, on=HOPPER, valid=None, divisor=None, d_span_scores=None),
+]
+
 CHUNK = dict(logits="*fp32", bias="*fp32", targets="*i64", R="i32:16")
 PARTS = dict(peaks="*fp32", sums="*fp32")
 ROWS = dict(log_p="*fp64", total="*fp64", largest="*fp32")
@@ -360,7 +395,7 @@ LINEAR_MARGINAL_LOSS = [
     ),
 ]
 
-CASES = [*MIPS_TOPK, *MARGINAL_LOSS, *LINEAR_MARGINAL_LOSS]
+CASES = [*MIPS_TOPK, *MARGINAL_LOSS, *SPAN_MARGINAL_LOSS, *LINEAR_MARGINAL_LOSS]
 
 
 def cases_for(architecture):

@@ -45,22 +45,19 @@ std::unique_ptr<double, Free> allocate(int64_t doubles) {
   return std::unique_ptr<double, Free>(pointer);
 }
 
-// Examples that the lanes of a vector take together are never split, so the bits of a result depend neither
-// on the number of threads nor on the split.
+// An example is never split, so the bits of a result do not depend on the number of threads.
 void launch(MarginalLossParams params, bool backward) {
   const MarginalLossKernels& kernels = kernels_for(params.isa);
-  // With one token the modes agree, and examples fill the lanes better.
+  // With one token the modes agree, and documents fill the lanes better.
   params.per_token = params.per_token && params.tokens > 1;
-  const int64_t per_unit = params.per_token ? 1 : kernels.lanes;
-  const int64_t units = (params.batch + per_unit - 1) / per_unit;
   const int64_t work = params.batch * params.documents * std::max<int64_t>(1, params.tokens);
-  const int num_threads = static_cast<int>(std::min<int64_t>({params.num_threads, units, 1 + work / kGrain}));
-  const int64_t per_thread = (kernels.workspace(params.documents) / 8 + 1) * 8;
+  const int num_threads =
+      static_cast<int>(std::min<int64_t>({params.num_threads, params.batch, 1 + work / kGrain}));
+  const int64_t per_thread = (kernels.workspace(params.documents, params.per_token) / 8 + 1) * 8;
   const auto workspace = allocate(per_thread * std::max(1, num_threads));
-  parallel_for(units, num_threads, [&](int64_t begin, int64_t end, int thread) {
-    const auto run = backward ? kernels.backward : kernels.forward;
-    run(params, begin * per_unit, std::min(end * per_unit, params.batch),
-        workspace.get() + per_thread * thread);
+  parallel_for(params.batch, num_threads, [&](int64_t begin, int64_t end, int thread) {
+    (backward ? kernels.backward : kernels.forward)(params, begin, end,
+                                                    workspace.get() + per_thread * thread);
   });
 }
 

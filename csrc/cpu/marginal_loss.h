@@ -41,6 +41,11 @@ struct MarginalLossParams {
   void* d_log_likelihood;  // [B, K, M], contiguous, of the type of log_likelihood, written by the backward,
                            // or null
 
+  // Between the passes, both or either null: what the forward leaves for the backward, which then scales it
+  // and looks at no input. double where wide, else float.
+  void* kept_residual;   // [B, K], r summed over columns
+  void* kept_posterior;  // [B, K], or [B, K, M] where per_token
+
   double* example_loss;  // [B], [B]: scratch of the driver
   int64_t* example_count;
 

@@ -13,28 +13,22 @@
 namespace realm_kernels {
 namespace {
 
-// s_k + log w_k of example b to out[k * stride], -inf where masked.
-void load_relevance(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
-  double scores[kChunk], log_weight[kChunk];
-  for (int64_t first = 0; first < params.documents; first += kChunk) {
+// s_k + log w_k of example b to out[k], -inf where masked.
+void load_relevance(const MarginalLossParams& params, int64_t b, double* out) {
+  const int64_t offset = b * params.documents;
+  load(params.scores, offset, 1, params.documents, out);
+  double log_weight[kChunk];
+  for (int64_t first = 0; first < params.documents && params.log_weight.data != nullptr; first += kChunk) {
     const int count = chunk_from(first, params.documents);
-    const int64_t offset = b * params.documents + first;
-    load(params.scores, offset, 1, count, scores);
-    if (params.log_weight.data != nullptr) {
-      load(params.log_weight, offset, 1, count, log_weight);
-      for (int i = 0; i < count; ++i) scores[i] += log_weight[i];
-    }
-    for (int i = 0; i < count; ++i) {
-      const bool there = params.doc_mask == nullptr || params.doc_mask[offset + i];
-      out[(first + i) * stride] = there ? scores[i] : -kInfinity;
-    }
+    load(params.log_weight, offset + first, 1, count, log_weight);
+    for (int i = 0; i < count; ++i) out[first + i] += log_weight[i];
   }
+  const bool* const mask = params.doc_mask == nullptr ? nullptr : params.doc_mask + offset;
+  for (int64_t k = 0; k < params.documents && mask != nullptr; ++k) out[k] = mask[k] ? out[k] : -kInfinity;
 }
 
-// -g x value where it counts. Selected, not multiplied: an infinite g times zero would be NaN.
-inline Vec gradient(Mask counts, Vec g, Vec value) {
-  return (counts & (value != 0.0)) ? -g * value : splat(0.0);
-}
+// -g x value. Selected where that is zero: an infinite g times zero would be NaN.
+inline Vec gradient(Vec g, Vec value) { return value != 0.0 ? -g * value : splat(0.0); }
 
 double upstream(const MarginalLossParams& params, int64_t b) {
   const int64_t i = params.reduction == Reduction::kNone ? b : 0;
@@ -43,167 +37,247 @@ double upstream(const MarginalLossParams& params, int64_t b) {
   return d_loss / params.divisor;
 }
 
-// Mode "sequence": examples b .. b + lanes - 1, one a lane. Loads them and returns which are scored.
-Mask load_sequences(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
-  auto* const log_prior = reinterpret_cast<double*>(c.log_prior);
-  auto* const log_likelihood = reinterpret_cast<double*>(c.log_likelihood);
-  if (lanes < kLanes) {
-    for (int64_t k = 0; k < params.documents; ++k) {
-      c.log_prior[k] = c.log_likelihood[k] = splat(-kInfinity);
-    }
-  }
-  Mask scored{};
-  for (int j = 0; j < lanes; ++j) {
-    load_relevance(params, b + j, kLanes, log_prior + j);
-    scored[j] = any_scored(params, b + j) ? -1 : 0;
-    // What a masked document holds is read, but never looked at.
-    sum_tokens(params, b + j, kLanes, log_likelihood + j);
-  }
-  scored &= normalise<false>(params.documents, c.log_prior, c.prior);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_likelihood[k] = (scored & (c.log_prior[k] != -kInfinity)) ? c.log_likelihood[k] : splat(-kInfinity);
-  }
-  return scored;
+int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
+
+void load_prior(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const int64_t vectors = vectors_of(params.documents);
+  c.prior.relevance[vectors - 1] = splat(-kInfinity);
+  load_relevance(params, b, reinterpret_cast<double*>(c.prior.relevance));
+  normalise(vectors, c.prior);
 }
 
-void sequence_forward(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
-  const Mask scored = load_sequences(params, b, lanes, c);
-  const Vec loss = -log_marginal(centre_columns(params.documents, c));
-  for (int j = 0; j < lanes; ++j) {
-    params.example_loss[b + j] = scored[j] ? loss[j] : 0.0;
-    params.example_count[b + j] = scored[j] ? 1 : 0;
+// Mode "sequence": the documents of example b lie in the lanes. False where the example is not scored.
+bool load_sequence(const MarginalLossParams& params, int64_t b, Columns& c) {
+  if (!any_scored(params, b)) return false;
+  load_prior(params, b, c);
+  c.log_likelihood[vectors_of(params.documents) - 1] = splat(0.0);
+  sum_tokens(params, b, reinterpret_cast<double*>(c.log_likelihood));
+  return c.prior.exists;
+}
+
+void nothing(Columns& c, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = c.shifted[v] = splat(0.0);
+  c.loss = splat(0.0);
+}
+
+// The type of the loss, its gradient to scores, and of what is kept.
+FloatType loss_type(const MarginalLossParams& params) {
+  return params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
+}
+
+void keep_residual(const MarginalLossParams& params, int64_t b, const Vec* residual) {
+  if (params.kept_residual == nullptr) return;
+  store(params.kept_residual, loss_type(params), b * params.documents, params.documents,
+        reinterpret_cast<const double*>(residual), 1);
+}
+
+// r to c.d_relevance and the posterior to c.shifted, 0 where the column pulls nothing. Both, whoever asks for
+// them: a posterior that only the residual needed would be fused into the residual's subtraction, and the
+// bits of d_scores would depend on which gradients are wanted.
+void residuals(Columns& c, int64_t vectors) {
+  const Centre centre = centre_columns<true>(vectors, c);
+  const bool pulls = !centre.impossible[0];
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Shifted s = pulls ? posterior_of<true>(c, v, centre) : Shifted{};
+    c.d_relevance[v] = s.change;
+    c.shifted[v] = s.joint;
+  }
+  c.loss = -log_marginal(c, centre);
+}
+
+void sequence_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const int64_t vectors = vectors_of(params.documents);
+  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
+  const bool scored = load_sequence(params, b, c);
+  if (!scored) {
+    nothing(c, vectors);
+  } else if (keeps) {
+    residuals(c, vectors);
+  } else {
+    c.loss = -log_marginal(c, centre_columns<true>(vectors, c));
+  }
+  params.example_count[b] = scored ? 1 : 0;
+  params.example_loss[b] = c.loss[0];
+  keep_residual(params, b, c.d_relevance);
+  if (params.kept_posterior != nullptr) {
+    store(params.kept_posterior, loss_type(params), b * params.documents, params.documents,
+          reinterpret_cast<const double*>(c.shifted), 1);
   }
 }
 
-void store_d_scores(const MarginalLossParams& params, int64_t b, int64_t stride, const double* values) {
-  const FloatType type = params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
-  store(params.d_scores, type, b * params.documents, params.documents, values, stride);
-}
-
-void sequence_backward(const MarginalLossParams& params, int64_t b, int lanes, const Columns& c) {
-  const Mask scored = load_sequences(params, b, lanes, c);
-  const Centre centre = centre_columns(params.documents, c);
-  const Mask counts = scored & ~centre.impossible;
-  Vec g{};
-  for (int j = 0; j < lanes; ++j) g[j] = upstream(params, b + j);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    const Shifted s = posterior_of(c, k, centre);
-    c.d_relevance[k] = gradient(counts, g, s.change);
-    c.log_likelihood[k] = gradient(counts, g, s.joint);  // its place is free now
-  }
-  for (int j = 0; j < lanes; ++j) {
-    if (params.d_scores != nullptr) {
-      store_d_scores(params, b + j, kLanes, reinterpret_cast<const double*>(c.d_relevance) + j);
-    }
-    if (params.d_log_likelihood != nullptr) {
-      spread_over_tokens(params, b + j, kLanes, reinterpret_cast<const double*>(c.log_likelihood) + j);
-    }
+// -g x `count` numbers of the type of the loss, from `offset` of kept, to store_scaled(first, count, values).
+template <class Store>
+void scale(const MarginalLossParams& params, const void* kept, int64_t offset, int64_t count, double g,
+           const Store& store_scaled) {
+  double values[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int chunk = chunk_from(first, count);
+    load({kept, loss_type(params)}, offset + first, 1, chunk, values);
+    for (int i = 0; i < chunk; ++i) values[i] = values[i] != 0.0 ? -g * values[i] : 0.0;
+    store_scaled(first, chunk, values);
   }
 }
 
-// Mode "token": the prior of example b, the same in every lane. Returns where there is any document: in all
-// lanes or in none.
-Mask load_prior(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  // Documents fill the lanes of the softmax; two arrays that are free still hold them.
-  const int64_t vectors = (params.documents + kLanes - 1) / kLanes;
-  auto* const log_prior = reinterpret_cast<double*>(c.log_likelihood);
-  const auto* const prior = reinterpret_cast<const double*>(c.shifted);
-  c.log_likelihood[vectors - 1] = splat(-kInfinity);
-  load_relevance(params, b, 1, log_prior);
-  const Mask there = normalise<true>(vectors, c.log_likelihood, c.shifted);
-  for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_prior[k] = splat(log_prior[k]);
-    c.prior[k] = splat(prior[k]);
+// Scales what the forward left.
+void kept_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const double g = upstream(params, b);
+  const int64_t documents = params.documents;
+  if (params.d_scores != nullptr) {
+    scale(params, params.kept_residual, b * documents, documents, g,
+          [&](int64_t first, int count, const double* values) {
+            store(params.d_scores, loss_type(params), b * documents + first, count, values, 1);
+          });
   }
-  return there;
+  if (params.d_log_likelihood == nullptr) return;
+  const FloatType type = params.log_likelihood.type;
+  if (params.per_token) {
+    const int64_t size = documents * params.tokens, offset = b * size;
+    scale(params, params.kept_posterior, offset, size, g,
+          [&](int64_t first, int count, const double* values) {
+            store(params.d_log_likelihood, type, offset + first, count, values, 1);
+          });
+    return;
+  }
+  auto* const d_sequence = reinterpret_cast<double*>(c.shifted);
+  scale(params, params.kept_posterior, b * documents, documents, g,
+        [&](int64_t first, int count, const double* values) {
+          memcpy(d_sequence + first, values, count * sizeof(double));
+        });
+  spread_over_tokens(params, b, d_sequence);
+}
+
+void store_d_scores(const MarginalLossParams& params, int64_t b, const Vec* values) {
+  store(params.d_scores, loss_type(params), b * params.documents, params.documents,
+        reinterpret_cast<const double*>(values), 1);
+}
+
+void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const int64_t vectors = vectors_of(params.documents);
+  load_sequence(params, b, c) ? residuals(c, vectors) : nothing(c, vectors);
+  const Vec g = splat(upstream(params, b));
+  for (int64_t v = 0; v < vectors; ++v) {
+    c.d_relevance[v] = gradient(g, c.d_relevance[v]);
+    c.shifted[v] = gradient(g, c.shifted[v]);
+  }
+  if (params.d_scores != nullptr) store_d_scores(params, b, c.d_relevance);
+  if (params.d_log_likelihood != nullptr) {
+    spread_over_tokens(params, b, reinterpret_cast<const double*>(c.shifted));
+  }
 }
 
 // Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
 Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Columns& c) {
-  Mask scored{};
-  for (int j = 0; j < lanes; ++j) scored[j] = is_scored(params, b, m + j) ? -1 : 0;
+  alignas(64) int64_t scored[kLanes];
+  for (int j = 0; j < kLanes; ++j)
+    scored[j] = c.prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
   const int64_t first = b * params.stride_b + m * params.stride_m;
   for (int64_t k = 0; k < params.documents; ++k) {
-    const Vec values = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
-    c.log_likelihood[k] = c.log_prior[k] == -kInfinity ? splat(-kInfinity) : values;
+    c.log_likelihood[k] =
+        load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
   }
-  return scored;
+  Mask result;
+  memcpy(&result, scored, sizeof result);
+  return result;
 }
 
 int lanes_from(int64_t first, int64_t end) {
   return static_cast<int>(end - first < kLanes ? end - first : kLanes);
 }
 
-void token_forward(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  const Mask there = load_prior(params, b, c);
-  double loss = 0.0;
-  int64_t count = 0;
-  for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c) & there;
-    const Vec log_likelihood = log_marginal(centre_columns(params.documents, c));
-    for (int j = 0; j < lanes; ++j) {
-      loss -= scored[j] ? log_likelihood[j] : 0.0;
-      count += scored[j] ? 1 : 0;
-    }
+// Mode "token": r of tokens m .. m + lanes - 1 added to c.d_relevance and their posteriors in c.shifted, 0
+// where they pull nothing; both as in residuals().
+void token_residuals(const MarginalLossParams& params, const Columns& c, const Centre& centre, Mask scored) {
+  const Mask pulls = scored & ~centre.impossible;
+  for (int64_t k = 0; k < params.documents; ++k) {
+    const Shifted s = posterior_of<false>(c, k, centre);
+    c.d_relevance[k] += pulls ? s.change : splat(0.0);
+    c.shifted[k] = pulls ? s.joint : splat(0.0);
   }
-  params.example_loss[b] = loss;
-  params.example_count[b] = count;
 }
 
-void token_backward(const MarginalLossParams& params, int64_t b, const Columns& c) {
-  const Mask there = load_prior(params, b, c);
+void sum_lanes(const MarginalLossParams& params, const Columns& c) {
+  auto* const sums = reinterpret_cast<double*>(c.d_relevance);
+  for (int64_t k = 0; k < params.documents; ++k) sums[k] = sum_of(c.d_relevance[k]);
+}
+
+void token_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
+  load_prior(params, b, c);
+  Vec loss = splat(0.0);
+  Mask count{};  // of -1 each
+  for (int64_t k = 0; k < params.documents && keeps; ++k) c.d_relevance[k] = splat(0.0);
+  for (int64_t m = 0; m < params.tokens; m += kLanes) {
+    const int lanes = lanes_from(m, params.tokens);
+    const Mask scored = load_tokens(params, b, m, lanes, c);
+    const Centre centre = centre_columns<false>(params.documents, c);
+    loss -= scored ? log_marginal(c, centre) : splat(0.0);
+    count += scored;
+    if (keeps) token_residuals(params, c, centre, scored);
+    for (int64_t k = 0; k < params.documents && params.kept_posterior != nullptr; ++k) {
+      store_lanes(params.kept_posterior, loss_type(params), (b * params.documents + k) * params.tokens + m,
+                  lanes, c.shifted[k]);
+    }
+  }
+  params.example_loss[b] = sum_of(loss);
+  params.example_count[b] = 0;
+  for (int j = 0; j < kLanes; ++j) params.example_count[b] -= count[j];
+  if (params.kept_residual != nullptr) {
+    sum_lanes(params, c);
+    keep_residual(params, b, c.d_relevance);
+  }
+}
+
+void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+  load_prior(params, b, c);
   const Vec g = splat(upstream(params, b));
   for (int64_t k = 0; k < params.documents; ++k) c.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c) & there;
-    const Centre centre = centre_columns(params.documents, c);
-    const Mask counts = scored & ~centre.impossible;
-    for (int64_t k = 0; k < params.documents; ++k) {
-      const Shifted s = posterior_of(c, k, centre);
-      c.d_relevance[k] += gradient(counts, g, s.change);
-      // Kept whoever asks for it: a posterior that only the residual needed would be fused into the
-      // residual's subtraction, and the bits of d_scores would depend on which gradients are wanted.
-      c.shifted[k] = gradient(counts, g, s.joint);
-    }
+    const Mask scored = load_tokens(params, b, m, lanes, c);
+    token_residuals(params, c, centre_columns<false>(params.documents, c), scored);
     for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
       store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                  (b * params.documents + k) * params.tokens + m, lanes, c.shifted[k]);
+                  (b * params.documents + k) * params.tokens + m, lanes, gradient(g, c.shifted[k]));
     }
   }
   if (params.d_scores != nullptr) {
-    auto* const d_scores = reinterpret_cast<double*>(c.d_relevance);
-    for (int64_t k = 0; k < params.documents; ++k) d_scores[k] = sum_of(c.d_relevance[k]);
-    store_d_scores(params, b, 1, d_scores);
+    sum_lanes(params, c);
+    const int64_t vectors = vectors_of(params.documents);
+    for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = gradient(g, c.d_relevance[v]);
+    store_d_scores(params, b, c.d_relevance);
   }
 }
 
-int64_t workspace(int64_t documents) { return kArrays * kLanes * documents; }
+// Vectors of documents, and vectors of columns a document in mode "token".
+constexpr int kPriorArrays = 2, kColumnArrays = 3;
+
+int64_t workspace(int64_t documents, bool per_token) {
+  const int64_t vectors = vectors_of(documents);
+  return kLanes * (kPriorArrays * vectors + kColumnArrays * (per_token ? documents : vectors));
+}
+
+Columns columns_in(double* memory, int64_t documents, bool per_token) {
+  const int64_t vectors = vectors_of(documents), columns = per_token ? documents : vectors;
+  Vec* const prior = reinterpret_cast<Vec*>(memory);
+  Vec* const first = prior + kPriorArrays * vectors;
+  return {{prior, prior + vectors, 1.0, false}, first, first + columns, first + 2 * columns, Vec{}};
+}
 
 void forward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  const Columns c = columns_in(memory, params.documents);
-  for (int64_t b = begin; b < end; b += params.per_token ? 1 : kLanes) {
-    if (params.per_token) {
-      token_forward(params, b, c);
-    } else {
-      sequence_forward(params, b, lanes_from(b, end), c);
-    }
+  Columns c = columns_in(memory, params.documents, params.per_token);
+  for (int64_t b = begin; b < end; ++b) {
+    (params.per_token ? token_forward : sequence_forward)(params, b, c);
   }
 }
 
 void backward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  const Columns c = columns_in(memory, params.documents);
-  for (int64_t b = begin; b < end; b += params.per_token ? 1 : kLanes) {
-    if (params.per_token) {
-      token_backward(params, b, c);
-    } else {
-      sequence_backward(params, b, lanes_from(b, end), c);
-    }
-  }
+  Columns c = columns_in(memory, params.documents, params.per_token);
+  const bool kept = params.kept_residual != nullptr || params.kept_posterior != nullptr;
+  const auto run = kept ? kept_backward : params.per_token ? token_backward : sequence_backward;
+  for (int64_t b = begin; b < end; ++b) run(params, b, c);
 }
 
-const MarginalLossKernels kKernels{kLanes, &workspace, &forward, &backward};
+const MarginalLossKernels kKernels{&workspace, &forward, &backward};
 
 }  // namespace
 }  // namespace realm_kernels

@@ -1,11 +1,19 @@
-// The mathematics of marginal_loss on kLanes columns at a time, all float64. A column is what one document is
-// drawn for: a token in mode "token", a whole sequence otherwise.
+// The mathematics of marginal_loss on one vector at a time, all float64. A column is what one document is
+// drawn for: a token in mode "token", a whole sequence otherwise. The lanes of a vector are documents of one
+// column (kAcross) or columns that share their documents' prior, in mode "token".
 //
-// The documents of a group of columns lie in the workspace, [K][kLanes], and are walked three times: largest
-// posterior, sum, result. Only the second takes exponentials, one a document (two where the best document has
-// a small prior), in the forward as in the backward. The formulas are those of `marginal` in
-// realm_kernels/marginal_loss/reference.py, where they are explained, but for r, see centre_columns.
+// The documents are walked twice for the prior (largest, sum) and three times for the columns: largest
+// posterior, sum, result. A document costs one exponential for its prior and one a column, in the forward as
+// in the backward (two a column where the best document has a small prior). The formulas are those of
+// `marginal` in realm_kernels/marginal_loss/reference.py, where they are explained, but for r, see
+// centre_columns, and for the prior: it stays a mass, exp(s - largest s), and its sum Z divides sums, not
+// terms.
 #include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace realm_kernels {
 namespace {
@@ -25,10 +33,26 @@ inline bool any(const Mask& mask) {
   return false;
 }
 
+// Upper half onto lower half, until one is left.
 inline double sum_of(const Vec& x) {
-  double sum = 0.0;
-  for (int j = 0; j < kLanes; ++j) sum += x[j];
-  return sum;
+#if defined(__AVX512F__)
+  // By way of memory, because GCC 12 warns of what its intrinsics leave undefined.
+  __m256d halves[2];
+  memcpy(halves, &x, sizeof halves);
+  const __m256d half = halves[0] + halves[1];
+  const __m128d pair = _mm256_castpd256_pd128(half) + _mm256_extractf128_pd(half, 1);
+  return pair[0] + pair[1];
+#elif defined(__AVX__)
+  const __m128d pair = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);
+  return pair[0] + pair[1];
+#else
+  double sum[kLanes];
+  memcpy(sum, &x, sizeof sum);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
+  }
+  return sum[0];
+#endif
 }
 
 struct Exponential {
@@ -93,22 +117,6 @@ inline Vec log1p_of(Vec x) {
   return log_of(sum, (1.0 - (sum - added)) + (x - added));
 }
 
-// One group of columns, [K] vectors each.
-struct Columns {
-  Vec* log_prior;  // -inf where masked
-  Vec* prior;
-  Vec* log_likelihood;  // -inf where masked
-  Vec* shifted;         // written by centre_columns, read by posterior_of
-  Vec* d_relevance;     // of the backward: one sum a lane in mode "token"
-};
-
-constexpr int kArrays = 5;
-
-inline Columns columns_in(double* workspace, int64_t documents) {
-  Vec* first = reinterpret_cast<Vec*>(workspace);
-  return {first, first + documents, first + 2 * documents, first + 3 * documents, first + 4 * documents};
-}
-
 // The lanes of x as one number: NaN where there is one, else the largest.
 inline double largest_of(const Vec& x) {
   double top = x[0];
@@ -116,44 +124,57 @@ inline double largest_of(const Vec& x) {
   return top;
 }
 
-// From relevance in log_prior to log_prior and prior, `count` vectors each: a softmax of every lane, or of
-// all lanes together where kAcross. Returns where there is any document.
-template <bool kAcross>
-Mask normalise(int64_t count, Vec* log_prior, Vec* prior) {
+inline Vec larger(Vec top, Vec x) { return ((x > top) | (x != x)) ? x : top; }
+
+// The documents of one example; lanes beyond K hold -inf and 0.
+struct Prior {
+  Vec* relevance;  // s + log w less the largest, -inf where masked
+  Vec* mass;       // exp(relevance)
+  double total;    // Z, the sum of mass; 1 where there is no document
+  bool exists;     // whether there is a document
+};
+
+// From s + log w in prior.relevance.
+inline void normalise(int64_t vectors, Prior& prior) {
   Vec top = splat(-kInfinity);
-  for (int64_t k = 0; k < count; ++k) {
-    const Vec u = log_prior[k];
-    top = ((u > top) | (u != u)) ? u : top;
-  }
-  Mask empty = top == -kInfinity;
-  if (kAcross) {
-    const double largest = largest_of(top);
-    top = splat(largest);
-    empty = Mask{} - int64_t{largest == -kInfinity};
-  }
-  const Vec shift = empty ? splat(0.0) : top;
+  for (int64_t v = 0; v < vectors; ++v) top = larger(top, prior.relevance[v]);
+  const double largest = largest_of(top);
+  prior.exists = largest != -kInfinity;
+  const double shift = prior.exists ? largest : 0.0;
   Vec total = splat(0.0);
-  for (int64_t k = 0; k < count; ++k) {
-    prior[k] = exponential(log_prior[k] - shift).exp;
-    total += prior[k];
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Vec u = prior.relevance[v];
+    // A masked document stays one where another's score is NaN.
+    const Vec relevance = u == -kInfinity ? u : u - shift;
+    const Vec mass = exponential(relevance).exp;
+    prior.relevance[v] = relevance;
+    prior.mass[v] = mass;
+    total += mass;
   }
-  if (kAcross) total = splat(sum_of(total));
-  total = empty ? splat(1.0) : total;
-  const Vec log_total = log_of(total), share = 1.0 / total;
-  for (int64_t k = 0; k < count; ++k) {
-    log_prior[k] = (log_prior[k] - shift) - log_total;
-    prior[k] *= share;
-  }
-  return ~empty;
+  prior.total = prior.exists ? sum_of(total) : 1.0;
 }
 
-// What a group of columns has in common: where its likelihoods are centred.
+// One vector of columns, or one column across vectors of documents.
+struct Columns {
+  Prior prior;
+  Vec* log_likelihood;
+  Vec* shifted;      // written by centre_columns, read by posterior_of
+  Vec* d_relevance;  // of the backward: one sum a lane in mode "token"
+  Vec loss;
+};
+
+template <bool kAcross>
+inline Vec document(const Vec* values, int64_t k) {
+  return kAcross ? values[k] : splat(reinterpret_cast<const double*>(values)[k]);
+}
+
+// What the columns of a vector have in common: where their likelihoods are centred.
 struct Centre {
   Vec log_likelihood;  // of k*, the document of the largest posterior
   Vec sum;             // S
   Vec total;           // sum of joint
   Vec share;           // 1 / total
-  Vec log_unit;        // of joint: 0, or log_prior_k* in the lanes that are deep
+  Vec log_unit;        // of joint / Z: what the logarithm of their quotient is short of
   Mask far;            // S <= -1/2: the best document has a small prior
   Mask deep;           // so small that joint is taken relative to it
   Mask impossible;     // every document has likelihood zero
@@ -161,55 +182,83 @@ struct Centre {
 
 inline Mask is_near(Vec d) { return (d < 1.0) & (d > -1.0); }
 
-// With joint_k = exp(log_prior + d) and e_k = joint_k - prior, every result follows without another
-// exponential: the posterior is joint_k / sum of joint, and r_k = (e_k - prior S) / (1 + S) where S > -1/2.
-// What that subtraction rounds is an ulp of prior, as it is in d - L' itself, and k*, of at least 1 / K of
-// the posterior, pulls by |S| / 2K or more. In the far lanes k* has twice its prior or more, 1 / K at least,
-// and the plain difference loses as little.
-inline Centre centre_columns(int64_t documents, const Columns& c) {
-  Vec best = splat(-kInfinity), centre = splat(0.0), log_prior_best = splat(0.0);
-  for (int64_t k = 0; k < documents; ++k) {
-    const Vec joint = c.log_prior[k] + c.log_likelihood[k];
-    const Mask better = (joint > best) | (joint != joint);  // NaN wins, and so reaches the result
-    best = better ? joint : best;
-    centre = better ? c.log_likelihood[k] : centre;
-    log_prior_best = better ? c.log_prior[k] : log_prior_best;
+struct Best {
+  Vec joint, log_likelihood, relevance;
+};
+
+// The best lane in every lane.
+inline Best best_of_lanes(const Best& best) {
+  int j = 0;
+  for (int i = 1; i < kLanes; ++i) {
+    if ((best.joint[i] > best.joint[j]) | (best.joint[i] != best.joint[i])) j = i;
   }
-  // shifted = e_k = prior x expm1(d) where near, joint_k elsewhere.
-  Vec sum = splat(0.0), total = splat(0.0);
-  for (int64_t k = 0; k < documents; ++k) {
-    const Vec d = c.log_likelihood[k] - centre, prior = c.prior[k];
+  return {splat(best.joint[j]), splat(best.log_likelihood[j]), splat(best.relevance[j])};
+}
+
+// With joint_k = mass exp(d) and e_k = joint_k - mass, every result follows without another exponential: the
+// posterior is joint_k / sum of joint, and r_k = (e_k - mass S) / (Z (1 + S)) where S > -1/2. What that
+// subtraction rounds is an ulp of the prior, as it is in d - L' itself, and k*, of at least 1 / K of the
+// posterior, pulls by |S| / 2K or more. In the far lanes k* has twice its prior or more, 1 / K at least, and
+// the plain difference loses as little.
+//
+// count: K, or the vectors of documents across which one column lies.
+template <bool kAcross>
+Centre centre_columns(int64_t count, const Columns& c) {
+  Best best{splat(-kInfinity), splat(0.0), splat(0.0)};
+  for (int64_t k = 0; k < count; ++k) {
+    const Vec relevance = document<kAcross>(c.prior.relevance, k);
+    // What a masked document holds is read, but never looked at.
+    const Vec log_likelihood = relevance == -kInfinity ? relevance : c.log_likelihood[k];
+    c.log_likelihood[k] = log_likelihood;
+    const Vec joint = relevance + log_likelihood;
+    const Mask better = (joint > best.joint) | (joint != joint);  // NaN wins, and so reaches the result
+    best.joint = better ? joint : best.joint;
+    best.log_likelihood = better ? log_likelihood : best.log_likelihood;
+    best.relevance = better ? relevance : best.relevance;
+  }
+  if (kAcross) best = best_of_lanes(best);
+  // shifted = e_k = mass x expm1(d) where near, joint_k elsewhere.
+  Vec change = splat(0.0), total = splat(0.0);
+  for (int64_t k = 0; k < count; ++k) {
+    const Vec d = c.log_likelihood[k] - best.log_likelihood, mass = document<kAcross>(c.prior.mass, k);
     const Mask near = is_near(d);
-    const Exponential e = exponential(near ? d : c.log_prior[k] + d);
-    const Vec shifted = near ? prior * e.expm1 : e.exp;
+    const Exponential e = exponential(near ? d : document<kAcross>(c.prior.relevance, k) + d);
+    const Vec shifted = near ? mass * e.expm1 : e.exp;
     c.shifted[k] = shifted;
-    sum += near ? shifted : shifted - prior;
-    total += near ? shifted + prior : shifted;
+    change += near ? shifted : shifted - mass;
+    total += near ? shifted + mass : shifted;
   }
+  if (kAcross) {
+    change = splat(sum_of(change));
+    total = splat(sum_of(total));
+  }
+  const Vec sum = change / c.prior.total;
   const Mask far = sum <= -0.5;
   // Below exp(-30) documents that matter little beside k* could be lost below the smallest double.
-  const Mask deep = far & (log_prior_best < -30.0);
+  const Mask deep = far & (best.relevance < -30.0);
   if (any(deep)) {
-    total = deep ? splat(0.0) : total;
-    for (int64_t k = 0; k < documents; ++k) {
-      const Vec d = c.log_likelihood[k] - centre;
-      const Vec joint = exponential((c.log_prior[k] - log_prior_best) + d).exp;
-      total += deep ? joint : splat(0.0);
+    Vec deep_total = splat(0.0);
+    for (int64_t k = 0; k < count; ++k) {
+      const Vec d = c.log_likelihood[k] - best.log_likelihood;
+      const Vec joint = exponential((document<kAcross>(c.prior.relevance, k) - best.relevance) + d).exp;
+      deep_total += joint;
       c.shifted[k] = deep ? joint : c.shifted[k];
     }
+    if (kAcross) deep_total = splat(sum_of(deep_total));
+    total = deep ? deep_total : total;
   }
-  total = far ? total : sum + 1.0;
-  const Vec log_unit = deep ? log_prior_best : splat(0.0);
-  return {centre, sum, total, 1.0 / total, log_unit, far, deep, best == -kInfinity};
+  total = far ? total : change + c.prior.total;
+  const Vec log_unit = deep ? best.relevance : splat(0.0);
+  return {best.log_likelihood, sum, total, 1.0 / total, log_unit, far, deep, best.joint == -kInfinity};
 }
 
 // log p(y|x).
-inline Vec log_marginal(const Centre& centre) {
+inline Vec log_marginal(const Columns& c, const Centre& centre) {
   const Vec sum = (centre.far | centre.impossible) ? splat(0.0) : centre.sum;
   Vec relative = log1p_of(sum);  // L'
   const Mask far = centre.far & ~centre.impossible;
   if (any(far)) {
-    relative = far ? centre.log_unit + log_of(centre.total) : relative;
+    relative = far ? centre.log_unit + log_of(centre.total / c.prior.total) : relative;
   }
   return centre.impossible ? splat(-kInfinity) : centre.log_likelihood + relative;
 }
@@ -220,12 +269,14 @@ struct Shifted {
   Vec joint;
 };
 
+template <bool kAcross>
 inline Shifted posterior_of(const Columns& c, int64_t k, const Centre& centre) {
   const Mask near = is_near(c.log_likelihood[k] - centre.log_likelihood) & ~centre.deep;
-  const Vec prior = c.prior[k], shifted = c.shifted[k];
-  const Vec posterior = (near ? prior + shifted : shifted) * centre.share;
-  const Vec e = near ? shifted : shifted - prior;
-  return {centre.far ? posterior - prior : (e - prior * centre.sum) * centre.share, posterior};
+  const Vec mass = document<kAcross>(c.prior.mass, k), shifted = c.shifted[k];
+  const Vec posterior = (near ? mass + shifted : shifted) * centre.share;
+  const Vec e = near ? shifted : shifted - mass;
+  const Vec plain = posterior - mass / c.prior.total;
+  return {centre.far ? plain : (e - mass * centre.sum) * centre.share, posterior};
 }
 
 }  // namespace

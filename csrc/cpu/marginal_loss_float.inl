@@ -72,12 +72,12 @@ inline void from_double(double value, Float16* out) {
 }
 
 template <class T>
-inline void load_as(const void* data, int64_t offset, int64_t stride, int count, double* out) {
+inline void load_as(const void* data, int64_t offset, int64_t stride, int64_t count, double* out) {
   const T* source = static_cast<const T*>(data) + offset;
   if (stride == 1) {
-    for (int i = 0; i < count; ++i) out[i] = to_double(source[i]);
+    for (int64_t i = 0; i < count; ++i) out[i] = to_double(source[i]);
   } else {
-    for (int i = 0; i < count; ++i) out[i] = to_double(source[i * stride]);
+    for (int64_t i = 0; i < count; ++i) out[i] = to_double(source[i * stride]);
   }
 }
 
@@ -87,7 +87,7 @@ inline void store_as(void* data, int64_t offset, int64_t count, const double* va
   for (int64_t i = 0; i < count; ++i) from_double(values[i * stride], target + i);
 }
 
-void load(const FloatArray& array, int64_t offset, int64_t stride, int count, double* out) {
+void load(const FloatArray& array, int64_t offset, int64_t stride, int64_t count, double* out) {
   switch (array.type) {
     case FloatType::kFloat32:
       return load_as<float>(array.data, offset, stride, count, out);

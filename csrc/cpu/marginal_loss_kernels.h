@@ -6,11 +6,8 @@
 namespace realm_kernels {
 
 struct MarginalLossKernels {
-  // Examples that travel together as the lanes of one vector in mode "sequence"; 1 unit = 1 example in mode
-  // "token".
-  int lanes;
   // Doubles of scratch memory a thread needs, 64-byte aligned.
-  int64_t (*workspace)(int64_t documents);
+  int64_t (*workspace)(int64_t documents, bool per_token);
   // Examples [begin, end).
   void (*forward)(const MarginalLossParams& params, int64_t begin, int64_t end, double* workspace);
   void (*backward)(const MarginalLossParams& params, int64_t begin, int64_t end, double* workspace);

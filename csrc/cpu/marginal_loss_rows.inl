@@ -34,6 +34,12 @@ inline bool any_scored(const MarginalLossParams& params, int64_t b) {
   return false;
 }
 
+#if defined(__AVX__) && !defined(__AVX512VL__)
+inline __m128i first_lanes_of_four(int lanes) {
+  return _mm_cmpgt_epi32(_mm_set1_epi32(lanes), _mm_setr_epi32(0, 1, 2, 3));
+}
+#endif
+
 inline Vec widened(const double* source) {
   Vec result;
   memcpy(&result, source, sizeof result);
@@ -51,6 +57,26 @@ inline Vec widened(const float* source) {
 #endif
 }
 
+// The first `lanes` < kLanes numbers of a row, zero in the other lanes.
+inline Vec widened_first(const float* source, int lanes) {
+#if defined(__AVX512VL__)
+  const FloatVec values = _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << lanes) - 1), source);
+  return __builtin_convertvector(values, Vec);
+#elif defined(__AVX__)
+  return _mm256_cvtps_pd(_mm_maskload_ps(source, first_lanes_of_four(lanes)));
+#else
+  Vec result{};
+  for (int j = 0; j < lanes; ++j) result[j] = source[j];
+  return result;
+#endif
+}
+
+inline Vec widened_first(const double* source, int lanes) {
+  double values[kLanes] = {};
+  for (int j = 0; j < lanes; ++j) values[j] = source[j];
+  return widened(values);
+}
+
 // The sum of source[m], m in [0, count), in parts: parts[i] holds those of m mod kSumLanes in [i kLanes, (i +
 // 1) kLanes).
 template <class T>
@@ -61,27 +87,22 @@ inline void add_to_parts(const T* source, int64_t count, Vec (&parts)[kSumVecs])
   }
   int i = 0;
   for (; m + kLanes <= count; m += kLanes) parts[i++] += widened(source + m);
-  if (m < count) {
-    Vec rest{};
-    for (int j = 0; m + j < count; ++j) rest[j] = source[m + j];
-    parts[i] += rest;
-  }
+  if (m < count) parts[i] += widened_first(source + m, static_cast<int>(count - m));
 }
 
 inline double sum_of_parts(Vec (&parts)[kSumVecs]) {
   for (int half = kSumVecs / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
   }
-  double p[kLanes];
-  memcpy(p, &parts[0], sizeof p);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) p[i] += p[i + half];
-  }
-  return p[0];
+  return sum_of(parts[0]);
 }
 
-// sum_m c_m l_km of example b to out[k * stride], for every document.
-inline void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t stride, double* out) {
+// sum_m c_m l_km of example b to out[k], for every document.
+inline void sum_tokens(const MarginalLossParams& params, int64_t b, double* out) {
+  if (params.tokens == 1) {  // masked, it is not scored, and nothing of the example is looked at
+    load(params.log_likelihood, b * params.stride_b, params.stride_k, params.documents, out);
+    return;
+  }
   const bool* const mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
   const bool direct =
       mask == nullptr && params.log_likelihood.type == FloatType::kFloat32 && params.stride_m == 1;
@@ -99,19 +120,19 @@ inline void sum_tokens(const MarginalLossParams& params, int64_t b, int64_t stri
         add_to_parts(values, count, parts);
       }
     }
-    out[k * stride] = sum_of_parts(parts);
+    out[k] = sum_of_parts(parts);
   }
 }
 
 template <class T>
-inline void spread_as(const MarginalLossParams& params, int64_t b, int64_t stride, const double* values) {
+inline void spread_as(const MarginalLossParams& params, int64_t b, const double* values) {
   const bool* const mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
   T* target = static_cast<T*>(params.d_log_likelihood) + b * params.documents * params.tokens;
   T zero;
   from_double(0.0, &zero);
   for (int64_t k = 0; k < params.documents; ++k, target += params.tokens) {
     T value;
-    from_double(values[k * stride], &value);
+    from_double(values[k], &value);
     if (mask == nullptr) {
       for (int64_t m = 0; m < params.tokens; ++m) target[m] = value;
     } else {
@@ -120,25 +141,29 @@ inline void spread_as(const MarginalLossParams& params, int64_t b, int64_t strid
   }
 }
 
-// values[k * stride] to d_log_likelihood[b, k, m] of every scored token m, zero to the others.
-inline void spread_over_tokens(const MarginalLossParams& params, int64_t b, int64_t stride,
-                               const double* values) {
+// values[k] to d_log_likelihood[b, k, m] of every scored token m, zero to the others.
+inline void spread_over_tokens(const MarginalLossParams& params, int64_t b, const double* values) {
+  if (params.tokens == 1) {  // where it is not scored, the values are zero
+    return store(params.d_log_likelihood, params.log_likelihood.type, b * params.documents, params.documents,
+                 values, 1);
+  }
   switch (params.log_likelihood.type) {
     case FloatType::kFloat32:
-      return spread_as<float>(params, b, stride, values);
+      return spread_as<float>(params, b, values);
     case FloatType::kFloat64:
-      return spread_as<double>(params, b, stride, values);
+      return spread_as<double>(params, b, values);
     case FloatType::kBFloat16:
-      return spread_as<BFloat16>(params, b, stride, values);
+      return spread_as<BFloat16>(params, b, values);
     case FloatType::kFloat16:
-      return spread_as<Float16>(params, b, stride, values);
+      return spread_as<Float16>(params, b, values);
   }
 }
 
 // The first `lanes` lanes from a row, zero in the others.
 inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, int lanes) {
-  if (array.type == FloatType::kFloat32 && stride == 1 && lanes == kLanes) {
-    return widened(static_cast<const float*>(array.data) + offset);
+  if (array.type == FloatType::kFloat32 && stride == 1) {
+    const float* const source = static_cast<const float*>(array.data) + offset;
+    return lanes == kLanes ? widened(source) : widened_first(source, lanes);
   }
   double values[kLanes] = {};
   load(array, offset, stride, lanes, values);
@@ -147,12 +172,15 @@ inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, i
 
 // The first `lanes` lanes to a row.
 inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
-  if (type == FloatType::kFloat32 && lanes == kLanes) {
-#if defined(__AVX__) && !defined(__AVX512F__)
-    _mm_storeu_ps(static_cast<float*>(data) + offset, _mm256_cvtpd_ps(value));
-#else
+  if (type == FloatType::kFloat32) {
+    float* const target = static_cast<float*>(data) + offset;
+#if defined(__AVX512VL__)
     const FloatVec rounded = __builtin_convertvector(value, FloatVec);
-    memcpy(static_cast<float*>(data) + offset, &rounded, sizeof rounded);
+    _mm256_mask_storeu_ps(target, static_cast<__mmask8>((1u << lanes) - 1), rounded);
+#elif defined(__AVX__)
+    _mm_maskstore_ps(target, first_lanes_of_four(lanes), _mm256_cvtpd_ps(value));
+#else
+    for (int j = 0; j < lanes; ++j) target[j] = static_cast<float>(value[j]);
 #endif
     return;
   }

@@ -54,8 +54,6 @@ inline Spans load_spans(const SpanEvidenceParams& params, int64_t offset, int la
   return {load_lanes(params.span_scores, offset, 1, lanes), correct & valid, ~correct & valid};
 }
 
-inline Vec larger(Vec top, Vec x) { return ((x > top) | (x != x)) ? x : top; }
-
 // One number, by the vector code: there is no other that has the same last bit everywhere.
 inline double exp_of(double x) { return exponential(splat(x)).exp[0]; }
 inline double log_of_one(double x) { return log_of(splat(x))[0]; }
@@ -67,7 +65,8 @@ inline double log_sum(double top, double sum) { return top - top == 0.0 ? top + 
 // log(1 + exp(x))
 inline double softplus(double x) { return x > 0.0 ? x + log1p_of_one(exp_of(-x)) : log1p_of_one(exp_of(x)); }
 
-void forward_row(const SpanEvidenceParams& params, int64_t row) {
+// Returns the log-sum-exp over valid spans.
+double forward_row(const SpanEvidenceParams& params, int64_t row) {
   Vec top_right = splat(-kInfinity), top_wrong = splat(-kInfinity);
   Mask found{};
   const int64_t first = row * params.spans;
@@ -94,44 +93,54 @@ void forward_row(const SpanEvidenceParams& params, int64_t row) {
   params.right[row] = right;
   params.wrong[row] = wrong;
   params.log_likelihood[row] = none_right ? -kInfinity : -gap;
-  params.log_normalizer[row] = none_right ? wrong : right + gap;
   params.has_correct[row] = any(found);
+  return none_right ? wrong : right + gap;
 }
 
-bool is_valid(const SpanEvidenceParams& params, int64_t i) {
-  return params.valid == nullptr || params.valid[i];
+double no_document(const SpanEvidenceParams& params, int64_t row) {
+  params.right[row] = params.wrong[row] = params.log_likelihood[row] = -kInfinity;
+  params.has_correct[row] = false;
+  return -kInfinity;
 }
 
-// A document of one span, as in the released retriever loss: the span is its own log-sum-exp.
-void forward_one(const SpanEvidenceParams& params, int64_t row) {
-  double score;
-  load(params.span_scores, row, 1, 1, &score);
-  const bool valid = is_valid(params, row), correct = valid && params.correct[row];
-  params.right[row] = correct ? score : -kInfinity;
-  params.wrong[row] = valid && !correct ? score : -kInfinity;
-  params.log_likelihood[row] = correct && score != -kInfinity ? 0.0 : -kInfinity;
-  params.log_normalizer[row] = valid ? score : -kInfinity;
-  params.has_correct[row] = correct;
-}
-
-void backward_one(const SpanEvidenceParams& params, int64_t row) {
-  double score;
-  load(params.span_scores, row, 1, 1, &score);
-  const double d = params.d_log_normalizer[row];
-  const bool counts = is_valid(params, row) && score != -kInfinity && d != 0.0;
-  // Its share is 1; score - score makes it NaN where the score is NaN or +inf.
-  const double d_score = counts ? d * (1.0 + (score - score)) : 0.0;
-  store(params.d_span_scores, params.span_scores.type, row, 1, &d_score, 1);
+// Documents of one span each, as in the released retriever loss: the span is its own log-sum-exp.
+void forward_ones(const SpanEvidenceParams& params, int64_t row, int count, const double* relevance) {
+  double score[kChunk];
+  load(params.span_scores, row, 1, count, score);
+  for (int i = 0; i < count; ++i) {
+    const bool valid = relevance[i] != -kInfinity && (params.valid == nullptr || params.valid[row + i]);
+    const bool correct = valid & params.correct[row + i];
+    params.right[row + i] = correct ? score[i] : -kInfinity;
+    params.wrong[row + i] = valid & !correct ? score[i] : -kInfinity;
+    params.log_likelihood[row + i] = correct & (score[i] != -kInfinity) ? 0.0 : -kInfinity;
+    params.relevance[row + i] = !params.is_global ? relevance[i]
+                                : valid           ? relevance[i] + score[i]
+                                                  : -kInfinity;
+    params.has_correct[row + i] = correct;
+  }
 }
 
 void forward(const SpanEvidenceParams& params, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    if (params.is_document[row]) {
-      params.spans == 1 ? forward_one(params, row) : forward_row(params, row);
-    } else {
-      params.right[row] = params.wrong[row] = -kInfinity;
-      params.log_likelihood[row] = params.log_normalizer[row] = -kInfinity;
-      params.has_correct[row] = false;
+  double relevance[kChunk], log_weight[kChunk];
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int count = chunk_from(first, end);
+    load(params.scores, first, 1, count, relevance);
+    if (params.log_weight.data != nullptr) {
+      load(params.log_weight, first, 1, count, log_weight);
+      for (int i = 0; i < count; ++i) relevance[i] += log_weight[i];
+    }
+    for (int i = 0; i < count && params.doc_mask != nullptr; ++i) {
+      relevance[i] = params.doc_mask[first + i] ? relevance[i] : -kInfinity;
+    }
+    if (params.spans == 1) {
+      forward_ones(params, first, count, relevance);
+      continue;
+    }
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = first + i;
+      const bool is_document = relevance[i] != -kInfinity;
+      const double log_normalizer = is_document ? forward_row(params, row) : no_document(params, row);
+      params.relevance[row] = params.is_global && is_document ? relevance[i] + log_normalizer : relevance[i];
     }
   }
 }
@@ -142,12 +151,15 @@ struct Share {
   double log_sum;
 };
 
-void backward_row(const SpanEvidenceParams& params, int64_t row) {
+void backward_row(const SpanEvidenceParams& params, int64_t row, double d_log_likelihood, double d_n) {
   const double right = params.right[row], wrong = params.wrong[row];
   const bool none_right = right == -kInfinity, none_wrong = wrong == -kInfinity;
+  if (none_right & none_wrong) {  // no document, or none of its spans counts: nothing is looked at
+    const double zero = 0.0;
+    return store(params.d_span_scores, params.span_scores.type, row * params.spans, params.spans, &zero, 0);
+  }
   // l = A - N is a constant where one side is empty.
-  const double d_l = none_right | none_wrong ? 0.0 : params.d_log_likelihood[row];
-  const double d_n = params.d_log_normalizer[row];
+  const double d_l = none_right | none_wrong ? 0.0 : d_log_likelihood;
   // exp(A - N) and exp(I - N), neither as a difference from 1.
   const double odds = wrong - right, ratio = exp_of(odds > 0.0 ? -odds : odds);
   const double larger_share = 1.0 / (1.0 + ratio), smaller_share = ratio / (1.0 + ratio);
@@ -166,13 +178,36 @@ void backward_row(const SpanEvidenceParams& params, int64_t row) {
   }
 }
 
+// -g value, 0 where that is zero.
+double scaled(double g, double value) { return value != 0.0 ? -g * value : 0.0; }
+
 void backward(const SpanEvidenceParams& params, int64_t begin, int64_t end) {
-  const double zero = 0.0;
-  for (int64_t row = begin; row < end; ++row) {
-    if (params.is_document[row]) {
-      params.spans == 1 ? backward_one(params, row) : backward_row(params, row);
-    } else {
-      store(params.d_span_scores, params.span_scores.type, row * params.spans, params.spans, &zero, 0);
+  const FloatType loss_type = params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
+  double d_relevance[kChunk], d_score[kChunk];
+  for (int64_t b = begin / params.documents; b * params.documents < end; ++b) {
+    double g;
+    load({params.d_loss, loss_type}, params.reduction == Reduction::kNone ? b : 0, 1, 1, &g);
+    g /= params.divisor;
+    const int64_t example_end = (b + 1) * params.documents < end ? (b + 1) * params.documents : end;
+    int64_t first = b * params.documents > begin ? b * params.documents : begin;
+    for (; first < example_end; first += kChunk) {
+      const int count = chunk_from(first, example_end);
+      for (int i = 0; i < count; ++i) d_relevance[i] = scaled(g, params.residual[first + i]);
+      if (params.d_scores != nullptr) store(params.d_scores, loss_type, first, count, d_relevance, 1);
+      if (params.d_span_scores == nullptr) continue;
+      if (params.spans == 1) {
+        // The one span's share of its document is 1, of its likelihood nothing.
+        for (int i = 0; i < count; ++i) {
+          const bool there = params.right[first + i] != -kInfinity || params.wrong[first + i] != -kInfinity;
+          d_score[i] = there & params.is_global ? d_relevance[i] : 0.0;
+        }
+        store(params.d_span_scores, params.span_scores.type, first, count, d_score, 1);
+        continue;
+      }
+      for (int i = 0; i < count; ++i) {
+        backward_row(params, first + i, scaled(g, params.posterior[first + i]),
+                     params.is_global ? d_relevance[i] : 0.0);
+      }
     }
   }
 }

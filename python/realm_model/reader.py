@@ -21,6 +21,7 @@ class Spans(NamedTuple):
 
     starts: Tensor  # int64 [C]
     ends: Tensor  # int64 [C], the last wordpiece
+    max_width: int
 
     def inside(self, body: Tensor) -> Tensor:
         """Which spans lie in the block: body bool [..., L], one run of True -> bool [..., C]."""
@@ -34,10 +35,11 @@ class Spans(NamedTuple):
 
 def all_spans(length: int, max_width: int, device: torch.device | None = None) -> Spans:
     """The spans of up to max_width wordpieces in a join of `length`."""
-    widths = range(1, min(length, max_width) + 1)
+    longest = min(length, max_width)
+    widths = range(1, longest + 1)
     starts = torch.cat([torch.arange(length - width + 1, device=device) for width in widths])
     ends = torch.cat([torch.arange(width - 1, length, device=device) for width in widths])
-    return Spans(starts, ends)
+    return Spans(starts, ends, longest)
 
 
 class SpanHead(nn.Module):
@@ -56,8 +58,16 @@ class SpanHead(nn.Module):
     def forward(self, hidden: Tensor, spans: Spans) -> Tensor:
         """hidden [N, L, H] -> [N, C]."""
         start, end = self.dense_intermediate(hidden).chunk(2, dim=-1)  # [N, L, S] each
-        both = start.index_select(1, spans.starts) + end.index_select(1, spans.ends)  # [N, C, S]
-        return self.dense_output(self.layer_normalization(both.relu())).squeeze(-1)
+        return rk.score_spans(
+            start,
+            end,
+            self.dense_output.weight[0],
+            self.dense_output.bias,
+            norm_weight=self.layer_normalization.weight,
+            norm_bias=self.layer_normalization.bias,
+            max_width=spans.max_width,
+            eps=self.layer_normalization.eps,
+        )
 
 
 class ReaderLoss(NamedTuple):

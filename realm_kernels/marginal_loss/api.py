@@ -10,12 +10,11 @@ from torch import Tensor
 from ..backends import explained_by
 from . import distributed, op, plan, reference
 from .checks import OP, REDUCTIONS, check, check_choice, check_null_index
-from .reference import reduce
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Posterior", "marginal_loss", "posterior", "reduce"]
+__all__ = ["Posterior", "marginal_loss", "posterior"]
 
 
 class Posterior(NamedTuple):
@@ -92,8 +91,7 @@ def marginal_loss(
         )
     check(OP, scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    tokens = reference.with_tokens(log_likelihood)
-    return op.call(scores, tokens, token_mask, doc_mask, log_weight, mode, reduction)
+    return op.call(scores, log_likelihood, token_mask, doc_mask, log_weight, mode, reduction)
 
 
 @torch.no_grad()

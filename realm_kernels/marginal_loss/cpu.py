@@ -27,11 +27,11 @@ def refuses(
     return None
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int:
+def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -39,8 +39,34 @@ def _pointer(tensor: Tensor | None) -> int:
 _NAMES = {dtype: dtype_name(dtype) for dtype in DTYPES}
 
 
-def _array(tensor: Tensor | None) -> tuple[int, str]:
+def array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
+
+
+def _extents(log_likelihood: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides [B, K, M] of what may be [B, K]."""
+    if log_likelihood.dim() == 2:
+        return (*log_likelihood.shape, 1), (*log_likelihood.stride(), 1)
+    return tuple(log_likelihood.shape), log_likelihood.stride()
+
+
+Kept = tuple[Tensor | None, Tensor | None]
+
+
+def room_to_keep(
+    scores: Tensor,
+    log_likelihood: Tensor,
+    log_weight: Tensor | None,
+    mode: str,
+    needs_scores: bool,
+    needs_log_likelihood: bool,
+) -> Kept:
+    """Where the forward leaves r [B, K] and the posterior, [B, K] or [B, K, M] in mode "token", for the
+    backward, which then scales them. A backward without them finds them again from the inputs."""
+    dtype = result_dtype(scores, log_likelihood, log_weight)
+    residual = torch.empty(scores.shape, dtype=dtype) if needs_scores else None
+    shape = log_likelihood.shape if mode == "token" else scores.shape
+    return residual, torch.empty(shape, dtype=dtype) if needs_log_likelihood else None
 
 
 def forward(
@@ -51,13 +77,15 @@ def forward(
     log_weight: Tensor | None,
     mode: str,
     reduction: str,
+    *,
+    kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
-    needs a tensor makes one."""
+    needs a tensor makes one. log_likelihood: [B, K, M] or [B, K]."""
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
-    scores, log_weight = scores.contiguous(), _contiguous(log_weight)
-    token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
+    scores, log_weight = scores.contiguous(), contiguous(log_weight)
+    token_mask, doc_mask = contiguous(token_mask), contiguous(doc_mask)
     if reduction == "none":
         count = torch.empty(scores.shape[:1], dtype=torch.int64)
         loss = torch.empty(scores.shape[:1], dtype=dtype)
@@ -65,17 +93,17 @@ def forward(
         count = None
         loss = torch.empty((), dtype=dtype)
     total = native.cpu.marginal_loss_fwd(
-        _array(scores),
-        _array(log_likelihood),
-        _array(log_weight),
-        _pointer(token_mask),
-        _pointer(doc_mask),
-        tuple(log_likelihood.shape),
-        log_likelihood.stride(),
+        array(scores),
+        array(log_likelihood),
+        array(log_weight),
+        pointer(token_mask),
+        pointer(doc_mask),
+        *_extents(log_likelihood),
         mode == "token",
         reduction,
-        _array(loss),
-        _pointer(count),
+        array(loss),
+        pointer(count),
+        (pointer(kept[0]), pointer(kept[1])),
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -93,6 +121,8 @@ def backward(
     mode: str,
     needs_scores: bool,
     needs_log_likelihood: bool,
+    *,
+    kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype = result_dtype(scores, log_likelihood, log_weight)
@@ -104,22 +134,22 @@ def backward(
     )
     if d_loss.dtype != dtype:
         d_loss = d_loss.to(dtype)
-    d_loss, scores, log_weight = d_loss.contiguous(), scores.contiguous(), _contiguous(log_weight)
-    token_mask, doc_mask = _contiguous(token_mask), _contiguous(doc_mask)
+    d_loss, scores, log_weight = d_loss.contiguous(), scores.contiguous(), contiguous(log_weight)
+    token_mask, doc_mask = contiguous(token_mask), contiguous(doc_mask)
     native.cpu.marginal_loss_bwd(
-        _array(scores),
-        _array(log_likelihood),
-        _array(log_weight),
-        _pointer(token_mask),
-        _pointer(doc_mask),
-        tuple(log_likelihood.shape),
-        log_likelihood.stride(),
+        array(scores),
+        array(log_likelihood),
+        array(log_weight),
+        pointer(token_mask),
+        pointer(doc_mask),
+        *_extents(log_likelihood),
         mode == "token",
         "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
-        _array(d_loss),
+        array(d_loss),
         1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
+        (pointer(kept[0]), pointer(kept[1])),
         torch.get_num_threads(),
         forced_variant(),
     )

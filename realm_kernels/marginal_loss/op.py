@@ -4,7 +4,8 @@ The loss, its gradient and the gradient of that are three ops. Each works from t
 kept between them but what the caller holds anyway, so a backward may run any number of times.
 
 At the sizes of one training step torch's dispatcher costs more than the kernel behind it. So `call`, the way
-of the public function, goes through the ops only where something listens there (`observed`).
+of the public function, goes through the ops only where something listens there (`observed`) or another
+backend than C++ serves.
 """
 
 from __future__ import annotations
@@ -161,17 +162,23 @@ def call(
     mode: str,
     reduction: str,
 ) -> Tensor:
-    """The loss, through torch's dispatcher where something listens there and straight to the backend else."""
-    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode, reduction)
-    if observed(scores, log_likelihood, token_mask, doc_mask, log_weight):
-        return torch.ops.realm_kernels.marginal_loss(*inputs)[0]
+    """The loss, through torch's dispatcher where something listens there and straight to C++ else.
+
+    log_likelihood: [B, K, M] or [B, K].
+    """
+    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
+    if observed(scores, log_likelihood, token_mask, doc_mask, log_weight) or (
+        backend_for(*inputs) is not cpu.BACKEND
+    ):
+        tokens = reference.with_tokens(log_likelihood)
+        return torch.ops.realm_kernels.marginal_loss(scores, tokens, *inputs[2:], reduction)[0]
     if torch.is_grad_enabled() and (
         scores.requires_grad
         or log_likelihood.requires_grad
         or (log_weight is not None and log_weight.requires_grad)
     ):
-        return _Direct.apply(*inputs)
-    return marginal_loss_fwd(*inputs)[0]
+        return _Direct.apply(*inputs, reduction)
+    return cpu.forward(*inputs, reduction)[0]
 
 
 def observed(*tensors: Tensor | None) -> bool:
@@ -221,27 +228,36 @@ def _backward_by_op(
 
 
 class _Direct(torch.autograd.Function):
-    """The autograd of the op without the op."""
+    """The autograd of the op without the op, for the C++ backend."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        backend = backend_for(*inputs[:6])
-        loss, count = backend.forward(*inputs)
-        ctx.save_for_backward(*inputs[:5])
-        ctx.plan = backend, backends.forced_backend(), inputs[5], count if inputs[6] == "mean" else None
+        scores, log_likelihood, _, _, log_weight, mode, reduction = inputs
+        wants = ctx.needs_input_grad
+        kept = cpu.room_to_keep(scores, log_likelihood, log_weight, mode, wants[0] or wants[4], wants[1])
+        loss, count = cpu.BACKEND.forward(*inputs, kept=kept)
+        ctx.save_for_backward(*inputs[:5], *kept)
+        ctx.plan = mode, backends.forced_backend(), count if reduction == "mean" else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        backend, forced, mode, divisor = ctx.plan
+        *inputs, residual, posterior = ctx.saved_tensors
+        mode, forced, divisor = ctx.plan
         # With create_graph the gradient itself is differentiated: its op knows how.
         if torch.is_grad_enabled() or observed(d_loss) or forced != backends.forced_backend():
             divisor = torch.tensor(divisor) if isinstance(divisor, int) else divisor
-            return _backward_by_op(ctx, mode, forced, d_loss, inputs, divisor)
+            shape = inputs[1].shape
+            inputs[1] = reference.with_tokens(inputs[1])
+            gradients = _backward_by_op(ctx, mode, forced, d_loss, inputs, divisor)
+            wide = gradients[1]
+            return gradients[0], None if wide is None else wide.view(shape), *gradients[2:]
         wants = ctx.needs_input_grad
-        gradients = backend.backward(d_loss, divisor, *inputs, mode, wants[0] or wants[4], wants[1])
-        return _gradients(wants, 0, inputs, *gradients)
+        needs = wants[0] or wants[4], wants[1]
+        assert cpu.BACKEND.backward is not None
+        kept = residual, posterior
+        found = cpu.BACKEND.backward(d_loss, divisor, *inputs, mode, *needs, kept=kept)
+        return _gradients(wants, 0, inputs, *found)
 
 
 def _gradients(
@@ -255,15 +271,15 @@ def _gradients(
     scores, log_likelihood, _, _, log_weight = inputs
     gradients: list[Tensor | None] = [None] * len(wants)
     if wants[first]:
-        gradients[first] = _cast(d_relevance, scores)
+        gradients[first] = cast(d_relevance, scores)
     if wants[first + 1]:
-        gradients[first + 1] = _cast(d_log_likelihood, log_likelihood)
+        gradients[first + 1] = cast(d_log_likelihood, log_likelihood)
     if wants[first + 4]:
-        gradients[first + 4] = _cast(d_relevance, log_weight)
+        gradients[first + 4] = cast(d_relevance, log_weight)
     return tuple(gradients)
 
 
-def _cast(gradient: Tensor, tensor: Tensor | None) -> Tensor:
+def cast(gradient: Tensor, tensor: Tensor | None) -> Tensor:
     """The gradient in the dtype of its input; torch's own cast takes its time also where that is the same."""
     assert tensor is not None
     return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)

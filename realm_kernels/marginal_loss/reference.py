@@ -264,18 +264,18 @@ def double_backward(
     v_l = prior.new_zeros(prior.shape)
     if v_log_likelihood is not None:
         v_l = columns(v_log_likelihood, token_mask, mode)
-    along = _covariance(posterior, v_s + v_l)
+    along = covariance(posterior, v_s + v_l)
     g = upstream(d_loss, count, scores.shape[0])
     d_d_loss = -(residual * v_s + posterior * v_l).sum((1, 2))
     if d_loss.dim() == 0:
         d_d_loss = upstream(d_d_loss.sum(), count, 1)[0]
-    d_scores = -g[:, None] * (along - _covariance(prior, v_s)).sum(2)
+    d_scores = -g[:, None] * (along - covariance(prior, v_s)).sum(2)
     d_log_likelihood = select_tokens((-g[:, None, None] * along).expand(log_likelihood.shape), token_mask)
     dtype = result_dtype(scores, log_likelihood, log_weight)
     return d_d_loss.to(dtype), d_scores.to(dtype), d_log_likelihood.to(log_likelihood.dtype).contiguous()
 
 
-def _covariance(q: Tensor, v: Tensor) -> Tensor:
+def covariance(q: Tensor, v: Tensor) -> Tensor:
     """(diag q - q q^T) v over axis 1."""
     return q * (v - (q * v).sum(1, keepdim=True))
 

@@ -39,32 +39,32 @@ def refuses(
     return f"it serves CUDA tensors, got {scores.device} (CPU tensors with TRITON_INTERPRET=1, when forced)"
 
 
-def _power_of_two(x: int) -> int:
+def power_of_two(x: int) -> int:
     return 1 << max(x - 1, 0).bit_length()
 
 
 def tile(documents: int, tokens: int) -> dict[str, int]:
     """Tiles and launch options for K documents of M tokens."""
-    block_k = min(_power_of_two(documents), TILE)
-    block_m = min(_power_of_two(tokens), TILE // block_k)
+    block_k = min(power_of_two(documents), TILE)
+    block_m = min(power_of_two(tokens), TILE // block_k)
     return {
         "K_END": -(-documents // block_k) * block_k,
         "BLOCK_K": block_k,
         "BLOCK_M": block_m,
-        "num_warps": _power_of_two(-(-block_k * block_m // (32 * PER_THREAD))),
+        "num_warps": power_of_two(-(-block_k * block_m // (32 * PER_THREAD))),
         "maxnreg": MAX_REGISTERS,
     }
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
+def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device's current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -84,14 +84,14 @@ def forward(
     dtype = result_dtype(scores, log_likelihood, log_weight)
     losses = scores.new_empty(batch, dtype=dtype if reduction == "none" else torch.float64)
     counts = scores.new_empty(batch, dtype=torch.int64)
-    with _on_device(scores.device):
+    with on_device(scores.device):
         if batch > 0:
             kernels.marginal_loss_fwd_kernel[(batch,)](
                 scores.contiguous(),
                 log_likelihood,
-                _contiguous(log_weight),
-                _bytes(token_mask),
-                _bytes(doc_mask),
+                contiguous(log_weight),
+                as_bytes(token_mask),
+                as_bytes(doc_mask),
                 losses,
                 counts,
                 documents,
@@ -133,13 +133,13 @@ def backward(
     )
     plan = tile(documents, tokens)
     if batch > 0:
-        with _on_device(scores.device):
+        with on_device(scores.device):
             kernels.marginal_loss_bwd_kernel[(batch, plan["K_END"] // plan["BLOCK_K"])](
                 scores.contiguous(),
                 log_likelihood,
-                _contiguous(log_weight),
-                _bytes(token_mask),
-                _bytes(doc_mask),
+                contiguous(log_weight),
+                as_bytes(token_mask),
+                as_bytes(doc_mask),
                 d_loss.contiguous(),
                 count,
                 d_scores if needs_scores else None,

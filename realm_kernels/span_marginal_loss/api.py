@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import explained_by
-from ..marginal_loss.api import reduce
-from . import plan, reference
+from . import plan
 from .checks import check
-from .op import backend_for
+from .op import call
 
 __all__ = ["span_marginal_loss"]
 
@@ -61,8 +60,4 @@ def span_marginal_loss(
     >>> loss = rk.span_marginal_loss(scores, span_scores, correct, normalization="global")
     """
     check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
-    backend = backend_for(span_scores, correct, valid, scores)
-    loss, count = reference.forward(
-        scores, span_scores, correct, valid, doc_mask, log_weight, normalization, backend.forward
-    )
-    return reduce(loss, count, reduction)
+    return call(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)

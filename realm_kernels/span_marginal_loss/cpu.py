@@ -1,4 +1,4 @@
-"""The C++ backend of span_evidence: each span read from memory once a pass (csrc/cpu/span_evidence*)."""
+"""The C++ backend of span_marginal_loss: each span read from memory once a pass (csrc/cpu/span_evidence*)."""
 
 from __future__ import annotations
 
@@ -7,100 +7,105 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, native
-from ..marginal_loss.checks import DTYPES
-from ..marginal_loss.op import observed
-from ..validation import dtype_name
-from . import reference
-from .reference import Evidence
+from .. import native
+from ..backends import Backend, forced_variant
+from ..marginal_loss.cpu import array, contiguous, pointer
+from ..marginal_loss.reference import result_dtype
 
 
-def refuses(span_scores: Tensor, correct: Tensor, valid: Tensor | None, is_document: Tensor) -> str | None:
+def refuses(
+    scores: Tensor,
+    span_scores: Tensor,
+    correct: Tensor,
+    valid: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    normalization: str,
+) -> str | None:
+    if scores.device.type != "cpu":
+        return f"the arguments are on {scores.device}"
     if native.cpu is None:
         return native.cpu_missing
-    if observed(span_scores, correct, valid, is_document):
-        return "the spans are not plain CPU tensors, or the call is traced: torch has to see its operations"
-    forced = backends.forced_backend()
-    if forced is not None and forced.partition(":")[0] != "cpu":
-        return f"use_backend({forced!r}) asks for another"
     return None
 
 
-def span_evidence(
-    span_scores: Tensor, correct: Tensor, valid: Tensor | None, is_document: Tensor
-) -> Evidence:
-    return Evidence(*_SpanEvidence.apply(span_scores, correct, valid, is_document))
+def forward(
+    scores: Tensor,
+    span_scores: Tensor,
+    correct: Tensor,
+    valid: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    normalization: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor | int, Tensor]:
+    """As reference.forward; count is a number where it is one of all examples."""
+    assert native.cpu is not None
+    dtype = result_dtype(scores, span_scores, log_weight)
+    kept = torch.empty((4, *scores.shape), dtype=torch.float64)
+    shape = scores.shape[:1] if reduction == "none" else ()
+    loss = torch.empty(shape, dtype=dtype)
+    count = torch.empty(shape, dtype=torch.int64) if reduction == "none" else None
+    # Bound to names: what is passed below are addresses, which keep nothing alive.
+    tensors: list[Any] = [contiguous(x) for x in (scores, log_weight, doc_mask, span_scores, correct, valid)]
+    total = native.cpu.span_marginal_loss_fwd(
+        *_inputs(tensors, normalization, reduction),
+        kept.data_ptr(),
+        array(loss),
+        pointer(count),
+        torch.get_num_threads(),
+        forced_variant(),
+    )
+    return loss, total if count is None else count, kept
 
 
-class _SpanEvidence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, span_scores: Tensor, correct: Tensor, valid: Tensor | None, is_document: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert native.cpu is not None
-        ctx.forced = backends.forced_backend()
-        documents = is_document.shape
-        right, wrong, log_likelihood, log_normalizer = (
-            torch.empty(documents, dtype=torch.float64) for _ in range(4)
-        )
-        has_correct = torch.empty(documents, dtype=torch.bool)
-        # Bound to names: what is passed below are addresses, which keep nothing alive.
-        inputs = _contiguous(span_scores, correct, valid, is_document)
-        outputs = right, wrong, log_likelihood, log_normalizer, has_correct
-        native.cpu.span_evidence_fwd(
-            *_pointers(*inputs),
-            *(tensor.data_ptr() for tensor in outputs),
-            torch.get_num_threads(),
-            backends.forced_variant(),
-        )
-        ctx.save_for_backward(span_scores, correct, valid, is_document, right, wrong)
-        ctx.mark_non_differentiable(has_correct)
-        return log_likelihood, log_normalizer, has_correct
-
-    @staticmethod
-    def backward(ctx: Any, d_log_likelihood: Tensor, d_log_normalizer: Tensor, _: Tensor) -> Any:
-        *inputs, right, wrong = ctx.saved_tensors
-        if torch.is_grad_enabled() or observed(d_log_likelihood, d_log_normalizer):
-            # The gradient itself is differentiated: by the specification, whose every step torch knows.
-            with torch.enable_grad():
-                evidence = reference.span_evidence(*inputs)
-                gradient = torch.autograd.grad(
-                    evidence[:2], inputs[0], (d_log_likelihood, d_log_normalizer), create_graph=True
-                )
-            return *gradient, None, None, None
-        assert native.cpu is not None
-        d_log_likelihood, d_log_normalizer = d_log_likelihood.contiguous(), d_log_normalizer.contiguous()
-        d_span_scores = torch.empty(inputs[0].shape, dtype=inputs[0].dtype)
-        inputs = _contiguous(*inputs)
-        outputs = right, wrong, d_log_likelihood, d_log_normalizer, d_span_scores
-        with backends.use_backend(ctx.forced):
-            native.cpu.span_evidence_bwd(
-                *_pointers(*inputs),
-                *(tensor.data_ptr() for tensor in outputs),
-                torch.get_num_threads(),
-                backends.forced_variant(),
-            )
-        return d_span_scores, None, None, None
+def backward(
+    d_loss: Tensor,
+    count: Tensor | int | None,
+    kept: Tensor,
+    scores: Tensor,
+    span_scores: Tensor,
+    correct: Tensor,
+    valid: Tensor | None,
+    doc_mask: Tensor | None,
+    log_weight: Tensor | None,
+    normalization: str,
+    needs_scores: bool,
+    needs_span_scores: bool,
+) -> tuple[Tensor, Tensor]:
+    assert native.cpu is not None
+    dtype = result_dtype(scores, span_scores, log_weight)
+    d_scores = torch.empty(scores.shape if needs_scores else (0,), dtype=dtype)
+    d_span_scores = torch.empty(span_scores.shape if needs_span_scores else (0,), dtype=span_scores.dtype)
+    d_loss, kept = d_loss.to(dtype).contiguous(), kept.contiguous()
+    tensors: list[Any] = [contiguous(x) for x in (scores, log_weight, doc_mask, span_scores, correct, valid)]
+    reduction = "none" if d_loss.dim() == 1 else "sum" if count is None else "mean"
+    native.cpu.span_marginal_loss_bwd(
+        *_inputs(tensors, normalization, reduction),
+        kept.data_ptr(),
+        array(d_loss),
+        1 if count is None else int(count),
+        d_scores.data_ptr(),
+        d_span_scores.data_ptr(),
+        torch.get_num_threads(),
+        forced_variant(),
+    )
+    return d_scores, d_span_scores
 
 
-_NAMES = {dtype: dtype_name(dtype) for dtype in DTYPES}
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Any]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
-def _pointers(
-    span_scores: Tensor, correct: Tensor, valid: Tensor | None, is_document: Tensor
-) -> tuple[object, ...]:
+def _inputs(tensors: list[Any], normalization: str, reduction: str) -> tuple[object, ...]:
+    scores, log_weight, doc_mask, span_scores, correct, valid = tensors
     return (
-        (span_scores.data_ptr(), _NAMES[span_scores.dtype]),
+        array(scores),
+        array(log_weight),
+        pointer(doc_mask),
+        array(span_scores),
         correct.data_ptr(),
-        0 if valid is None else valid.data_ptr(),
-        is_document.data_ptr(),
-        is_document.numel(),
-        span_scores.shape[2],
+        pointer(valid),
+        tuple(span_scores.shape),
+        normalization == "global",
+        reduction,
     )
 
 
-BACKEND = backends.Backend(name="cpu", refuses=refuses, forward=span_evidence)
+BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..backends import Explanation
-from ..marginal_loss.op import backend_for as marginal_backend_for
 from ..marginal_loss.plan import FLOPS_PER_EXP
 from .checks import OP, check
 from .op import backend_for
@@ -31,14 +29,12 @@ def explain(
 ) -> Explanation:
     check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
     batch, documents, spans = span_scores.shape
-    likelihood = scores.new_empty(batch, documents, 1, dtype=torch.float64, device="meta")
-    documents_by = marginal_backend_for(scores, likelihood, None, doc_mask, log_weight, "sequence")
     bytes_moved, flops = cost(batch, documents, spans, span_scores.element_size(), scores.element_size())
     return Explanation(
         op=OP,
-        backend=backend_for(span_scores, correct, valid, scores).name,
-        plan=f"B={batch} K={documents} C={spans} normalization {normalization}: sums over spans in float64, "
-        f"marginal_loss by {documents_by.name} over documents",
+        backend=backend_for(scores, span_scores, correct, valid, doc_mask, log_weight, normalization).name,
+        plan=f"B={batch} K={documents} C={spans} normalization {normalization}: sums over spans, then "
+        "the marginal over documents, float64 inside",
         bytes=bytes_moved,
         flops=flops,
         limit="the larger of bytes / bandwidth and flops / float64 rate",

@@ -29,33 +29,43 @@ void run(const Shape& shape, FloatType type, bool all_valid, const std::string& 
   for (int64_t i = 0; i < rows * spans; ++i) {
     scores.set(i, valid[i] && is_document[i / spans] ? random.uniform(-3, 3) : kNan);
   }
-  const auto wide = [&] { return Elements(FloatType::kFloat64, rows); };
-  Elements right = wide(), wrong = wide(), log_likelihood = wide(), log_normalizer = wide();
-  Elements d_log_likelihood = wide(), d_log_normalizer = wide();
-  Mask has_correct(rows, false);
+  const auto wide = [&](int64_t count) { return Elements(FloatType::kFloat64, count); };
+  Elements kept = wide(4 * rows), relevance = wide(rows), loss = wide(rows), d_relevance = wide(rows);
+  std::vector<int64_t> count(rows);
   for (int64_t r = 0; r < rows; ++r) {
-    d_log_likelihood.set(r, random.uniform(-1, 1));
-    d_log_normalizer.set(r, random.uniform(-1, 1));
+    relevance.set(r, is_document[r] ? random.uniform(-1, 1) : kNan);
+    loss.set(r, -1.0);
   }
+  double* const right = static_cast<double*>(kept.data());
+  // One document an example: its posterior is 1 where a correct span is found, and r is 0.
   SpanEvidenceParams params{};
+  params.scores = {relevance.data(), FloatType::kFloat64};
+  params.doc_mask = is_document.data();
   params.span_scores = {scores.data(), type};
   params.correct = correct.data();
   params.valid = all_valid ? nullptr : valid.data();
-  params.is_document = is_document.data();
+  params.documents = 1;
   params.rows = rows;
   params.spans = spans;
-  params.right = static_cast<double*>(right.data());
-  params.wrong = static_cast<double*>(wrong.data());
-  params.log_likelihood = static_cast<double*>(log_likelihood.data());
-  params.log_normalizer = static_cast<double*>(log_normalizer.data());
-  params.has_correct = has_correct.data();
+  params.is_global = all_valid;
+  params.wide = true;
+  params.reduction = realm_kernels::Reduction::kNone;
+  params.right = right;
+  params.wrong = right + rows;
+  params.posterior = right + 2 * rows;
+  params.residual = right + 3 * rows;
+  params.loss = loss.data();
+  params.count = count.data();
+  params.divisor = 1.0;
   params.num_threads = 3;
   params.isa = realm_kernels::choose_isa(isa);
-  launch_span_evidence_fwd(params);
-  params.d_log_likelihood = static_cast<const double*>(d_log_likelihood.data());
-  params.d_log_normalizer = static_cast<const double*>(d_log_normalizer.data());
+  launch_span_marginal_loss_fwd(params);
+  Elements d_loss = wide(rows);
+  for (int64_t r = 0; r < rows; ++r) d_loss.set(r, random.uniform(-1, 1));
+  params.d_loss = d_loss.data();
+  params.d_scores = d_relevance.data();
   params.d_span_scores = d_scores.data();
-  launch_span_evidence_bwd(params);
+  launch_span_marginal_loss_bwd(params);
 
   for (int64_t r = 0; r < rows; ++r) {
     double sum_right = 0.0, sum_valid = 0.0;
@@ -64,21 +74,18 @@ void run(const Shape& shape, FloatType type, bool all_valid, const std::string& 
       sum_valid += e;
       sum_right += correct[i] ? e : 0.0;
     }
-    const double normalizer = std::log(sum_valid), likelihood = std::log(sum_right) - normalizer;
     const bool found = sum_right > 0.0;
-    expect_close(where + " log_likelihood", r, log_likelihood.get(r), found ? likelihood : -kInfinity, 8.0,
-                 FloatType::kFloat64);
-    expect_close(where + " log_normalizer", r, log_normalizer.get(r), normalizer, 8.0, FloatType::kFloat64);
-    if (has_correct[r] != found) {
-      fail(where + " has_correct", r, has_correct[r], found);
+    const double wanted_loss = found ? std::log(sum_valid) - std::log(sum_right) : 0.0;
+    expect_close(where + " loss", r, loss.get(r), wanted_loss, 8.0, FloatType::kFloat64);
+    expect_close(where + " d_scores", r, d_relevance.get(r), 0.0, 1.0, FloatType::kFloat64);
+    if (count[r] != (found ? 1 : 0)) {
+      fail(where + " count", r, count[r], found);
     }
     for (int64_t i = r * spans; i < (r + 1) * spans; ++i) {
       const bool counts = is_document[r] && valid[i];
       const double of_valid = counts ? std::exp(scores.get(i)) / sum_valid : 0.0;
       const double of_right = counts && correct[i] ? std::exp(scores.get(i)) / sum_right : 0.0;
-      // The likelihood is a constant where no span is right.
-      const double d_likelihood = found ? d_log_likelihood.get(r) : 0.0;
-      const double wanted = d_likelihood * (of_right - of_valid) + d_log_normalizer.get(r) * of_valid;
+      const double wanted = found ? d_loss.get(r) * (of_valid - of_right) : 0.0;
       expect_close(where + " d_span_scores", i, d_scores.get(i), wanted, 1.0, type);
     }
   }

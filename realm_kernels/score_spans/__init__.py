@@ -1,0 +1,3 @@
+from .api import score_spans
+
+__all__ = ["score_spans"]

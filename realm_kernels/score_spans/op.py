@@ -1,0 +1,106 @@
+"""The torch ops behind score_spans: schemas, fake kernels, autograd, choice of the backend.
+
+The op is <v, x^> of v = norm_weight * weight; what LayerNorm's bias and the dense layer's add is one number
+for all spans, so torch differentiates those two products and the op knows three inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from . import checks, cpu, reference
+from .reference import count, wide
+
+BACKENDS = (cpu.BACKEND, reference.BACKEND)
+
+_INPUTS = "Tensor start, Tensor end, Tensor v, int max_width, float eps"
+torch.library.define("realm_kernels::score_spans", f"({_INPUTS}) -> Tensor kept")
+torch.library.define(
+    "realm_kernels::score_spans_bwd",
+    f"(Tensor d_scores, Tensor kept, {_INPUTS}) -> (Tensor d_start, Tensor d_end, Tensor d_v)",
+)
+
+
+def backend_for(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> backends.Backend:
+    return backends.choose(checks.OP, BACKENDS, start, end, v, max_width, eps)
+
+
+def score_spans_fwd(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> Tensor:
+    inputs = (start, end, v, max_width, eps)
+    return backend_for(*inputs).forward(*inputs)
+
+
+def score_spans_bwd(d_scores: Tensor, kept: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    backend = backend_for(*inputs)
+    assert backend.backward is not None
+    return backend.backward(d_scores, kept, *inputs)
+
+
+torch.library.impl("realm_kernels::score_spans", "CompositeExplicitAutograd")(score_spans_fwd)
+torch.library.impl("realm_kernels::score_spans_bwd", "CompositeExplicitAutograd")(score_spans_bwd)
+
+
+@torch.library.register_fake("realm_kernels::score_spans")
+def _(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> Tensor:
+    rows, length, _ = start.shape
+    dtype = torch.float64 if start.dtype == torch.float64 else torch.float32
+    return start.new_empty((3, rows, count(length, max_width)), dtype=dtype)
+
+
+@torch.library.register_fake("realm_kernels::score_spans_bwd")
+def _(
+    d_scores: Tensor, kept: Tensor, start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return start.new_empty(start.shape), end.new_empty(end.shape), v.new_empty(v.shape)
+
+
+def call(
+    start: Tensor,
+    end: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    max_width: int,
+    eps: float,
+) -> Tensor:
+    leading = start.shape[:-2]
+    # Autocast has no say here: these are [S] numbers, and a half-precision product would move every score.
+    with torch.autocast(start.device.type, enabled=False):
+        weight = wide(weight)
+        v = wide(norm_weight) * weight
+        constant = (wide(norm_bias) * weight).sum()
+        if bias is not None:
+            constant = constant + wide(bias).reshape(())
+        flat = [half.reshape(-1, *half.shape[-2:]) for half in (start, end)]
+        kept = torch.ops.realm_kernels.score_spans(*flat, v, max_width, eps)
+        return (kept[0] + constant.to(kept.dtype)).reshape(*leading, kept.shape[2])
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.max_width, ctx.eps = inputs
+    ctx.save_for_backward(output, *tensors)
+    # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
+    ctx.forced = backends.forced_backend()
+
+
+def _backward(ctx: Any, d_kept: Tensor) -> tuple[Tensor | None, ...]:
+    kept, *tensors = ctx.saved_tensors
+    with backends.use_backend(ctx.forced):
+        found = torch.ops.realm_kernels.score_spans_bwd(d_kept[0], kept, *tensors, ctx.max_width, ctx.eps)
+    wants = ctx.needs_input_grad
+    return (*(gradient if want else None for gradient, want in zip(found, wants, strict=False)), None, None)
+
+
+torch.library.register_autograd("realm_kernels::score_spans", _backward, setup_context=_save_inputs)
+
+
+def _twice(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    raise RuntimeError(f"{checks.OP}: second derivatives are not offered")
+
+
+torch.library.register_autograd("realm_kernels::score_spans_bwd", _twice)
