@@ -51,6 +51,13 @@ struct PanelHit {
   uint32_t rows;
 };
 
+// What is known of a canonical score: it lies between the two, ends included, or is NaN and `lower` is
+// -infinity.
+struct ScoreInterval {
+  float lower;
+  float upper;
+};
+
 // Queries as the scan of int8 codes reads them: q = t d + f with integers |d| <= query_code_max.
 struct QueryCodes {
   const int32_t* packed;  // each group [D / 4 rounded up to even][its size], four codes to a number
@@ -101,10 +108,9 @@ struct MipsTopkKernels {
   // The hits of one panel of codes among the rows `keep`. `next` bytes behind it are fetched meanwhile.
   int64_t (*scan_codes)(const uint8_t* codes, const CodeBounds& bounds, uint32_t keep, int64_t dim,
                         const QueryCodes& queries, int64_t next, PanelHit* hits);
-  // Whether a hit still may matter by the query as it is: the half of the error that its own codes make is
-  // gone.
-  bool (*refine)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
-                 int64_t query, int64_t row);
+  // What the codes say of the score of a row and the query as it is, without the error of its own codes.
+  ScoreInterval (*refine)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim,
+                          const QueryCodes& queries, int64_t query, int64_t row);
 };
 
 const MipsTopkKernels& mips_topk_kernels_portable();
