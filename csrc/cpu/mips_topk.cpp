@@ -226,12 +226,12 @@ class Worker {
       if (end - list < rank) {
         return -kInfinity;
       }
-      std::nth_element(list, list + rank - 1, end, Candidate::higher);
+      std::nth_element(list, list + rank - 1, end, higher);
       end = list + rank;
       return list[rank - 1].score.lower;
     };
     const float kth = ranked(params_.k);
-    shared_.publish(thread_, q, kth, ranked(shared_.rank()));
+    shared_.publish(thread_, q, kth, shared_.rank() < params_.k ? ranked(shared_.rank()) : kth);
     raise_threshold(q, shared_.bound(q));
   }
 
@@ -273,7 +273,7 @@ void write_topk(const MipsTopkParams& params, const QueryBlock& queries, const s
     merged.insert(merged.end(), worker.candidates(q), worker.candidates(q) + worker.count(q));
   }
   const int64_t found = rescorer.settle(queries.query(q), merged.data(), merged.size());
-  std::sort(merged.data(), merged.data() + found, Candidate::before);
+  std::sort(merged.data(), merged.data() + found, before);
   float* scores = params.scores + (queries.first + q) * params.k;
   int64_t* indices = params.indices + (queries.first + q) * params.k;
   for (int64_t j = 0; j < params.k; ++j) {

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "cpu/mips_topk_kernels.h"
 #include "cpu/mips_topk_threads.h"
@@ -17,13 +16,14 @@ namespace realm_kernels {
 struct Candidate {
   ScoreInterval score;
   int64_t row;  // id
-
-  // Points only.
-  static bool before(const Candidate& a, const Candidate& b) {
-    return a.score.lower > b.score.lower || (a.score.lower == b.score.lower && a.row < b.row);
-  }
-  static bool higher(const Candidate& a, const Candidate& b) { return a.score.lower > b.score.lower; }
 };
+
+// The order of results, of points only.
+constexpr auto before = [](const Candidate& a, const Candidate& b) {
+  return a.score.lower > b.score.lower || (a.score.lower == b.score.lower && a.row < b.row);
+};
+
+constexpr auto higher = [](const Candidate& a, const Candidate& b) { return a.score.lower > b.score.lower; };
 
 class Rescorer {
  public:
@@ -41,7 +41,7 @@ class Rescorer {
     Candidate* const end = list + n;
     Candidate* rest = list + std::min(n, k);
     if (n > k) {  // the most promising first: their scores hold back many of the others
-      std::nth_element(list, rest - 1, end, Candidate::higher);
+      std::nth_element(list, rest - 1, end, higher);
     }
     Candidate* settled = rescore(query, list, rest, list);
     if (settled - list == k) {
@@ -54,7 +54,7 @@ class Rescorer {
       settled = rescore(query, rest, end, settled);
     }
     if (settled - list > k) {
-      std::nth_element(list, list + k - 1, settled, Candidate::before);
+      std::nth_element(list, list + k - 1, settled, before);
       settled = list + k;
     }
     return settled - list;
