@@ -24,9 +24,8 @@ namespace realm_kernels {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Packed queries of one block stay in the last-level cache while every panel passes by.
-constexpr int64_t kQueryBlockBytes = 1 << 20;
-constexpr int64_t kMaxQueryBlock = 512;
+// Packed queries of one block stay in the second cache while all rows pass by, a few at a time.
+constexpr int64_t kQueryBlockBytes = 1 << 19;
 // The fixed workspace that candidate lists of all threads share; query blocks are looped within it.
 constexpr int64_t kWorkspaceBytes = int64_t{48} << 20;
 
@@ -81,15 +80,15 @@ class Worker {
         thresholds_(queries.batch, -kInfinity),
         hits_(queries.batch) {
     const double gamma = accumulation_gamma(params.dim);
-    bound_ = {round_up(gamma / 4), round_up(1.0 + gamma + 0x1p-18),
-              round_up(std::ldexp(static_cast<double>(params.dim), -148))};
     packed_ = queries.packed(thresholds_.data());
     // Instructions for bfloat16 flush what is subnormal.
-    vanishing_ = std::ldexp(static_cast<double>(params.dim + 8), packed_.pairs ? -124 : -148);
+    const double vanishing = std::ldexp(static_cast<double>(params.dim), packed_.pairs ? -124 : -148);
+    bound_ = {round_up(gamma / 4), round_up(1.0 + gamma + 0x1p-18), round_up(vanishing)};
+    vanishing_ = vanishing + std::ldexp(8.0, packed_.pairs ? -124 : -148);
     if (params.mean != nullptr) {
       cutoffs_.resize(queries.batch);
       codes_ = queries.codes(thresholds_.data(), cutoffs_.data());
-    } else if (queries.batch > kernels.direct_max) {
+    } else if (packed_.scan == RowScan::kPanels) {
       panel_.resize(kernels.panel_rows * params.dim);
     }
   }
@@ -341,12 +340,15 @@ int64_t launch_mips_topk(const MipsTopkParams& params) {
   const RowBlocks blocks(params);
   const ListSizes sizes = list_sizes(params);
   const int64_t list_bytes = sizes.capacity * static_cast<int64_t>(sizeof(Candidate)) * params.num_threads;
-  const int64_t block_size = std::max<int64_t>(
-      1, std::min({kMaxQueryBlock, kQueryBlockBytes / (4 * params.dim), kWorkspaceBytes / list_bytes}));
+  const int64_t most = std::max<int64_t>(
+      1,
+      std::min<int64_t>({kMaxQueryBlock, kQueryBlockBytes / (4 * params.dim), kWorkspaceBytes / list_bytes}));
+  const int64_t num_blocks = (params.batch + most - 1) / most;
   const IeeeFloatMode ieee;
   int64_t rescored = 0;
-  for (int64_t first = 0; first < params.batch; first += block_size) {
-    const QueryBlock queries(params, kernels, first, std::min(block_size, params.batch - first));
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t first = params.batch * b / num_blocks, end = params.batch * (b + 1) / num_blocks;
+    const QueryBlock queries(params, kernels, first, end - first);
     rescored += search_block(params, kernels, blocks, queries, sizes);
   }
   return rescored;
