@@ -1,10 +1,11 @@
 // The driver of mips_topk: who scans which rows, what a hit becomes, and how the threads' lists become one.
 //
 // Queries are taken in blocks; for each block the threads draw blocks of rows in a fixed pseudo-random order
-// (so that a sorted table costs what a shuffled one does), pack a panel of rows, scan it against all queries
-// of the block, and rescore canonically the rows that the scan could not exclude. Each thread keeps its own
-// list of candidates for each query. What is returned does not depend on who scanned what: the order of
-// results is total. A table with int8 codes is scanned by these instead; its rows are read to rescore only.
+// (so that a sorted table costs what a shuffled one does) and scan a panel of rows at a time against all
+// queries of the block. Rows that the scan could not exclude are candidates: scored canonically at once, or,
+// where int8 codes are scanned and the row is far away, kept as an interval (mips_topk_candidates.h). Each
+// thread keeps its own list of them for each query. What is returned does not depend on who scanned what: the
+// order of results is total.
 #include "cpu/mips_topk.h"
 
 #include <algorithm>
