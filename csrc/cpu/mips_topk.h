@@ -1,5 +1,6 @@
-// Exact top-k by inner product on the CPU: one pass over the rows in float32, canonical float64 scores for
-// the few rows that the pass cannot exclude. Raw pointers and sizes; Python has validated them.
+// Exact top-k by inner product on the CPU: one pass over the rows in float32 or over their codes, canonical
+// float64 scores for the few rows that the pass cannot exclude. Raw pointers and sizes; Python has validated
+// them.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,8 @@
 namespace realm_kernels {
 
 enum class ScalarType { kFloat32, kBFloat16, kFloat16 };
+
+inline int64_t element_size(ScalarType type) { return type == ScalarType::kFloat32 ? 4 : 2; }
 
 // What bounds the error of a panel of codes (mips_topk_codes.inl).
 struct CodeBounds {

@@ -8,6 +8,7 @@
 
 #include "cpu/mips_topk_codes.inl"
 #include "cpu/mips_topk_kernels.h"
+#include "cpu/mips_topk_lanes.inl"
 #include "cpu/mips_topk_panels.inl"
 #include "cpu/mips_topk_rows.inl"
 
@@ -44,6 +45,11 @@ int64_t scan_panel(const float* panel, float norm, uint32_t keep, const PackedQu
 
 int64_t scan_rows(const void* rows, ScalarType type, int64_t row_stride, int64_t n, uint32_t keep,
                   int64_t dim, const PackedQueries& queries, const ScanBound& bound, PanelHit* hits) {
+  if constexpr (kLanesMax > 0) {
+    if (queries.scan == RowScan::kLanes) {
+      return scan_lanes(rows, type, row_stride, n, keep, dim, queries, bound, hits);
+    }
+  }
   return with_rows(rows, type, [&](auto* typed) {
     return scan_any_rows_of(typed, row_stride, n, keep, dim, queries, bound, hits);
   });
@@ -59,9 +65,9 @@ CodeBounds encode_panel(const void* rows, ScalarType type, int64_t row_stride, i
                    [&](auto* typed) { return encode_panel_of(typed, row_stride, n, dim, mean, codes); });
 }
 
-constexpr MipsTopkKernels kKernels = {kPanelRows,     kQueryGroup, kDirectMax, kCodeGroup, kQueryCodeMax,
-                                      kBFloat16Pairs, pack_panel,  scan_panel, scan_rows,  canonical_score,
-                                      encode_panel,   scan_codes,  refine};
+constexpr MipsTopkKernels kKernels = {kPanelRows, kQueryGroup,     kDirectMax,     kLanesMax,  kMaxLanes,
+                                      kCodeGroup, kQueryCodeMax,   kBFloat16Pairs, pack_panel, scan_panel,
+                                      scan_rows,  canonical_score, encode_panel,   scan_codes, refine};
 
 }  // namespace
 }  // namespace realm_kernels

@@ -183,41 +183,59 @@ int64_t scan_codes(const uint8_t* codes, const CodeBounds& bounds, uint32_t keep
   return count;
 }
 
-// Eight codes of a row, dimensions 4 quad to 4 quad + 7, as float32.
-inline Vec8 load_codes(const uint8_t* codes, int64_t quad, int64_t row) {
-  uint32_t first, second;
-  __builtin_memcpy(&first, codes + quad * kQuadBytes + 4 * row, 4);
-  __builtin_memcpy(&second, codes + (quad + 1) * kQuadBytes + 4 * row, 4);
-  const uint64_t both = first | uint64_t{second} << 32;
+// The four codes of a row of the dimensions from 4 quad on.
+inline uint32_t load_quad(const uint8_t* codes, int64_t quad, int64_t row) {
+  uint32_t four;
+  __builtin_memcpy(&four, codes + quad * kQuadBytes + 4 * row, 4);
+  return four;
+}
+
+// Eight of them as float32.
+inline Vec8 codes_as_floats(uint64_t eight) {
 #if defined(__AVX2__)
   // GCC 12 takes each byte out for itself in the conversion below.
-  const Int8 bytes = (Int8)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(both)));
+  const Int8 bytes = (Int8)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(eight)));
 #else
-  const Int8 bytes = __builtin_convertvector((Byte8)both, Int8);
+  const Int8 bytes = __builtin_convertvector((Byte8)eight, Int8);
 #endif
   return __builtin_convertvector(bytes - 128, Vec8);
 }
 
-bool refine(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
-            int64_t query, int64_t row) {
+ScoreInterval refine(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
+                     int64_t query, int64_t row) {
+  constexpr uint64_t kZeros = 0x8080808080808080;
   const float* q = queries.padded + query * queries.padded_dim;
-  Vec8 even = {}, odd = {};
   const int64_t quads = quads_of(dim);
+  uint64_t nonzero = 0;
+  const auto products = [&](int64_t quad) __attribute__((always_inline)) {
+    const uint64_t eight =
+        load_quad(codes, quad, row) | static_cast<uint64_t>(load_quad(codes, quad + 1, row)) << 32;
+    nonzero |= eight ^ kZeros;
+    return codes_as_floats(eight) * load<Vec8>(q + 4 * quad);
+  };
+  Vec8 even = {}, odd = {};
   int64_t quad = 0;
   for (; quad + 4 <= quads; quad += 4) {
-    even += load_codes(codes, quad, row) * load<Vec8>(q + 4 * quad);
-    odd += load_codes(codes, quad + 2, row) * load<Vec8>(q + 4 * quad + 8);
+    even += products(quad);
+    odd += products(quad + 2);
   }
   if (quad < quads) {
-    even += load_codes(codes, quad, row) * load<Vec8>(q + 4 * quad);
+    even += products(quad);
   }
   const float norm = queries.norms[query], offset = queries.offsets[query];
   const float product = bounds.scale * horizontal_sum(even + odd);
-  // D roundings of at most ||q|| X each, and ten of what is added here.
+  // D roundings of at most ||q|| X each, ten of what is added here, and what is too small for a float32.
   const float gamma = static_cast<float>(dim + 16) * 0x1p-23f;
   const float reach = norm * bounds.residual_norm + gamma * (norm * bounds.code_norm);
   const float size = __builtin_fabsf(product) + __builtin_fabsf(offset) + reach;
-  return !((product + offset) + reach + size * kRounding < queries.thresholds[query]);
+  const float error = reach + size * kRounding + static_cast<float>(dim + 8) * 0x1p-148f;
+  const float lower = (product + offset) - error, upper = (product + offset) + error;
+  const float infinity = __builtin_inff();
+  if (!(lower > -infinity && upper < infinity)) {
+    return {-infinity, infinity};
+  }
+  // Codes of zero may stand for a row with NaN.
+  return {nonzero != 0 ? lower : -infinity, upper};
 }
 
 // At least `value`; the last term is for a subnormal one, of which a factor may add nothing.

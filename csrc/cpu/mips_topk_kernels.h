@@ -7,18 +7,27 @@
 
 namespace realm_kernels {
 
+// Queries that are scanned together, at most.
+constexpr int kMaxQueryBlock = 512;
+
 // A batch of queries in groups of one register block each: the first `larger` groups hold size + 1 queries,
 // the others `size`.
+// With lanes groups are of one size, and `split` dimensions of a query lie together (mips_topk_lanes.inl).
 struct QueryGroups {
   int64_t count;
   int64_t size;
   int64_t larger;
+  int64_t split = 1;
 };
 
-// Queries are kept twice: packed in groups for the register-blocked kernel, and row by row. A batch is
-// scanned by one of the two kernels, so only what that one reads is there.
+// How rows are scanned: as they lie, in tiles with a few queries or by queries in the lanes of vectors; or
+// packed in panels.
+enum class RowScan { kTiles, kLanes, kPanels };
+
+// Queries as the scan of a batch reads them: row by row for tiles, else packed in groups.
 struct PackedQueries {
-  const float* packed;  // each group [panel_dim][its size]
+  RowScan scan;
+  const float* packed;  // each group [panel_dim / split][its size][split]
   int64_t panel_dim;    // D, or half of it where pairs
   bool pairs;           // of bfloat16, in the place of one float32
   QueryGroups groups;
@@ -51,6 +60,13 @@ struct PanelHit {
   uint32_t rows;
 };
 
+// What is known of a canonical score: it lies between the two, ends included, or is NaN and `lower` is
+// -infinity.
+struct ScoreInterval {
+  float lower;
+  float upper;
+};
+
 // Queries as the scan of int8 codes reads them: q = t d + f with integers |d| <= query_code_max.
 struct QueryCodes {
   const int32_t* packed;  // each group [D / 4 rounded up to even][its size], four codes to a number
@@ -77,7 +93,9 @@ struct PanelRows {
 struct MipsTopkKernels {
   int panel_rows;       // rows of one packed panel, at most 32
   int query_group;      // queries of one register block
-  int direct_max;       // up to this many queries rows are read as they lie
+  int direct_max;       // up to this many queries are scanned in tiles,
+  int lanes_max;        // and in lanes
+  int max_lanes;        // queries of a group of these: this many, half of it, ..., 4
   int code_group;       // queries of one register block of the scan of codes
   int query_code_max;   // so that no sum of products saturates
   bool bfloat16_pairs;  // panels of bfloat16 rows are packed in pairs
@@ -88,7 +106,7 @@ struct MipsTopkKernels {
   // Writes the hits of one panel among the rows `keep`, at most one for each query; returns how many.
   int64_t (*scan_panel)(const float* panel, float norm, uint32_t keep, const PackedQueries& queries,
                         const ScanBound& bound, NextRows next, PanelHit* hits);
-  // The same for n <= panel_rows rows as they lie, for batch <= direct_max.
+  // The same for n <= panel_rows rows as they lie.
   int64_t (*scan_rows)(const void* rows, ScalarType type, int64_t row_stride, int64_t n, uint32_t keep,
                        int64_t dim, const PackedQueries& queries, const ScanBound& bound, PanelHit* hits);
   // The canonical score of a query [D] and a row [D]: the contract of the library (docs/design.md, section
@@ -101,10 +119,9 @@ struct MipsTopkKernels {
   // The hits of one panel of codes among the rows `keep`. `next` bytes behind it are fetched meanwhile.
   int64_t (*scan_codes)(const uint8_t* codes, const CodeBounds& bounds, uint32_t keep, int64_t dim,
                         const QueryCodes& queries, int64_t next, PanelHit* hits);
-  // Whether a hit still may matter by the query as it is: the half of the error that its own codes make is
-  // gone.
-  bool (*refine)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim, const QueryCodes& queries,
-                 int64_t query, int64_t row);
+  // What the codes say of the score of a row and the query as it is, without the error of its own codes.
+  ScoreInterval (*refine)(const uint8_t* codes, const CodeBounds& bounds, int64_t dim,
+                          const QueryCodes& queries, int64_t query, int64_t row);
 };
 
 const MipsTopkKernels& mips_topk_kernels_portable();

@@ -49,16 +49,24 @@ PanelRows pack_panel_of(const T* rows, int64_t row_stride, int64_t n, int64_t di
   return panel_rows;
 }
 
-// The scores of one dimension of float32, or of two of bfloat16, added to those of kWidth rows.
+// The products of one dimension of float32, or of two of bfloat16, added to sums: those of a vector of rows
+// and a query, or of vectors of both.
 struct OneDimension {
   static Vec add(Vec sum, Vec rows, float query) { return sum + rows * query; }
+  template <class V>
+  static V add_products(V sum, V a, V b) {
+    return sum + a * b;
+  }
 };
 
 #if defined(__AVX512BF16__)
 constexpr bool kBFloat16Pairs = true;
 struct TwoDimensions {
   static Vec add(Vec sum, Vec rows, float query) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows, (__m512bh)_mm512_set1_ps(query));
+    return add_products(sum, rows, (Vec)_mm512_set1_ps(query));
+  }
+  static Vec add_products(Vec sum, Vec a, Vec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
 #else
@@ -69,12 +77,29 @@ struct TwoDimensions {
     typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
     uint32_t pair;
     __builtin_memcpy(&pair, &query, sizeof pair);
-    const Bits first = Bits{} + (pair << 16), second = Bits{} + (pair & 0xffff0000u);
-    sum += (Vec)((Bits)rows & 0xffff0000u) * (Vec)second;
-    return sum + (Vec)((Bits)rows << 16) * (Vec)first;
+    return add_products(sum, rows, (Vec)(Bits{} + pair));
+  }
+  template <class V>
+  static V add_products(V sum, V a, V b) {
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(V))));
+    sum += (V)((Bits)a & 0xffff0000u) * (V)((Bits)b & 0xffff0000u);
+    return sum + (V)((Bits)a << 16) * (V)((Bits)b << 16);
   }
 };
 #endif
+
+// Adds the squares of pairs, and notes which are subnormal.
+inline void note_pairs(UInt8 pairs, Vec8& squares, Int8& subnormal) {
+  const UInt8 low = pairs << 16, high = pairs & 0xffff0000u;
+  squares += (Vec8)low * (Vec8)low + (Vec8)high * (Vec8)high;
+  subnormal |= ((low & 0x7f800000u) == 0) & ((low & 0x7fffffffu) != 0);
+  subnormal |= ((high & 0x7f800000u) == 0) & ((high & 0x7fffffffu) != 0);
+}
+
+// Infinite where an element is subnormal: the instruction takes it for zero.
+inline Vec8 squares_or_infinity(Vec8 squares, Int8 subnormal) {
+  return (subnormal != 0) & (squares == squares) ? Vec8{} + __builtin_inff() : squares;
+}
 
 // Elements [from, from + 16) of a row as eight pairs, zeros beyond D.
 inline Vec8 load_pairs(const BFloat16* row, int64_t from, int64_t dim) {
@@ -87,8 +112,7 @@ inline Vec8 load_pairs(const BFloat16* row, int64_t from, int64_t dim) {
   return load<Vec8>(tail);
 }
 
-// A panel of pairs. The squared norm is infinite where an element is subnormal: the instruction takes it for
-// zero.
+// A panel of pairs.
 PanelRows pack_pairs(const BFloat16* rows, int64_t row_stride, int64_t n, int64_t dim, float* panel) {
   PanelRows panel_rows = {0.0f, 0};
   for (int64_t first = 0; first < kPanelRows; first += 8) {
@@ -102,15 +126,11 @@ PanelRows pack_pairs(const BFloat16* rows, int64_t row_stride, int64_t n, int64_
       transpose8(v);
       const int64_t pairs = dim - d < 16 ? (dim - d + 1) / 2 : 8;
       for (int64_t j = 0; j < pairs; ++j) {
-        const UInt8 bits = (UInt8)v[j], low = bits << 16, high = bits & 0xffff0000u;
-        squares += (Vec8)low * (Vec8)low + (Vec8)high * (Vec8)high;
-        subnormal |= ((low & 0x7f800000u) == 0) & ((low & 0x7fffffffu) != 0);
-        subnormal |= ((high & 0x7f800000u) == 0) & ((high & 0x7fffffffu) != 0);
+        note_pairs((UInt8)v[j], squares, subnormal);
         store(panel + (d / 2 + j) * kPanelRows + first, v[j]);
       }
     }
-    squares = (subnormal != 0) & (squares == squares) ? Vec8{} + __builtin_inff() : squares;
-    note_squares(squares, first, panel_rows);
+    note_squares(squares_or_infinity(squares, subnormal), first, panel_rows);
   }
   return panel_rows;
 }

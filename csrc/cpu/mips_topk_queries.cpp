@@ -36,7 +36,29 @@ float as_bfloat16(float value) {
 QueryGroups groups_of(int64_t batch, int64_t most) {
   // Of nearly equal size: a small last group would leave multiply-add units waiting for each other.
   const int64_t count = (batch + most - 1) / most;
-  return {count, batch / count, batch % count};
+  return {count, batch / count, batch % count, 1};
+}
+
+// Of one size, the smallest that holds the batch, or the one of the two largest that leaves fewer lanes
+// empty. Two vectors hold the largest.
+QueryGroups lanes_of(int64_t batch, int64_t most) {
+  int64_t best = most;
+  for (int64_t size = most / 2; size >= 4 && (size == most / 2 || size >= batch); size /= 2) {
+    if ((batch + size - 1) / size * size < (batch + best - 1) / best * best) {
+      best = size;
+    }
+  }
+  return {(batch + best - 1) / best, best, 0, std::max<int64_t>(1, most / 2 / best)};
+}
+
+RowScan row_scan(const MipsTopkParams& params, const MipsTopkKernels& kernels, bool pairs, int64_t batch) {
+  // The rows of a tile that lie a multiple of 2 KiB apart would share too few lines of the first cache.
+  const bool apart = params.dim * element_size(params.table_type) % 2048 != 0;
+  const bool few = batch <= (pairs ? 1 : kernels.direct_max);
+  if ((pairs || params.table_type == ScalarType::kFloat32) && apart && !few && batch <= kernels.lanes_max) {
+    return RowScan::kLanes;
+  }
+  return batch <= kernels.direct_max ? RowScan::kTiles : RowScan::kPanels;
 }
 
 // Calls visit(q, group, size, place) for every query: the first query of its group, the group's size, and its
@@ -79,43 +101,52 @@ QueryBlock::QueryBlock(const MipsTopkParams& params, const MipsTopkKernels& kern
     }
     norms_x4_[q] = at_least(4.0 * std::sqrt(square));
   }
-  if (batch <= kernels.direct_max) {
+  pairs_ = kernels.bfloat16_pairs && params.table_type == ScalarType::kBFloat16;
+  scan_ = row_scan(params, kernels, pairs_, batch);
+  if (scan_ == RowScan::kTiles) {
+    pairs_ = false;
     pad((batch + 3) / 4 * 4, 16, params.table_type == ScalarType::kBFloat16);
   } else {
-    pairs_ = kernels.bfloat16_pairs && params.table_type == ScalarType::kBFloat16;
-    pack(kernels);
+    groups_ =
+        scan_ == RowScan::kLanes ? lanes_of(batch, kernels.max_lanes) : groups_of(batch, kernels.query_group);
+    pack();
   }
 }
 
-void QueryBlock::pack(const MipsTopkKernels& kernels) {
-  groups_ = groups_of(batch, kernels.query_group);
-  panel_dim_ = pairs_ ? (dim_ + 1) / 2 : dim_;
-  packed_.assign(batch * panel_dim_, 0.0f);
-  for_each_query(groups_, [&](int64_t q, int64_t group, int64_t size, int64_t place) {
-    float* to = packed_.data() + group * panel_dim_ + place;
-    if (pairs_) {
-      pack_pairs(q, size, to);
-    } else {
-      for (int64_t d = 0; d < dim_; ++d) {
-        to[d * size] = query(q)[d];
-      }
-    }
-  });
-}
-
 // The query rounded to bfloat16; what that took off it joins its norm, as the bound of the scan has it.
-void QueryBlock::pack_pairs(int64_t q, int64_t size, float* to) {
+template <class At>
+void QueryBlock::pack_pairs(int64_t q, const At& at) {
   double residual = 0.0;
   for (int64_t d = 0; d < dim_; ++d) {
     const float value = query(q)[d], rounded = as_bfloat16(value);
     residual += (static_cast<double>(value) - rounded) * (static_cast<double>(value) - rounded);
     uint32_t bits, pair;
     std::memcpy(&bits, &rounded, sizeof bits);
-    std::memcpy(&pair, to + d / 2 * size, sizeof pair);
+    std::memcpy(&pair, at(d / 2), sizeof pair);
     pair |= d % 2 == 0 ? bits >> 16 : bits;
-    std::memcpy(to + d / 2 * size, &pair, sizeof pair);
+    std::memcpy(at(d / 2), &pair, sizeof pair);
   }
   norms_x4_[q] = at_least(norms_x4_[q] + 4.0 * std::sqrt(residual) * (1.0 + 1.0 / accumulation_gamma(dim_)));
+}
+
+void QueryBlock::pack() {
+  const int64_t split = groups_.split;
+  panel_dim_ = ((pairs_ ? (dim_ + 1) / 2 : dim_) + split - 1) / split * split;
+  packed_.assign((groups_.count * groups_.size + groups_.larger) * panel_dim_, 0.0f);
+  for_each_query(groups_, [&](int64_t q, int64_t group, int64_t size, int64_t place) {
+    if (q >= batch) {  // a lane without a query
+      return;
+    }
+    float* const to = packed_.data() + group * panel_dim_ + place * split;
+    const auto at = [&](int64_t d) { return to + d / split * size * split + d % split; };
+    if (pairs_) {
+      pack_pairs(q, at);
+    } else {
+      for (int64_t d = 0; d < dim_; ++d) {
+        *at(d) = query(q)[d];
+      }
+    }
+  });
 }
 
 void QueryBlock::pad(int64_t rows, int64_t multiple, bool even_first) {
@@ -171,8 +202,8 @@ void QueryBlock::encode(const MipsTopkKernels& kernels, const float* mean) {
 }
 
 PackedQueries QueryBlock::packed(const float* thresholds) const {
-  return {packed_.data(), panel_dim_,       pairs_,     groups_, padded_.data(),
-          padded_dim_,    norms_x4_.data(), thresholds, batch};
+  return {scan_,          packed_.data(), panel_dim_,       pairs_,     groups_,
+          padded_.data(), padded_dim_,    norms_x4_.data(), thresholds, batch};
 }
 
 QueryCodes QueryBlock::codes(const float* thresholds, int32_t* cutoffs) const {

@@ -25,8 +25,9 @@ class QueryBlock {
   const int64_t batch;
 
  private:
-  void pack(const MipsTopkKernels& kernels);
-  void pack_pairs(int64_t q, int64_t size, float* to);
+  void pack();
+  template <class At>
+  void pack_pairs(int64_t q, const At& at);
   void pad(int64_t rows, int64_t multiple, bool even_first);
   void encode(const MipsTopkKernels& kernels, const float* mean);
 
@@ -34,6 +35,7 @@ class QueryBlock {
   int64_t dim_;
   int64_t padded_dim_ = 0, panel_dim_ = 0;
   bool pairs_ = false;
+  RowScan scan_ = RowScan::kTiles;
   QueryGroups groups_ = {};
   std::vector<float> packed_, padded_, norms_x4_;
   std::vector<int32_t> codes_, code_sums_;

@@ -45,6 +45,13 @@ class RowBlocks {
 
   int64_t count() const { return count_; }
 
+  const char* row(int64_t id) const {
+    const int64_t s = std::upper_bound(first_ids_.begin(), first_ids_.end(), id) - first_ids_.begin() - 1;
+    const TableShard& shard = params_.shards[s];
+    return static_cast<const char*>(shard.rows) +
+           (id - first_ids_[s]) * shard.row_stride * element_size(params_.table_type);
+  }
+
   RowBlock at(int64_t turn) const {
     const int64_t number = static_cast<int64_t>(static_cast<__int128>(turn) * stride_ % count_);
     const auto above = std::upper_bound(first_blocks_.begin(), first_blocks_.end(), number);
@@ -85,14 +92,19 @@ class SharedBounds {
     return std::max(least, scores_[q].load(std::memory_order_relaxed));
   }
 
+  // Of a thread, bounds of its k-th score and of that of rank() at most; -infinity: it has none.
   void publish(int thread, int64_t q, float kth, float ranked) {
-    scores_[(thread + 1) * batch_ + q].store(ranked, std::memory_order_relaxed);
-    float seen = scores_[q].load(std::memory_order_relaxed);
-    while (seen < kth && !scores_[q].compare_exchange_weak(seen, kth, std::memory_order_relaxed)) {
-    }
+    raise(scores_[(thread + 1) * batch_ + q], ranked);
+    raise(scores_[q], kth);
   }
 
  private:
+  static void raise(std::atomic<float>& bound, float to) {
+    float seen = bound.load(std::memory_order_relaxed);
+    while (seen < to && !bound.compare_exchange_weak(seen, to, std::memory_order_relaxed)) {
+    }
+  }
+
   int64_t batch_, rank_;
   int num_threads_;
   std::vector<std::atomic<float>> scores_;  // [1 + threads, batch]
