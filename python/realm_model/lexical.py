@@ -1,4 +1,5 @@
-"""An embedder that matches words before it has learned anything, for a start from nothing.
+"""A retriever that matches words and a reader that copies them, before anything is learned: a start from
+nothing.
 
 A random embedder finds nothing, and a few minutes of the Inverse Cloze Task on a small corpus hardly make up
 for it. Yet a sum of random vectors, one for each word, weighted by how rare the word is, is a random
@@ -6,13 +7,15 @@ projection of tf-idf: inner products of two such sums estimate those of the two 
 of 1/sqrt(D). All of that is within what a BERT can say, so the weights are set to say it:
 
     word embeddings   random; the first coordinate holds the log of the idf
-    [CLS]             the second coordinate alone, so that it stays out of the sum's way
-    last attention    [CLS] asks for the first coordinate: softmax(log idf) weighs the words by their idf;
+    [CLS], [MASK]     the second coordinate alone, so that they stay out of the sum's way
+    last attention    all ask for the first coordinate: softmax(log idf) weighs the words by their idf;
                       values and output are the identity, enlarged
     the rest          close to nothing beside the residual stream
     projection        orthogonal, blind for the first two coordinates
 
-Nothing of it is fixed: the Inverse Cloze Task begins here and moves every weight.
+The reader's [MASK] sums the words that it sees likewise, those of the document before those of the query,
+and what the decoder, which is tied to the embeddings, finds most like the sum are these words. Nothing of it
+is fixed: training begins here and moves every weight.
 """
 
 from __future__ import annotations
@@ -20,26 +23,45 @@ from __future__ import annotations
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers import BertModel
 
-from .inputs import CLS, SPECIAL, Documents
-from .model import Embedder
+from .inputs import CLS, MASK, SPECIAL, Documents
+from .model import Realm
 
-IDF, OWN = 0, 1  # the coordinates of the log of the idf and of [CLS]
+IDF, OWN = 0, 1  # the coordinates of the log of the idf and of [CLS] and [MASK]
 SILENT = -3.0  # the log of the idf of what is no word; the most frequent words are about there
 SAMPLE = 100_000  # blocks that are counted, evenly spaced; rarer words are one in as many
 POOLED = 4.0  # the sum of many words is this much shorter than one of them
+BODY = 2.0  # a word of the document weighs this much more in the reader, by its logarithm
 NEARLY_NOTHING = 0.02  # the branches beside the residual stream
 
 
 @torch.no_grad()
-def start_lexical(embedder: Embedder, documents: Documents, tokenizer: Tokenizer, deviation: float) -> None:
-    """Set the weights of an embedder. deviation: of the word embeddings."""
-    words = embedder.bert.embeddings.word_embeddings.weight
+def start_lexical(model: Realm, documents: Documents, tokenizer: Tokenizer) -> None:
+    """Set the weights of both networks to match and to copy the words of documents."""
+    idf = log_idf(documents, tokenizer)
+    retriever, reader = model.retriever, model.reader.lm
+    _sum_words(retriever.bert, idf)
+    for head in {retriever.query_head, retriever.document_head}:
+        nn.init.orthogonal_(head[0].weight)
+        head[0].weight[:, [IDF, OWN]] = 0.0
+    _sum_words(reader.bert, idf)
+    segments = reader.bert.embeddings.token_type_embeddings.weight
+    segments[1, IDF] = BODY * reader.bert.config.initializer_range
+    dense = reader.cls.predictions.transform.dense
+    nn.init.eye_(dense.weight)
+    dense.weight[[IDF, OWN]] = 0.0
+
+
+def _sum_words(bert: BertModel, idf: Tensor) -> None:
+    """[CLS] and [MASK] become the sum of all words, weighted by their idf."""
+    words, deviation = bert.embeddings.word_embeddings.weight, bert.config.initializer_range
     words.normal_(std=deviation)
-    words[:, IDF] = deviation * log_idf(documents, tokenizer)
-    words[CLS] = 0.0
-    words[CLS, IDF], words[CLS, OWN] = deviation * SILENT, deviation * words.shape[1] ** 0.5
-    for layer in embedder.bert.encoder.layer:
+    words[:, IDF] = deviation * idf
+    words[[CLS, MASK]] = 0.0
+    words[[CLS, MASK], IDF] = deviation * SILENT
+    words[[CLS, MASK], OWN] = deviation * words.shape[1] ** 0.5
+    for layer in bert.encoder.layer:
         for linear in (layer.attention.output.dense, layer.output.dense):
             nn.init.normal_(linear.weight, std=NEARLY_NOTHING)
     attention = layer.attention.self
@@ -52,9 +74,6 @@ def start_lexical(embedder: Embedder, documents: Documents, tokenizer: Tokenizer
     attention.query.bias[::width] = width**0.5
     nn.init.eye_(attention.value.weight)
     nn.init.eye_(layer.attention.output.dense.weight).mul_(POOLED)
-    for head in {embedder.query_head, embedder.document_head}:
-        nn.init.orthogonal_(head[0].weight)
-        head[0].weight[:, [IDF, OWN]] = 0.0
 
 
 def log_idf(documents: Documents, tokenizer: Tokenizer) -> Tensor:
