@@ -16,6 +16,7 @@ from realm_model.masking import take_spans
 from realm_model.model import Realm, bert_config, embed_all, encode
 from realm_model.optimizer import parameter_groups
 from realm_model.pretrain import Trainer, make_setting
+from realm_model.reading import start_reading
 
 # Each document has two words of its own, and words of all.
 OWN = [
@@ -70,6 +71,29 @@ def test_an_untrained_reader_copies_a_rare_word_of_the_document(setting):
             for word in (first, OWN[number - 1][0])
         )
         assert wanted > others
+
+
+def test_an_untrained_reader_of_two_layers_fills_a_mask_from_the_place_with_the_same_neighbours():
+    config = ModelConfig(
+        hidden=256, layers=1, reader_layers=2, heads=4, query_length=20, document_length=60
+    )
+    torch.manual_seed(0)
+    model = Realm(config, 500)
+    start_reading(model.reader, torch.full((500,), 1.0))
+    model.eval().requires_grad_(False)
+    words = torch.randperm(495)[:40] + 5  # a document of 40 words, each once
+    places = torch.arange(2, 38)
+    queries = torch.stack(
+        [torch.cat([words[i - 2 : i], torch.tensor([MASK]), words[i + 1 : i + 3]]) for i in places]
+    )
+    ids = query_inputs(queries)
+    hidden = model.read(ids, torch.full((len(ids), 1), 3), words.expand(len(ids), 1, 40))[:, 0, 0]
+    filled = (hidden @ model.reader.weight.T + model.reader.bias).argmax(1)
+    assert (filled == words[places]).float().mean() > 0.9
+    # Beside another document there is nothing to copy.
+    other = model.read(ids, torch.full((len(ids), 1), 3), words.flip(0).expand(len(ids), 1, 40))[:, 0, 0]
+    confused = (other @ model.reader.weight.T + model.reader.bias).argmax(1)
+    assert (confused == words[places]).float().mean() < 0.5
 
 
 def test_the_idf_is_of_documents_and_punctuation_has_none(setting):

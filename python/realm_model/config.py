@@ -51,6 +51,9 @@ class ModelConfig:
     vocab_size: int = 2000
     hidden: int = 64
     layers: int = 2
+    # Of the reader; 0: as the retriever. One layer cannot read: what [MASK] or a word of the document looks
+    # for could not depend on the words beside it.
+    reader_layers: int = 0
     heads: int = 2
     intermediate: int = 0  # the width of the feed-forward layers; 0: four times `hidden`
     activation: str = "gelu_pytorch_tanh"  # BERT's gelu_new as one fused op
@@ -137,6 +140,7 @@ def text_preset(name: str, corpus: str) -> RunConfig:
             model=ModelConfig(
                 hidden=256,
                 layers=1,
+                reader_layers=2,
                 heads=4,
                 intermediate=256,
                 projection=256,

@@ -1,5 +1,4 @@
-"""A retriever that matches words and a reader that copies them, before anything is learned: a start from
-nothing.
+"""A start from nothing: a retriever that matches words before it has learned anything.
 
 A random embedder finds nothing, and a few minutes of the Inverse Cloze Task on a small corpus hardly make up
 for it. Yet a sum of random vectors, one for each word, weighted by how rare the word is, is a random
@@ -7,15 +6,14 @@ projection of tf-idf: inner products of two such sums estimate those of the two 
 of 1/sqrt(D). All of that is within what a BERT can say, so the weights are set to say it:
 
     word embeddings   random; the first coordinate holds the log of the idf
-    [CLS], [MASK]     the second coordinate alone, so that they stay out of the sum's way
-    last attention    all ask for the first coordinate: softmax(log idf) weighs the words by their idf;
+    [CLS]             the second coordinate alone, so that it stays out of the sum's way
+    last attention    [CLS] asks for the first coordinate: softmax(log idf) weighs the words by their idf;
                       values and output are the identity, enlarged
     the rest          close to nothing beside the residual stream
     projection        orthogonal, blind for the first two coordinates
 
-The reader's [MASK] sums the words that it sees likewise, those of the document before those of the query,
-and what the decoder, which is tied to the embeddings, finds most like the sum are these words. Nothing of it
-is fixed: training begins here and moves every weight.
+The reader's start is told in reading.py. Nothing of either is fixed: training begins here and moves every
+weight.
 """
 
 from __future__ import annotations
@@ -26,35 +24,30 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from .inputs import CLS, MASK, SPECIAL, Documents
-from .model import Realm
+from .model import Embedder
 
 IDF, OWN = 0, 1  # the coordinates of the log of the idf and of [CLS] and [MASK]
 SILENT = -3.0  # the log of the idf of what is no word; the most frequent words are about there
 SAMPLE = 100_000  # blocks that are counted, evenly spaced; rarer words are one in as many
 POOLED = 4.0  # the sum of many words is this much shorter than one of them
-BODY = 2.0  # a word of the document weighs this much more in the reader, by its logarithm
-NEARLY_NOTHING = 0.02  # the branches beside the residual stream
+NEARLY_NOTHING = 0.1  # how large a branch is beside the residual stream
 
 
 @torch.no_grad()
-def start_lexical(model: Realm, documents: Documents, tokenizer: Tokenizer) -> None:
-    """Set the weights of both networks to match and to copy the words of documents."""
-    idf = log_idf(documents, tokenizer)
-    retriever, reader = model.retriever, model.reader.lm
-    _sum_words(retriever.bert, idf)
+def start_matching(retriever: Embedder, idf: Tensor) -> None:
+    """Set the weights of an embedder to match words. idf: log_idf of the documents, [V]."""
+    set_words(retriever.bert, idf)
+    layer = retriever.bert.encoder.layer[-1]
+    ask_for_idf(layer.attention.self)
+    nn.init.eye_(layer.attention.self.value.weight)
+    nn.init.eye_(layer.attention.output.dense.weight).mul_(POOLED)
     for head in {retriever.query_head, retriever.document_head}:
         nn.init.orthogonal_(head[0].weight)
         head[0].weight[:, [IDF, OWN]] = 0.0
-    _sum_words(reader.bert, idf)
-    segments = reader.bert.embeddings.token_type_embeddings.weight
-    segments[1, IDF] = BODY * reader.bert.config.initializer_range
-    dense = reader.cls.predictions.transform.dense
-    nn.init.eye_(dense.weight)
-    dense.weight[[IDF, OWN]] = 0.0
 
 
-def _sum_words(bert: BertModel, idf: Tensor) -> None:
-    """[CLS] and [MASK] become the sum of all words, weighted by their idf."""
+def set_words(bert: BertModel, idf: Tensor) -> None:
+    """Random words with their idf, special tokens apart from them, and branches that do nearly nothing."""
     words, deviation = bert.embeddings.word_embeddings.weight, bert.config.initializer_range
     words.normal_(std=deviation)
     words[:, IDF] = deviation * idf
@@ -62,18 +55,20 @@ def _sum_words(bert: BertModel, idf: Tensor) -> None:
     words[[CLS, MASK], IDF] = deviation * SILENT
     words[[CLS, MASK], OWN] = deviation * words.shape[1] ** 0.5
     for layer in bert.encoder.layer:
-        for linear in (layer.attention.output.dense, layer.output.dense):
-            nn.init.normal_(linear.weight, std=NEARLY_NOTHING)
-    attention = layer.attention.self
-    for linear in (attention.query, attention.key):
-        nn.init.normal_(linear.weight, std=NEARLY_NOTHING)
-    # One row of each head carries the idf, times 1: the softmax divides by the root of the head's width.
+        attention = layer.attention.self
+        for linear in (attention.query, attention.key, layer.attention.output.dense, layer.output.dense):
+            nn.init.normal_(linear.weight, std=NEARLY_NOTHING / linear.in_features**0.5)
+
+
+def ask_for_idf(attention: nn.Module) -> None:
+    """The first row of each head adds the log of the idf to its logits: the softmax divides by the root of
+    the head's width.
+    """
     width = attention.attention_head_size
     attention.key.weight[::width] = 0.0
     attention.key.weight[::width, IDF] = 1.0
+    attention.query.weight[::width] = 0.0
     attention.query.bias[::width] = width**0.5
-    nn.init.eye_(attention.value.weight)
-    nn.init.eye_(layer.attention.output.dense.weight).mul_(POOLED)
 
 
 def log_idf(documents: Documents, tokenizer: Tokenizer) -> Tensor:

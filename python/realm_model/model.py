@@ -22,11 +22,11 @@ CHUNK_ROWS = 64  # sequences at a time; on the CPU their activations stay in the
 LAYER_NORM_EPS = 1e-12  # BERT's, and of the embedder's head in the released model
 
 
-def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
+def bert_config(config: ModelConfig, vocab_size: int, of_reader: bool = False) -> BertConfig:
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden,
-        num_hidden_layers=config.layers,
+        num_hidden_layers=(of_reader and config.reader_layers) or config.layers,
         num_attention_heads=config.heads,
         intermediate_size=config.intermediate or 4 * config.hidden,
         hidden_act=config.activation,
@@ -100,10 +100,9 @@ class Realm(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        bert = bert_config(config, vocab_size)
         self.score_scale = config.score_scale
-        self.retriever = Embedder(bert, config.projection, config.shared_head)
-        self.reader = KnowledgeAugmentedEncoder(bert)
+        self.retriever = Embedder(bert_config(config, vocab_size), config.projection, config.shared_head)
+        self.reader = KnowledgeAugmentedEncoder(bert_config(config, vocab_size, of_reader=True))
         for network in (self.retriever.bert, self.reader.lm.bert):
             embeddings = network.embeddings
             for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):

@@ -22,10 +22,11 @@ from . import checkpoints
 from .config import RunConfig, StageConfig, read_config, to_json
 from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
-from .lexical import start_lexical
+from .lexical import log_idf, start_matching
 from .model import Realm
 from .optimizer import CLIP, EPS, parameter_groups, released_warmup
 from .ranks import Ranks
+from .reading import start_reading
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
@@ -109,7 +110,9 @@ class Trainer:
         if fresh and setting.config.start is not None:
             load_start(self.model, Path(setting.config.start), setting.tokenizer)
         elif fresh and setting.config.model.lexical:
-            start_lexical(self.model, setting.corpus.documents, setting.tokenizer)
+            idf = log_idf(setting.corpus.documents, setting.tokenizer)
+            start_matching(self.model.retriever, idf)
+            start_reading(self.model.reader, idf)
         self.generator = torch.Generator().manual_seed(setting.config.seed)  # draws all batches
         self.enter(0)
 
