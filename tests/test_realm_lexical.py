@@ -74,9 +74,7 @@ def test_an_untrained_reader_copies_a_rare_word_of_the_document(setting):
 
 
 def test_an_untrained_reader_of_two_layers_fills_a_mask_from_the_place_with_the_same_neighbours():
-    config = ModelConfig(
-        hidden=256, layers=1, reader_layers=2, heads=4, query_length=20, document_length=60
-    )
+    config = ModelConfig(hidden=256, layers=1, reader_layers=2, heads=4, query_length=20, document_length=60)
     torch.manual_seed(0)
     model = Realm(config, 500)
     start_reading(model.reader, torch.full((500,), 1.0))
