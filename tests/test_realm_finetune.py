@@ -178,7 +178,7 @@ def test_the_optimizer_is_the_released_one():
 
 
 def test_two_ranks_have_the_losses_of_one(folders, config, tmp_path):
-    """Each takes half of every batch; what differs is the rounding of sums (and dropout, so there is none)."""
+    """Each takes half of every batch; what differs is the rounding of sums, and dropout: there is none."""
     model = shutil.copytree(folders.model, tmp_path / "model")
     for path in model.glob("*/config.json"):
         path.write_text(path.read_text().replace(f'dropout_prob": {DROPOUT}', 'dropout_prob": 0.0'))
