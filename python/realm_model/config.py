@@ -151,8 +151,8 @@ def text_preset(name: str, corpus: str) -> RunConfig:
                 lexical=True,
             ),
             ict=StageConfig(steps=400, batch=256, retriever_lr=1e-3),
-            reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
-            realm=StageConfig(steps=100, batch=16, retriever_lr=1e-4, reader_lr=5e-4, warmup=0.2),
+            reader=StageConfig(steps=100, batch=48, reader_lr=1e-3),
+            realm=StageConfig(steps=150, batch=16, retriever_lr=1e-4, reader_lr=5e-4, warmup=0.2),
             marginal=RealmConfig(corpus_share=1.0),
         )
     if name == "bert":
