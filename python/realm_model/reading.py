@@ -55,7 +55,7 @@ def _match_neighbours(bert: BertModel) -> None:
     """Each place gets its neighbours in the first layer, and places with like ones meet in the last."""
     first, last = bert.encoder.layer[0].attention, bert.encoder.layer[-1].attention
     hidden, width = bert.config.hidden_size, first.self.attention_head_size
-    sines = 2 * min(8, width // 4)  # coordinates
+    sines = 2 * max(1, min(8, width // 4))  # coordinates
     places = slice(2, 2 + sines)
     _set_positions(bert, places)
     rates = _rates(sines // 2)
