@@ -1,6 +1,9 @@
 """Fine-tuning: what it minimises, in parts and in one, killed and resumed, and what it leaves."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from realm_openqa_cases import QUESTIONS, make_folders
+from realm_openqa_cases import DROPOUT, QUESTIONS, make_folders
 
 from realm_model.metrics import exact_match
 from realm_model.openqa.assemble import Beams, assemble
@@ -172,3 +175,34 @@ def test_the_optimizer_is_the_released_one():
     assert optimizer.adamw.state[weight]["exp_avg"].norm() == pytest.approx(0.1, rel=1e-4)  # clipped to 1
     assert optimizer.step(99) == pytest.approx(0.1 * (1 - 99 / 200))
     assert optimizer.step(150) == pytest.approx(0.1 * 0.25)
+
+
+def test_two_ranks_have_the_losses_of_one(folders, config, tmp_path):
+    """Each takes half of every batch; what differs is the rounding of sums, and dropout: there is none."""
+    model = shutil.copytree(folders.model, tmp_path / "model")
+    for path in model.glob("*/config.json"):
+        path.write_text(path.read_text().replace(f'dropout_prob": {DROPOUT}', 'dropout_prob": 0.0'))
+    config = replace(config, model=str(model))
+    script = tmp_path / "ranks.py"
+    script.write_text(f"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+from realm_model.openqa.finetune import FinetuneConfig, finetune
+from realm_model.ranks import Ranks
+size = Ranks.join().size
+finetune({replace(config, reader_beam=5)!r}, Path({str(tmp_path)!r}) / f"on{{size}}", lambda record: None)
+""")
+    for size in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        subprocess.run([*launch, script], check=True, capture_output=True, timeout=200)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("on1", "on2")
+    )
+    assert len(one) == config.steps and [line["step"] for line in one] == [line["step"] for line in two]
+    for name in ("loss", "retrieved", "read"):
+        torch.testing.assert_close(
+            [line[name] for line in one], [line[name] for line in two], rtol=1e-4, atol=0
+        )
+    assert load_embedder(tmp_path / "on2").config == load_embedder(tmp_path / "on1").config

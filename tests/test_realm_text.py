@@ -147,10 +147,18 @@ def ignore(record):
 
 
 @pytest.mark.parametrize(
-    ("accumulate", "bfloat16"), [(1, False), (2, True)], ids=["plain", "accumulated-bf16"]
+    ("accumulate", "bfloat16", "lexical"),
+    [(1, False, False), (2, True, False), (1, False, True)],
+    ids=["plain", "accumulated-bf16", "lexical"],
 )
-def test_a_killed_run_on_text_has_the_losses_of_an_undisturbed_one(store, tmp_path, accumulate, bfloat16):
+def test_a_killed_run_on_text_has_the_losses_of_an_undisturbed_one(
+    store, tmp_path, accumulate, bfloat16, lexical
+):
     config = config_for(store)
+    if lexical:  # as the preset squad
+        text = replace(config.text, ict="span", ict_wordpieces=9, ict_queries=2, ict_remove=0.5)
+        model = replace(config.model, lexical=True, reader_layers=2, shared_head=True)
+        config = replace(config, text=text, model=model)
     config = replace(config, bfloat16=bfloat16, realm=replace(config.realm, accumulate=accumulate))
     pretrain(config, tmp_path / "whole", ignore)
     assert len(losses(tmp_path / "whole")) == 16

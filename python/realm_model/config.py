@@ -36,8 +36,12 @@ class TextConfig:
 
     directory: str  # a corpus, as `realm-model corpus` writes it
     held_out: float = 0.05  # of the blocks; their sentences are for evaluation only
-    ict: Literal["sentence", "span"] = "sentence"  # what looks for the rest of its block
-    ict_wordpieces: int = 0  # of such a sentence, from its beginning; 0: as many as a query may have
+    # What looks for its block: a sentence, as in ORQA, or a run of wordpieces anywhere in it. There are
+    # few sentences in a small corpus, and a retriever learns by heart which block each is of.
+    ict: Literal["sentence", "span"] = "sentence"
+    ict_wordpieces: int = 0  # of a sentence, from its beginning, or a span; 0: as many as a query may have
+    ict_queries: int = 1  # that are drawn from a block at once: a block costs as much as ten of them
+    ict_remove: float = 0.9  # the share of them taken out of their block (ORQA)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class ModelConfig:
     vocab_size: int = 2000
     hidden: int = 64
     layers: int = 2
+    # Of the reader; 0: as the retriever. One layer cannot read: what [MASK] or a word of the document looks
+    # for could not depend on the words beside it.
+    reader_layers: int = 0
     heads: int = 2
     intermediate: int = 0  # the width of the feed-forward layers; 0: four times `hidden`
     activation: str = "gelu_pytorch_tanh"  # BERT's gelu_new as one fused op
@@ -58,6 +65,8 @@ class ModelConfig:
     # vectors of norm 8 it keeps the softmax over documents soft enough to be moved.
     score_scale: float = 0.125
     dropout: float = 0.0
+    # From nothing, begin as a matcher and a copier of words (lexical.py), not at random.
+    lexical: bool = False
     # BERT's 0.02 suits a width of 768; at 64 it leaves the Inverse Cloze Task at a fifth of its recall.
     initializer_range: float = 0.1
     # Of the position and segment embeddings. As large as the word embeddings, they take two thirds of what
@@ -125,21 +134,25 @@ def text_preset(name: str, corpus: str) -> RunConfig:
     """
     if name == "squad":
         return RunConfig(
-            text=TextConfig(corpus),
-            # With one projection for both sides a query already lies near the documents that share its words.
+            text=TextConfig(corpus, ict="span", ict_wordpieces=16, ict_queries=4, ict_remove=0.5),
+            # One projection for both sides, so that a query lies near the documents that share its words
+            # before anything is learned; the error of that is one over the root of its width.
             model=ModelConfig(
-                hidden=128,
+                hidden=256,
                 layers=1,
-                intermediate=128,
-                projection=128,
+                reader_layers=2,
+                heads=4,
+                intermediate=256,
+                projection=256,
                 shared_head=True,
                 query_length=64,
                 document_length=160,
-                score_scale=0.5,
+                score_scale=0.1,
+                lexical=True,
             ),
-            ict=StageConfig(steps=300, batch=64, retriever_lr=2e-3),
-            reader=StageConfig(steps=200, batch=48, reader_lr=1e-3),
-            realm=StageConfig(steps=100, batch=16, retriever_lr=1e-4, reader_lr=5e-4, warmup=0.2),
+            ict=StageConfig(steps=400, batch=256, retriever_lr=1e-3),
+            reader=StageConfig(steps=100, batch=48, reader_lr=1e-3),
+            realm=StageConfig(steps=150, batch=16, retriever_lr=1e-4, reader_lr=5e-4, warmup=0.2),
             marginal=RealmConfig(corpus_share=1.0),
         )
     if name == "bert":

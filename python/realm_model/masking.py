@@ -75,6 +75,19 @@ def take_sentences(
     return _take(bodies, first[:, 0], last[:, 0], draws[1] < remove)
 
 
+def take_spans(
+    bodies: Tensor, shortest: int, longest: int, remove: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The Inverse Cloze Task with queries as short as questions: from each body [B, L] a run of wordpieces,
+    its length and place uniform, and the rest as crop_spans.
+    """
+    length = (bodies != PAD).sum(dim=1)  # [B]
+    draws = torch.rand(3, bodies.shape[0], generator=generator)
+    size = (shortest + (longest - shortest + 1) * draws[0]).long().minimum(length)
+    first = ((length - size + 1) * draws[1]).long()
+    return _take(bodies, first, first + size, draws[2] < remove)
+
+
 def without(bodies: Tensor, statements: Statements) -> Tensor:
     """The bodies [B, L] of the statements' documents, without the statements that stand in them."""
     length = (statements.ids != PAD).sum(dim=1) - 2

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM, BertModel
+from transformers.models.bert.modeling_bert import BertLayer
 
 from .config import ModelConfig
 from .inputs import PAD, Documents, join, trim
@@ -20,11 +22,11 @@ CHUNK_ROWS = 64  # sequences at a time; on the CPU their activations stay in the
 LAYER_NORM_EPS = 1e-12  # BERT's, and of the embedder's head in the released model
 
 
-def bert_config(config: ModelConfig, vocab_size: int) -> BertConfig:
+def bert_config(config: ModelConfig, vocab_size: int, of_reader: bool = False) -> BertConfig:
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=config.hidden,
-        num_hidden_layers=config.layers,
+        num_hidden_layers=(of_reader and config.reader_layers) or config.layers,
         num_attention_heads=config.heads,
         intermediate_size=config.intermediate or 4 * config.hidden,
         hidden_act=config.activation,
@@ -98,10 +100,9 @@ class Realm(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        bert = bert_config(config, vocab_size)
         self.score_scale = config.score_scale
-        self.retriever = Embedder(bert, config.projection, config.shared_head)
-        self.reader = KnowledgeAugmentedEncoder(bert)
+        self.retriever = Embedder(bert_config(config, vocab_size), config.projection, config.shared_head)
+        self.reader = KnowledgeAugmentedEncoder(bert_config(config, vocab_size, of_reader=True))
         for network in (self.retriever.bert, self.reader.lm.bert):
             embeddings = network.embeddings
             for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
@@ -133,19 +134,39 @@ class Realm(nn.Module):
 def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
     """The last hidden states at positions [B, M] of padded inputs [B, L]: [B, M, H].
 
-    In chunks of like lengths: little padding is computed, and a chunk's activations stay in the cache.
+    In chunks of like lengths: little padding is computed, and a chunk's activations stay in the cache. Of the
+    last layer only what stands at the positions is computed: with one layer, most of the work falls away.
     """
     order = (ids != PAD).sum(1).argsort(stable=True)
     parts = []
     for rows in order.split(CHUNK_ROWS):
         chunk = trim(ids[rows])
-        hidden = bert(
-            input_ids=chunk,
-            attention_mask=(chunk != PAD).long(),
-            token_type_ids=segments[rows, : chunk.shape[1]],
-        ).last_hidden_state  # [rows, L, H]
-        parts.append(hidden.gather(1, positions[rows, :, None].expand(-1, -1, hidden.shape[-1])))
+        mask = (chunk != PAD)[:, None, None, :]  # [rows, 1, 1, L]
+        hidden = bert.embeddings(input_ids=chunk, token_type_ids=segments[rows, : chunk.shape[1]])
+        *lower, last = bert.encoder.layer
+        for layer in lower:
+            hidden = _layer(layer, hidden, hidden, mask)  # [rows, L, H]
+        asking = hidden.gather(1, positions[rows, :, None].expand(-1, -1, hidden.shape[-1]))
+        parts.append(_layer(last, asking, hidden, mask))
     return torch.cat(parts)[order.argsort()]
+
+
+def _layer(layer: BertLayer, asking: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+    """One layer at some places, [B, M, H], which attend to all places [B, L, H]: [B, M, H]."""
+    attention = layer.attention.self
+
+    def heads(linear: nn.Module, states: Tensor) -> Tensor:  # [B, heads, places, H / heads]
+        return linear(states).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    context = functional.scaled_dot_product_attention(
+        heads(attention.query, asking),
+        heads(attention.key, hidden),
+        heads(attention.value, hidden),
+        attn_mask=mask,
+        dropout_p=attention.dropout.p if layer.training else 0.0,
+    )
+    attended = layer.attention.output(context.transpose(1, 2).flatten(2), asking)
+    return layer.output(layer.intermediate(attended), attended)
 
 
 @torch.no_grad()

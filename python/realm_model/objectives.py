@@ -23,14 +23,14 @@ def ict_loss(
 ) -> Tensor:
     """Inverse Cloze Task: a span finds its own context among those of the batch (ORQA, section 4).
 
-    rows int64 [B], the documents; spans and rest [B, L] as masking.crop_spans made them. The batch is that of
-    all ranks; the loss is of this rank's spans, among the contexts of all.
+    rows int64 [B], the documents; spans [B, Q, L], Q of each, and rest [B, L] as masking.crop_spans made
+    them. The batch is that of all ranks; the loss is of this rank's spans, among the contexts of all.
     """
     part = ranks.part(len(rows))
-    queries = model.retriever.queries(query_inputs(spans[part]))  # [B / W, D]
+    queries = model.retriever.queries(query_inputs(spans[part].flatten(0, 1)))  # [B Q / W, D]
     contexts = model.retriever.documents(*documents.inputs(rows[part], rest[part]))  # [B / W, D]
-    scores = model.relevance_of_all(queries, ranks.gather(contexts))  # [B / W, B]
-    return F.cross_entropy(scores, torch.arange(len(rows))[part])
+    scores = model.relevance_of_all(queries, ranks.gather(contexts))  # [B Q / W, B]
+    return F.cross_entropy(scores, torch.arange(len(rows))[part].repeat_interleave(spans.shape[1]))
 
 
 def reading_loss(model: Realm, ids: Tensor, positions: Tensor, targets: Tensor, bodies: Tensor) -> Tensor:

@@ -12,20 +12,18 @@ WEIGHT_DECAY, EPS = 0.01, 1e-6
 
 
 class ReleasedAdamW:
-    """AdamW of a module over `steps` steps, as language/realm trains.
+    """AdamW of a module over `steps` steps, as language/realm trains: decay as parameter_groups has it.
 
-    Biases and LayerNorms do not decay. The rate rises over released_warmup(steps) steps and falls to 0 at the
+    The rate rises over released_warmup(steps) steps and falls to 0 at the
     last: lr * (1 - step / steps). In BERT's own optimizer Adam's means are not
     corrected for their start at 0; torch's are.
     """
 
     def __init__(self, module: nn.Module, lr: float, steps: int) -> None:
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        still = [p for name, p in named if _is_exempt(name)]
-        decaying = [p for name, p in named if not _is_exempt(name)]
-        groups = [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": still, "weight_decay": 0.0}]
+        groups = parameter_groups(module)
         self.adamw = torch.optim.AdamW(groups, lr=lr, eps=EPS)
-        self.lr, self.steps, self.parameters = lr, steps, decaying + still
+        self.lr, self.steps = lr, steps
+        self.parameters = [p for group in groups for p in group["params"]]
         self.warmup = released_warmup(steps)
 
     def zero_grad(self) -> None:
@@ -47,11 +45,16 @@ class ReleasedAdamW:
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
 
 
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """What a module trains, for AdamW: all decays but biases and LayerNorms, as in the released code."""
+    norms = {p for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
+    decaying, still = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (still if parameter in norms or name.endswith("bias") else decaying).append(parameter)
+    return [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": still, "weight_decay": 0.0}]
+
+
 def released_warmup(steps: int) -> int:
     """Steps of the linear rise."""
     return min(10_000, max(100, steps // 10))
-
-
-def _is_exempt(name: str) -> bool:
-    """As BERT names them: LayerNorm, layer_norm(alization) and bias."""
-    return "LayerNorm" in name or "layer_norm" in name or name.endswith("bias")

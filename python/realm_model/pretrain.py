@@ -22,9 +22,11 @@ from . import checkpoints
 from .config import RunConfig, StageConfig, read_config, to_json
 from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
+from .lexical import log_idf, start_matching
 from .model import Realm
-from .optimizer import CLIP, EPS, WEIGHT_DECAY, released_warmup
+from .optimizer import CLIP, EPS, parameter_groups, released_warmup
 from .ranks import Ranks
+from .reading import start_reading
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
@@ -73,12 +75,14 @@ class Optimizer:
         self.config = config
         given = max(1, round(config.warmup * config.steps))
         self.warmup = given if config.warmup else released_warmup(config.steps)
-        groups = [
-            {"params": list(net.parameters()), "lr": lr, "peak": lr}
+        trained = [
+            (net, lr)
             for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
             if lr > 0
         ]
-        self.adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, eps=EPS)
+        self.networks = [list(net.parameters()) for net, _ in trained]
+        groups = [group | {"lr": lr, "peak": lr} for net, lr in trained for group in parameter_groups(net)]
+        self.adamw = torch.optim.AdamW(groups, eps=EPS)
 
     def zero_grad(self) -> None:
         self.adamw.zero_grad()
@@ -89,7 +93,8 @@ class Optimizer:
         down = (self.config.steps - step) / max(1, self.config.steps - self.warmup)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak"] * min(up, down)
-            nn.utils.clip_grad_norm_(group["params"], CLIP)
+        for parameters in self.networks:
+            nn.utils.clip_grad_norm_(parameters, CLIP)
         self.adamw.step()
 
 
@@ -104,6 +109,10 @@ class Trainer:
         self.model = make_model(setting)
         if fresh and setting.config.start is not None:
             load_start(self.model, Path(setting.config.start), setting.tokenizer)
+        elif fresh and setting.config.model.lexical:
+            idf = log_idf(setting.corpus.documents, setting.tokenizer)
+            start_matching(self.model.retriever, idf)
+            start_reading(self.model.reader, idf)
         self.generator = torch.Generator().manual_seed(setting.config.seed)  # draws all batches
         self.enter(0)
 
@@ -142,8 +151,8 @@ class Trainer:
                 loss, metrics = self.stage.loss(self.generator)
             (loss / batches).backward()
             total += loss.item() / batches
-        for group in self.optimizer.adamw.param_groups:
-            self.ranks.average_gradients(group["params"])
+        for parameters in self.optimizer.networks:
+            self.ranks.average_gradients(parameters)
         self.optimizer.step(self.step)
         record = {"stage": self.name, "step": self.step, "loss": self.ranks.mean(total), **metrics}
         self.step += 1

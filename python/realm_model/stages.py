@@ -19,12 +19,13 @@ import realm_kernels as rk
 from .config import RunConfig, StageConfig
 from .evaluate import build_table
 from .inputs import IGNORE, Corpus, Statements, StatementSource, trivial
-from .masking import crop_spans, exchange_objects, mask_statements, take_sentences
+from .masking import crop_spans, exchange_objects, mask_statements, take_sentences, take_spans
 from .model import Realm, embed_all
 from .objectives import ict_loss, reading_loss, realm_loss
 from .ranks import ALONE, Ranks
 
-ICT_REMOVE = 0.9  # the share of spans taken out of their context (ORQA)
+ICT_REMOVE = 0.9  # the share of spans taken out of their context (ORQA), in a world
+SHORTEST_SPAN = 4  # wordpieces of a query of the ICT on text
 # The copy start's contexts: a statement's own document, one retrieved for it, or none.
 OWN_CONTEXT, RETRIEVED_CONTEXT = 0.7, 0.2
 RETRIEVED = 8
@@ -68,7 +69,7 @@ class IctStage(_Stateless):
 
     def __init__(self, config: RunConfig, model: Realm, corpus: Corpus, ranks: Ranks = ALONE) -> None:
         self.config, self.model, self.corpus, self.ranks = config.ict, model, corpus, ranks
-        self.room = config.model.query_length - 2
+        self.text, self.room = config.text, config.model.query_length - 2
         if config.text is not None and config.text.ict_wordpieces:
             self.room = min(self.room, config.text.ict_wordpieces)
 
@@ -76,12 +77,23 @@ class IctStage(_Stateless):
         documents, contexts = self.corpus.documents, self.corpus.contexts
         rows = contexts[torch.randperm(len(contexts), generator=generator)[: self.config.batch]]
         bodies = documents.read(rows)
-        if documents.sentences is None:
-            spans, rest = crop_spans(bodies, ICT_REMOVE, generator)
-        else:
-            ends = documents.sentences.padded(rows, fill=-1)
-            spans, rest = take_sentences(bodies, ends, self.room, ICT_REMOVE, generator)
+        drawn = [
+            self._take(rows, bodies, generator) for _ in range(self.text.ict_queries if self.text else 1)
+        ]
+        spans = torch.stack([span for span, _ in drawn], dim=1)  # [B, Q, L]
+        rest = torch.stack([rest for _, rest in drawn]).amin(dim=0)  # [PAD], 0, where any of them took it
         return ict_loss(self.model, documents, rows, spans, rest, self.ranks), {}
+
+    def _take(self, rows: Tensor, bodies: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A query from each body and what is left of it, [B, L] both."""
+        if self.text is None:
+            return crop_spans(bodies, ICT_REMOVE, generator)
+        remove = self.text.ict_remove
+        if self.text.ict == "span":
+            return take_spans(bodies, min(SHORTEST_SPAN, self.room), self.room, remove, generator)
+        assert self.corpus.documents.sentences is not None
+        ends = self.corpus.documents.sentences.padded(rows, fill=-1)
+        return take_sentences(bodies, ends, self.room, remove, generator)
 
 
 class ReaderStage(_Stateless):

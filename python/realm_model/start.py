@@ -40,6 +40,7 @@ def start_from(config: RunConfig, directory: Path) -> RunConfig:
     sizes: dict[str, Any] = {
         "hidden": values["hidden_size"],
         "layers": values["num_hidden_layers"],
+        "reader_layers": 0,
         "heads": values["num_attention_heads"],
         "intermediate": values["intermediate_size"],
         "activation": "gelu_pytorch_tanh" if activation == "gelu_new" else activation,

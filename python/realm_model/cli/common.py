@@ -21,7 +21,8 @@ def one_clear_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(f"realm-model: {error}", style="red", markup=False, soft_wrap=True)
+        said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        errors.print(f"realm-model: {said}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

@@ -141,7 +141,7 @@ def finetune(
     """Fine-tune the embedder of questions and the reader; the index is fixed.
 
     Writes config.json, metrics.jsonl, checkpoints and at the end the model and plots into the run folder. The
-    same command continues a run that was stopped.
+    same command continues a run that was stopped. Under torchrun the ranks share every batch.
 
     Example: `realm-model finetune --corpus runs/squad/corpus --model runs/squad/pretrained
     --index runs/squad/index --questions runs/squad/train.jsonl --out runs/squad/tuned`
@@ -150,7 +150,11 @@ def finetune(
         from ..openqa import report
         from ..openqa.finetune import FinetuneConfig
         from ..openqa.finetune import finetune as run
+        from ..ranks import Ranks
         from ..report import tensorboard_of
+
+        ranks = Ranks.join()
+        console.quiet = ranks.rank > 0
 
         settings = FinetuneConfig(
             model=str(model),
@@ -175,12 +179,14 @@ def finetune(
             with ExitStack() as stack:
                 see = stack.enter_context(_bar("fine-tuning", steps, unit="steps"))
                 sinks = [lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}")]
-                if tensorboard:
+                if tensorboard and ranks.rank == 0:
                     sinks.append(stack.enter_context(tensorboard_of(out / "tensorboard", {"finetune": 0})))
                 run(settings, out, lambda record: [sink(record) for sink in sinks])
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
             raise typer.Exit(130) from None
+        if ranks.rank > 0:
+            return
         console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
         console.print(f"ask it: realm-model answer --model {out}", markup=False, soft_wrap=True)
 

@@ -87,9 +87,7 @@ def prepare_text(store: BlockStore, text: TextConfig, model: ModelConfig, seed: 
         store.bodies,
         model.document_length,
         copies=store.twins,
-        sentences=Ragged(store.sentences.values[:, 1], store.sentences.ends)
-        if text.ict == "sentence"
-        else None,
+        sentences=Ragged(store.sentences.values[:, 1], store.sentences.ends),
         texts=lambda row: (store[row].title_text, store[row].text),
     )
     return Corpus(

@@ -24,7 +24,6 @@ from .questions import Question
 _SHARED = (
     "vocab_size",
     "hidden_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
     "hidden_act",

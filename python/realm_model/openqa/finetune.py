@@ -18,6 +18,7 @@ from .. import checkpoints
 from ..optimizer import ReleasedAdamW
 from ..pretrain import MetricsLog, Record
 from ..published.openqa import HasAnswer
+from ..ranks import Ranks
 from ..reader import Form
 from .assemble import Beams, Parts, assemble
 from .folder import save_tuned
@@ -69,18 +70,26 @@ class Finetuner:
 
     def __init__(self, config: FinetuneConfig, parts: Parts, questions: list[Question]) -> None:
         torch.set_num_threads(config.threads)
-        torch.manual_seed(config.seed)  # for dropout
-        self.config, self.parts, self.questions = config, parts, questions
+        self.config, self.parts, self.questions, self.ranks = config, parts, questions, Ranks.current()
+        if config.batch % self.ranks.size:
+            raise ValueError(
+                f"finetune: batch must be a multiple of the number of ranks, {self.ranks.size}, got "
+                f"{config.batch}"
+            )
         self.model = parts.model.train()
         self.optimizer = ReleasedAdamW(self.model, config.lr, config.steps)
         self.step = 0
 
     def advance(self) -> Record:
-        """One step: the mean loss of batch x accumulate questions, and how often an answer was found."""
+        """One step: the mean loss of batch x accumulate questions, and how often an answer was found. Each
+        rank takes its part of every batch.
+        """
         config, total, found, readable = self.config, 0.0, 0.0, 0.0
+        # What dropout draws depends on the step and the rank, not on what was drawn before.
+        torch.manual_seed(((config.seed * 10**8 + self.step) * self.ranks.size + self.ranks.rank) % 2**63)
         self.optimizer.zero_grad()
         for part in range(config.accumulate):
-            batch = self._batch(self.step * config.accumulate + part)
+            batch = self._batch(self.step * config.accumulate + part)[self.ranks.part(config.batch)]
             with torch.autocast(self._device_type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 out = self.model.loss(
                     [question.question for question in batch],
@@ -93,10 +102,11 @@ class Finetuner:
             found += out.has_answer.any(1).float().mean().item() / config.accumulate
             beam = self.model.config.reader_beam_size
             readable += out.has_answer[:, :beam].any(1).float().mean().item() / config.accumulate
+        self.ranks.average_gradients(self.optimizer.parameters)
         rate = self.optimizer.step(self.step)
-        record = {"stage": "finetune", "step": self.step, "loss": total, "lr": rate}
+        record = {"stage": "finetune", "step": self.step, "loss": self.ranks.mean(total), "lr": rate}
         self.step += 1
-        return record | {"retrieved": found, "read": readable}
+        return record | {"retrieved": self.ranks.mean(found), "read": self.ranks.mean(readable)}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -104,7 +114,6 @@ class Finetuner:
             "embedder": self.model.embedder.state_dict(),
             "reader": self.model.reader.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "torch_generator": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,7 +121,6 @@ class Finetuner:
         self.model.embedder.load_state_dict(state["embedder"])
         self.model.reader.load_state_dict(state["reader"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_generator"])
 
     @property
     def _device_type(self) -> str:
@@ -134,7 +142,8 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], objec
     """Fine-tune into the run folder `out`, from its last checkpoint where it has one.
 
     Writes config.json, metrics.jsonl, checkpoints/ and, at the end, the model: embedder/, reader/ and
-    index.json. Raises ValueError for bad options, folders that do not belong together, a run folder that is
+    index.json. In a process group all ranks call it: they train together, and rank 0 alone writes and
+    reports. Raises ValueError for bad options, folders that do not belong together, a run folder that is
     another run's, and damaged files, before anything is written.
     """
     config.check()
@@ -143,15 +152,19 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], objec
     parts = assemble(Path(config.model), Path(config.corpus), Path(config.index), beams, config.seed)
     parts.check(questions)
     checkpoint = checkpoints.load(out / "checkpoints")
-    _claim(config, parts, out)
     tuner = Finetuner(config, parts, questions)
-    log = MetricsLog(out / "metrics.jsonl")
+    log = None
     try:
+        if tuner.ranks.rank == 0:
+            _claim(config, parts, out)
+            log = MetricsLog(out / "metrics.jsonl")
+            log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
         if checkpoint is not None:
             tuner.load_state_dict(checkpoint.state)
-        log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
         while tuner.step < config.steps:
             record = tuner.advance()
+            if log is None:
+                continue
             log.write(record)
             report(record)
             if tuner.step % config.checkpoint_every == 0 or tuner.step == config.steps:
@@ -159,9 +172,11 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], objec
                 saved = checkpoints.Checkpoint(state, parts.model.tokenizer)
                 checkpoints.save(out / "checkpoints", tuner.step, saved)
     finally:
-        log.close()
-    assert parts.identity is not None
-    save_tuned(parts.model, parts.identity, out)
+        if log is not None:
+            log.close()
+    if tuner.ranks.rank == 0:
+        assert parts.identity is not None
+        save_tuned(parts.model, parts.identity, out)
 
 
 def _claim(config: FinetuneConfig, parts: Parts, out: Path) -> None:

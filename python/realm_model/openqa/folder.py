@@ -52,7 +52,7 @@ def load_reader(directory: Path, seed: int, otherwise: PublishedConfig) -> Reade
     """
     if _is_run(directory):
         realm, tokenizer = _load_run(directory)
-        config = published_config(read_config(directory).model, tokenizer.get_vocab_size())
+        config = published_config(read_config(directory).model, tokenizer.get_vocab_size(), of_reader=True)
         weights = {
             f"realm.{key[5:]}" if key.startswith("bert.") else key: value
             for key, value in realm.reader.lm.state_dict().items()

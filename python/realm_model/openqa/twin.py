@@ -49,9 +49,9 @@ class TwinEmbedder(Published):
         return twin
 
 
-def published_config(config: ModelConfig, vocab_size: int) -> PublishedConfig:
+def published_config(config: ModelConfig, vocab_size: int, of_reader: bool = False) -> PublishedConfig:
     """The sizes of a run's networks, by the published names."""
-    bert = model.bert_config(config, vocab_size)
+    bert = model.bert_config(config, vocab_size, of_reader)
     names = (
         "vocab_size",
         "hidden_size",
