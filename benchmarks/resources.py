@@ -1,7 +1,7 @@
 """python -m benchmarks.resources: what every GPU kernel needs, by the compilers alone; no GPU is asked.
 
 Registers, shared memory, spills and instructions of the tensor cores: of the Triton kernels with constants
-that their launches choose (the cases of tests/test_triton_compile.py), of the CUDA kernels where nvcc is.
+that their launches choose (the cases of tests/triton_compile_cases.py), of the CUDA kernels where nvcc is.
 """
 
 from __future__ import annotations
