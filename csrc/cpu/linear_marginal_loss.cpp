@@ -90,7 +90,9 @@ ChunkLayout layout_of(const LinearMarginalLossParams& params) {
   layout.padded_rows = round_up(params.rows, kRowMultiple);
   layout.blocks = (params.vocabulary + kBlock - 1) / kBlock;
   layout.largest = params.workspace;
-  layout.exponentials = params.workspace + layout.blocks * layout.padded_rows;
+  if (params.workspace != nullptr) {
+    layout.exponentials = params.workspace + layout.blocks * layout.padded_rows;
+  }
   return layout;
 }
 
@@ -114,7 +116,6 @@ void launch_linear_marginal_loss_fwd(const LinearMarginalLossParams& params) {
   const ForwardMemory memory(params, kernels, layout, Arena(params.scratch));
   if (params.workspace == nullptr) {
     layout.largest = memory.block_largest;
-    layout.exponentials = nullptr;
   }
   const RowStatistics& statistics = memory.statistics;
   parallel_for(

@@ -180,8 +180,15 @@ inline Mask draw_mask(Random& random, int64_t count, double share) {
   std::exit(1);
 }
 
-// Accuracy has tests of its own; this must only tell a result from one made of a wrong read. Both sides sum
-// at most a few thousand terms in float64 (below 2^-35 of the largest), then round to `type`.
+// Accuracy has tests of its own; these must only tell a result from one made of a wrong read.
+inline void expect_within(const std::string& where, int64_t at, double got, double wanted, double bound) {
+  const bool same = got == wanted || (std::isnan(got) && std::isnan(wanted));
+  if (!same && !(std::fabs(got - wanted) <= bound)) {
+    fail(where, at, got, wanted);
+  }
+}
+
+// Both sides sum at most a few thousand terms in float64 (below 2^-35 of the largest), then round to `type`.
 inline void expect_close(const std::string& where, int64_t at, double got, double wanted, double largest,
                          FloatType type) {
   const double unit = type == FloatType::kFloat64    ? 0x1p-52
@@ -189,17 +196,15 @@ inline void expect_close(const std::string& where, int64_t at, double got, doubl
                       : type == FloatType::kBFloat16 ? 0x1p-8
                                                      : 0x1p-11;
   // The last term: float16 has no number nearer to zero.
-  const double bound = largest * 0x1p-35 + std::fabs(wanted) * unit + 0x1p-24;
-  const bool same = got == wanted || (std::isnan(got) && std::isnan(wanted));
-  if (!same && !(std::fabs(got - wanted) <= bound)) {
-    fail(where, at, got, wanted);
-  }
+  expect_within(where, at, got, wanted, largest * 0x1p-35 + std::fabs(wanted) * unit + 0x1p-24);
 }
 
 // Each runs its op over its cases, on every instruction set of this processor, and returns how many calls it
 // made; `fail`s at the first wrong result.
 int64_t run_mips_topk();
 int64_t run_marginal_loss();
+int64_t run_linear_marginal_loss();
 int64_t run_span_evidence();
+int64_t run_score_spans();
 
 }  // namespace sanitize

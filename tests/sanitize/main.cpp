@@ -9,5 +9,8 @@ int main() {
   }
   std::printf("\nmips_topk: %lld calls\n", static_cast<long long>(sanitize::run_mips_topk()));
   std::printf("marginal_loss: %lld calls\n", static_cast<long long>(sanitize::run_marginal_loss()));
+  std::printf("linear_marginal_loss: %lld calls\n",
+              static_cast<long long>(sanitize::run_linear_marginal_loss()));
   std::printf("span_evidence: %lld calls\n", static_cast<long long>(sanitize::run_span_evidence()));
+  std::printf("score_spans: %lld calls\n", static_cast<long long>(sanitize::run_score_spans()));
 }
