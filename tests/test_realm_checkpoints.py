@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -47,6 +48,10 @@ class Killed(BaseException):
 def losses(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [(line["stage"], line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def ignore(record):
@@ -147,6 +152,45 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "000001" / "state.safetensors").write_bytes(b"\0" * 4)
     with pytest.raises(ValueError, match="checkpoint .*000001 is damaged"):
         checkpoints.load(tmp_path)
+
+
+def as_format(number, folder):
+    """The state of a checkpoint under another format; 1, the first, was not written down."""
+    path = folder / checkpoints.STATE
+    written = json.loads(path.read_text())
+    written = written["state"] if number == 1 else written | {"format": number}
+    path.write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize("step", [None, 7], ids=["finished", "killed"])
+def test_an_older_checkpoint_opens_and_does_not_go_on(undisturbed, tmp_path, step):
+    run = tmp_path / "run"
+    if step is None:
+        shutil.copytree(undisturbed, run)
+    else:
+        with pytest.raises(Killed):
+            pretrain(CONFIG, run, kill_at("realm", step))
+    expected = load_run(run)[1].state_dict()
+    (last,) = (run / "checkpoints").iterdir()
+    as_format(1, last)
+    before = contents(run)
+    wanted, found = checkpoints.FORMAT, 1
+    with pytest.raises(
+        ValueError, match=f"{last.name} must have format {wanted} .*, got {found}: train into"
+    ):
+        pretrain(CONFIG, run, ignore)
+    assert contents(run) == before
+    ours = load_run(run)[1].state_dict()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("number", [0, checkpoints.FORMAT + 1, "2", None])
+def test_a_checkpoint_of_an_unknown_format_is_not_read(tmp_path, number):
+    checkpoints.save(tmp_path, 1, Checkpoint({"step": 1}, wordpiece(VOCABULARY)))
+    as_format(number, tmp_path / "000001")
+    for read in (checkpoints.load, checkpoints.resume):
+        with pytest.raises(ValueError, match=f"000001 must have a format from 1 to .*, got {number!r}: use"):
+            read(tmp_path)
 
 
 def test_a_configuration_survives_its_file():

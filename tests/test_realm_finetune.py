@@ -85,6 +85,21 @@ def test_a_run_killed_at_any_step_goes_on_to_the_same_losses(config, tmp_path, k
     assert fingerprint(ours) == fingerprint(theirs) != fingerprint(load_embedder(Path(config.model)))
 
 
+def test_an_older_checkpoint_does_not_go_on(config, tmp_path):
+    def kill(record):
+        if record["step"] == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(config, tmp_path, kill)
+    state = tmp_path / "checkpoints" / "000006" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text())["state"]))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"000006 must have format 2 .*, got 1: train into another folder"):
+        finetune(config, tmp_path, kill)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_accumulated_batches_are_one_large_batch(folders, config):
     """The same gradient, and so the same step."""
     tuners = [

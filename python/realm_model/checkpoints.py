@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON, nothing pickled, committed by rename.
 
 A run folder holds `checkpoints/<number>/` with state.safetensors (model, optimizer, random generators,
-snapshots of the refresher), state.json (stage, step, what else is a number) and tokenizer.json. A folder is
-written under another name, flushed and renamed, so one that can be seen is whole; the older ones go after
-that.
+snapshots of the refresher), state.json (the format; stage, step, what else is a number) and tokenizer.json.
+A folder is written under another name, flushed and renamed, so one that can be seen is whole; the older ones
+go after that.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torch import Tensor
 from .inputs import load_tokenizer
 
 STATE, TENSORS, TOKENIZER = "state.json", "state.safetensors", "tokenizer.json"
+# Raised whenever a run would go on otherwise from the same state. 1 was not written down: AdamW had all
+# parameters in the module's order, and fine-tuning drew dropout from a generator that was in the state.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Checkpoint:
 
     state: dict[str, Any]
     tokenizer: Tokenizer = field(compare=False)
+    format: int = FORMAT
 
 
 def save(folder: Path, number: int, checkpoint: Checkpoint) -> None:
@@ -41,7 +45,7 @@ def save(folder: Path, number: int, checkpoint: Checkpoint) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     tensors: dict[str, Tensor] = {}
-    plain = _take_tensors(checkpoint.state, "", tensors)
+    plain = {"format": checkpoint.format, "state": _take_tensors(checkpoint.state, "", tensors)}
     save_file(tensors, partial / TENSORS)
     (partial / STATE).write_text(json.dumps(plain), encoding="utf-8")
     checkpoint.tokenizer.save(str(partial / TOKENIZER))
@@ -56,18 +60,42 @@ def save(folder: Path, number: int, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The last checkpoint of a folder, None where there is none. Raises ValueError where it is damaged."""
-    found = _folders(folder)
-    if not found:
+    """The last checkpoint of a folder, None where there is none: for its weights, which mean the same in
+    every format so far. Raises ValueError where it is damaged, or of an unknown format.
+    """
+    last = _last(folder)
+    if last is None:
         return None
-    last = found[-1]
     try:
-        tensors = load_file(last / TENSORS)
         plain = json.loads((last / STATE).read_text(encoding="utf-8"))
-        tokenizer = load_tokenizer(last / TOKENIZER)
-        return Checkpoint(_give_tensors(plain, tensors), tokenizer)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        format, state = (plain["format"], plain["state"]) if "format" in plain else (1, plain)
+        if format in range(1, FORMAT + 1):
+            tensors = load_file(last / TENSORS)
+            return Checkpoint(_give_tensors(state, tensors), load_tokenizer(last / TOKENIZER), format)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {last} is damaged: {error}") from error
+    raise ValueError(
+        f"checkpoint {last} must have a format from 1 to {FORMAT}, got {format!r}: use the version of "
+        f"realm_model that wrote it"
+    )
+
+
+def resume(folder: Path) -> Checkpoint | None:
+    """As load, for a run that goes on. Raises ValueError also for an older format, whose run would go on with
+    other losses than it would have had.
+    """
+    checkpoint = load(folder)
+    if checkpoint is not None and checkpoint.format != FORMAT:
+        raise ValueError(
+            f"checkpoint {_last(folder)} must have format {FORMAT} for the run to go on, got "
+            f"{checkpoint.format}: train into another folder, or go on with the version of realm_model that "
+            f"wrote it; a finished run still evaluates and answers"
+        )
+    return checkpoint
+
+
+def _last(folder: Path) -> Path | None:
+    return max(_folders(folder), default=None)
 
 
 def _folders(folder: Path) -> list[Path]:

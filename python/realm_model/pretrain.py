@@ -212,7 +212,7 @@ def pretrain(
     writes and reports. Raises ValueError for data that are missing, batches that the ranks cannot share, a
     folder that is another run's or a damaged checkpoint, OSError where the folder cannot be written.
     """
-    checkpoint = checkpoints.load(out / "checkpoints")
+    checkpoint = checkpoints.resume(out / "checkpoints")
     setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
     ranks = Ranks.current()
     index = out / ("index" if ranks.size == 1 else f"index-{ranks.rank}")

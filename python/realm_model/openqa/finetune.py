@@ -151,7 +151,7 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], objec
     beams = Beams(config.searcher_beam, config.reader_beam, config.length)
     parts = assemble(Path(config.model), Path(config.corpus), Path(config.index), beams, config.seed)
     parts.check(questions)
-    checkpoint = checkpoints.load(out / "checkpoints")
+    checkpoint = checkpoints.resume(out / "checkpoints")
     tuner = Finetuner(config, parts, questions)
     log = None
     try:
