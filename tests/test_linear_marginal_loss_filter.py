@@ -9,7 +9,7 @@ import torch
 from linear_marginal_loss_cases import MODES, Case, Meter, gradients, make_case
 
 import realm_kernels as rk
-from realm_kernels.linear_marginal_loss import chunked, chunks
+from realm_kernels.linear_marginal_loss import chunked, chunks, cpu
 from realm_kernels.linear_marginal_loss.problem import Needs, Problem
 from realm_kernels.testing import assert_within
 
@@ -89,6 +89,30 @@ def test_on_the_cpu_rows_left_out_cost_the_loss_and_no_more(rows, monkeypatch):
     with Meter() as meter:
         chunked.forward(problem, Needs(True, True, True))
     assert meter.flops == 2 * 8 * 500 * (84 + 3 * kept)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("rows", [12, 1000], ids="rows{}".format)
+def test_the_kernels_of_the_cpu_too_see_no_row_again_that_is_left_out(rows, reduction, monkeypatch):
+    case = make_case(7, 3, 4, width=8, vocabulary=500, masks=False, spread=3.0).requiring(*READER)
+    monkeypatch.setattr(chunks, "CACHE_BYTES", rows * 500 * 4)
+    kept = int((posterior_of(case, "sequence") >= 0.2).sum())
+    assert 0 < kept < 84
+    taken = {"score": [], "add_gradients": []}
+    for name, counts in taken.items():
+        monkeypatch.setattr(cpu.NativePass, name, _counting_rows(getattr(cpu.NativePass, name), counts))
+    with rk.use_backend("cpu"):
+        case.loss(reduction=reduction, min_posterior=0.2).sum().backward()
+    assert sum(taken["score"]) == 84 + kept
+    assert sum(taken["add_gradients"]) == kept
+
+
+def _counting_rows(method, counts):
+    def counted(self, rows, *arguments):
+        counts.append(len(rows.targets))
+        return method(self, rows, *arguments)
+
+    return counted
 
 
 def test_below_one_of_k_the_best_document_stays():
