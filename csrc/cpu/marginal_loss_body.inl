@@ -65,6 +65,11 @@ FloatType loss_type(const MarginalLossParams& params) {
   return params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
 }
 
+// A value as it is kept. A backward that finds it again rounds it too, so that both have the same bits.
+Vec as_kept(const MarginalLossParams& params, Vec value) {
+  return params.wide ? value : __builtin_convertvector(__builtin_convertvector(value, FloatVec), Vec);
+}
+
 void keep_residual(const MarginalLossParams& params, int64_t b, const Vec* residual) {
   if (params.kept_residual == nullptr) return;
   store(params.kept_residual, loss_type(params), b * params.documents, params.documents,
@@ -156,8 +161,8 @@ void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) 
   load_sequence(params, b, c) ? residuals(c, vectors) : nothing(c, vectors);
   const Vec g = splat(upstream(params, b));
   for (int64_t v = 0; v < vectors; ++v) {
-    c.d_relevance[v] = gradient(g, c.d_relevance[v]);
-    c.shifted[v] = gradient(g, c.shifted[v]);
+    c.d_relevance[v] = gradient(g, as_kept(params, c.d_relevance[v]));
+    c.shifted[v] = gradient(g, as_kept(params, c.shifted[v]));
   }
   if (params.d_scores != nullptr) store_d_scores(params, b, c.d_relevance);
   if (params.d_log_likelihood != nullptr) {
@@ -237,13 +242,16 @@ void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
     token_residuals(params, c, centre_columns<false>(params.documents, c), scored);
     for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
       store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                  (b * params.documents + k) * params.tokens + m, lanes, gradient(g, c.shifted[k]));
+                  (b * params.documents + k) * params.tokens + m, lanes,
+                  gradient(g, as_kept(params, c.shifted[k])));
     }
   }
   if (params.d_scores != nullptr) {
     sum_lanes(params, c);
     const int64_t vectors = vectors_of(params.documents);
-    for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = gradient(g, c.d_relevance[v]);
+    for (int64_t v = 0; v < vectors; ++v) {
+      c.d_relevance[v] = gradient(g, as_kept(params, c.d_relevance[v]));
+    }
     store_d_scores(params, b, c.d_relevance);
   }
 }
