@@ -182,8 +182,8 @@ def test_reductions_over_the_adversarial_cases(backend, name):
                 (d_scores, expected.d_scores, expected.d_scores_bound),
                 (d_log_likelihood, expected.d_log_likelihood, expected.d_log_likelihood_bound),
             ):
-                # The upstream gradient, 1 / divisor, is one rounding more; on the CPU of what had been rounded
-                # to the dtype of the loss.
+                # The upstream gradient, 1 / divisor, is one rounding more; on the CPU it scales what was
+                # rounded to the dtype of the loss.
                 bound = (bound + 2.0**-52 * right.abs()) / divisor
                 if backend.startswith("cpu"):
                     bound = rounded(bound, right / divisor, loss.dtype)
