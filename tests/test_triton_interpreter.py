@@ -37,6 +37,15 @@ ADVERSARIAL = {
         "test_marginal_loss.py::test_the_loss_and_its_gradients_are_the_oracles_rounded_once",
         "test_marginal_loss.py::test_reductions_over_the_adversarial_cases",
     },
+    "span_marginal_loss": {
+        "test_span_marginal_loss.py::test_agrees_with_fifty_digits",
+        "test_span_marginal_loss.py::test_any_masks_agree_with_the_oracle",
+        "test_span_marginal_loss.py::test_gradients_and_second_derivatives_match_finite_differences",
+        "test_span_marginal_loss.py::test_retrieval_gradient_survives_nearly_equal_documents",
+        "test_span_marginal_loss.py::test_retrieval_gradient_survives_a_tiny_prior_of_the_best_document",
+        "test_span_marginal_loss.py::test_impossible_answers_cost_infinity_and_have_no_gradient",
+        "test_span_marginal_loss.py::test_what_masks_hide_is_never_looked_at",
+    },
 }
 
 
