@@ -9,20 +9,21 @@ from .. import native
 from ..backends import Backend, forced_variant
 from ..marginal_loss.cpu import array, contiguous, pointer
 from ..validation import dtype_name
-from .chunks import chunks_in_cache
+from .chunks import Chunks, chunks_in_cache
 from .memory import fresh
 from .problem import Gradients, Needs, Problem, posterior_factor
 
 NOTHING = Needs(False, False, False)
 
 
-def run(problem: Problem, needs: Needs, log_likelihood: Tensor, factor: Tensor | None = None) -> Gradients:
+def run(
+    problem: Problem, needs: Needs, chunks: Chunks, log_likelihood: Tensor, factor: Tensor | None = None
+) -> Gradients:
     """The gradients that are needed, of factor float64 [B, K, M]: the upstream gradient times the posterior.
 
     Without it log_likelihood float64 [B, K, M] is written, which holds zeros, and the gradients are those for
     an upstream gradient of 1; a chunk must hold whole examples if there are any.
     """
-    chunks = chunks_in_cache(problem)
     hidden, weight = _readable(problem.hidden.flatten(0, 2)), _readable(problem.weight)
     live = problem.live().contiguous()
     if factor is not None and problem.min_posterior > 0.0:
@@ -99,9 +100,10 @@ def refuses(problem: Problem) -> str | None:
 
 def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
     log_likelihood = problem.hidden.new_zeros(problem.hidden.shape[:3], dtype=torch.float64)
-    if chunks_in_cache(problem).examples_at_once > 0 and problem.min_posterior == 0.0:
-        return log_likelihood, run(problem, needs, log_likelihood)
-    units = run(problem, NOTHING, log_likelihood)
+    chunks = chunks_in_cache(problem)
+    if chunks.examples_at_once > 0 and problem.min_posterior == 0.0:
+        return log_likelihood, run(problem, needs, chunks, log_likelihood)
+    units = run(problem, NOTHING, chunks, log_likelihood)
     if any(needs):
         units = backward(problem, log_likelihood, log_likelihood.new_ones(problem.scores.shape[0]), needs)
     return log_likelihood, units
@@ -109,7 +111,7 @@ def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
 
 def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
     factor = posterior_factor(problem, log_likelihood, d_loss).contiguous()
-    return run(problem, needs, log_likelihood, factor)
+    return run(problem, needs, chunks_in_cache(problem), log_likelihood, factor)
 
 
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

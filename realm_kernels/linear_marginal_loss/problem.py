@@ -74,7 +74,7 @@ class Problem:
         return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
 
     def centred_bias(self) -> Tensor | None:
-        """[V] of `sum_dtype` without its maximum, which softmax does not see and logits would lose digits to."""
+        """[V] of `sum_dtype`, less its maximum: softmax does not see it, and logits would lose digits."""
         if self.bias is None:
             return None
         bias = self.bias.to(self.sum_dtype)
