@@ -34,6 +34,12 @@ def backend(request):
         yield request.param
 
 
+def there(x):
+    """On the GPU where Triton is to serve one."""
+    is_gpu = torch.cuda.is_available() and rk.backends.forced_backend() == "triton"
+    return x.cuda() if is_gpu and isinstance(x, torch.Tensor) else x
+
+
 def make(rows, length, width, dtype=torch.float32):
     tensors = dict(zip(NAMES[:2], torch.randn(2, rows, length, width).to(dtype).unbind(), strict=True))
     tensors |= dict(weight=torch.randn(width), bias=torch.randn(1), norm_weight=1 + 0.1 * torch.randn(width))
@@ -51,8 +57,8 @@ def plain(start, end, weight, bias, norm_weight, norm_bias, max_width, eps=1e-3)
 
 
 def ours(start, end, weight, bias, norm_weight, norm_bias, max_width, eps=1e-3):
-    options = dict(norm_weight=norm_weight, norm_bias=norm_bias, max_width=max_width, eps=eps)
-    return rk.score_spans(start, end, weight, bias, **options)
+    options = dict(norm_weight=there(norm_weight), norm_bias=there(norm_bias), max_width=max_width, eps=eps)
+    return rk.score_spans(*map(there, (start, end, weight, bias)), **options).cpu()
 
 
 def run(function, tensors, max_width, d_scores):
@@ -230,7 +236,34 @@ def test_bad_input_is_named():
 
 
 def test_explain_counts_the_spans(backend):
-    tensors = make(2, 5, 16)
+    tensors = {name: there(x) for name, x in make(2, 5, 16).items()}
     told = rk.explain(rk.score_spans, **tensors, max_width=3)
     assert told.backend == backend.partition(":")[0]
     assert told.bytes == 2 * (2 * 5 * 16 * 4 + 12 * 12) and told.flops == 2 * 12 * 16 * 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_in_triton_computes_with_what_its_inputs_hold_at_replay(dtype):
+    tensors = {name: x.cuda() for name, x in make(3, 40, 256, dtype).items()}
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    d_scores = torch.randn(3, count(40, 10), device="cuda")
+
+    def step():
+        options = {name: leaves[name] for name in NAMES[4:]}
+        scores = rk.score_spans(*(leaves[name] for name in NAMES[:4]), max_width=10, **options)
+        return scores, *torch.autograd.grad(scores, list(leaves.values()), d_scores)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves.values():
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
