@@ -264,11 +264,12 @@ void span_marginal_loss_bwd(const Array& scores, const Array& log_weight, uintpt
 
 using SpanSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // N, T, S, max_width, C
 using HalfRows = std::tuple<uintptr_t, int64_t>;                            // address, row stride
+using SpanResults = std::pair<uintptr_t, uintptr_t>;                        // addresses
 
-// kept: [3, N, C] of scores, mean and rstd.
+// Of the results: scores [N, C]; mean and rstd [2, N, C].
 ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, uintptr_t weight,
-                                    const SpanSizes& sizes, double eps, uintptr_t kept, int num_threads,
-                                    const std::string& isa) {
+                                    const SpanSizes& sizes, double eps, const SpanResults& results,
+                                    int num_threads, const std::string& isa) {
   ScoreSpansParams params{};
   params.start = reinterpret_cast<const float*>(std::get<0>(start));
   params.end = reinterpret_cast<const float*>(std::get<0>(end));
@@ -277,8 +278,8 @@ ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, 
   params.weight = reinterpret_cast<const float*>(weight);
   std::tie(params.rows, params.length, params.width, params.max_width, params.spans) = sizes;
   params.eps = static_cast<float>(eps);
-  params.scores = reinterpret_cast<float*>(kept);
-  params.mean = params.scores + params.rows * params.spans;
+  params.scores = reinterpret_cast<float*>(results.first);
+  params.mean = reinterpret_cast<float*>(results.second);
   params.rstd = params.mean + params.rows * params.spans;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
@@ -286,14 +287,14 @@ ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, 
 }
 
 void score_spans_fwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
-                     double eps, uintptr_t kept, int num_threads, const std::string& isa) {
-  launch_score_spans_fwd(score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa));
+                     double eps, const SpanResults& results, int num_threads, const std::string& isa) {
+  launch_score_spans_fwd(score_spans_inputs(start, end, weight, sizes, eps, results, num_threads, isa));
 }
 
 void score_spans_bwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
-                     double eps, uintptr_t kept, uintptr_t d_scores, uintptr_t d_start, uintptr_t d_end,
-                     uintptr_t d_weight, int num_threads, const std::string& isa) {
-  ScoreSpansParams params = score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa);
+                     double eps, const SpanResults& results, uintptr_t d_scores, uintptr_t d_start,
+                     uintptr_t d_end, uintptr_t d_weight, int num_threads, const std::string& isa) {
+  ScoreSpansParams params = score_spans_inputs(start, end, weight, sizes, eps, results, num_threads, isa);
   params.d_scores = reinterpret_cast<const float*>(d_scores);
   params.d_start = reinterpret_cast<float*>(d_start);
   params.d_end = reinterpret_cast<float*>(d_end);
