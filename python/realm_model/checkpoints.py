@@ -25,7 +25,8 @@ from .inputs import load_tokenizer
 STATE, TENSORS, TOKENIZER = "state.json", "state.safetensors", "tokenizer.json"
 # Raised whenever a run would go on otherwise from the same state. 1 was not written down: AdamW had all
 # parameters in the module's order, and fine-tuning drew dropout from a generator that was in the state.
-FORMAT = 2
+# 2: after the released warm-up the rate fell from its peak (optimizer.StageOptimizer).
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class RanksEncoder(Encoder):
 
     group: a gloo group for this alone, of this process, its rank 0, and of the ranks that encode, which call
         serve_encoder(encode, group) with an encode of their own part. Its timeout is how long they wait for
-        each other: longer than the time between two refreshes.
+        each other: longer than the time between two refreshes, unless serve_encoder is given one.
     timeout: seconds to wait for a chunk, or for a snapshot to be taken, before a rank counts as lost; None is
         the group's.
 
@@ -222,14 +222,16 @@ class RanksEncoder(Encoder):
         raise LostRankError(self.lost) from None
 
 
-def serve_encoder(encode: Encode, group: ProcessGroup) -> None:
+def serve_encoder(encode: Encode, group: ProcessGroup, *, timeout: float | None = None) -> None:
     """Encode on this rank whenever the refresher of `group`'s rank 0 asks; return when it is closed.
 
     encode: called with a snapshot, without gradients; yields this rank's part of the rows, [n, D]. An
         exception is told to the refresher, and the rank goes on.
+    timeout: seconds to wait for the next snapshot; None is the group's.
     Raises LostRankError where rank 0 was lost.
     """
-    peers = Peers("serve_encoder", group)
+    check_timeout("serve_encoder", timeout)
+    peers = Peers("serve_encoder", group, timeout)
     try:
         _serve_peers(encode, peers)
     except RuntimeError as error:  # of encode none comes through: the refresher is told

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .common import ConfigFile, console, errors, one_clear_line
+from .common import ConfigFile, Device, DeviceName, Timeout, console, errors, join, one_clear_line
 from .published import Index
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def index(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder of the index; one that is there is replaced whole.")],
     dtype: Annotated[Index, typer.Option(help="Of the index's rows; bfloat16 halves it.")] = Index.float32,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
@@ -68,12 +69,14 @@ def index(
         import torch
 
         from ..corpus import BlockStore
+        from ..machine import device_named
         from ..openqa.folder import load_embedder, require_same_vocabulary
         from ..openqa.index import build_index
         from ..published.conversion import DTYPES
 
+        place = device_named(device.value)
         torch.set_num_threads(threads)
-        store, embedder = BlockStore.open(corpus), load_embedder(model)
+        store, embedder = BlockStore.open(corpus), load_embedder(model).to(place)
         require_same_vocabulary(model, store, embedder.config)
         with _bar("encoding blocks", len(store)) as see:
             identity = build_index(embedder, store, out, dtype=DTYPES[dtype.value], report=see)
@@ -131,11 +134,14 @@ def finetune(
     length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
     precision: Annotated[Precision, typer.Option(help="bfloat16 is autocast.")] = Precision.float32,
     seed: Annotated[int, typer.Option(help="Draws the span head, the batches and dropout.")] = 0,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
+    timeout: Timeout = 1800,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 100,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write its files beside metrics.jsonl.")
     ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Fine-tune the embedder of questions and the reader; the index is fixed.
@@ -153,9 +159,8 @@ def finetune(
         from ..ranks import Ranks
         from ..report import tensorboard_of
 
-        ranks = Ranks.join()
-        console.quiet = ranks.rank > 0
-
+        place = join(device, timeout).device
+        ranks = Ranks.current()
         settings = FinetuneConfig(
             model=str(model),
             corpus=str(corpus),
@@ -181,7 +186,7 @@ def finetune(
                 sinks = [lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}")]
                 if tensorboard and ranks.rank == 0:
                     sinks.append(stack.enter_context(tensorboard_of(out / "tensorboard", {"finetune": 0})))
-                run(settings, out, lambda record: [sink(record) for sink in sinks])
+                run(settings, out, lambda record: [sink(record) for sink in sinks], fresh, place)
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
             raise typer.Exit(130) from None
@@ -207,6 +212,7 @@ def evaluate(
     regex: Regex = False,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
     length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
@@ -218,6 +224,7 @@ def evaluate(
     with one_clear_line():
         import torch
 
+        from ..machine import device_named
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
         from ..openqa.evaluate import evaluate as evaluate_model
@@ -227,7 +234,8 @@ def evaluate(
         torch.set_num_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
         asked: list[Question] = list(read_questions(questions, is_regex=regex))
-        parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
+        beams = Beams(reader=reader_beam, length=length)
+        parts = open_openqa(model, corpus, index, beams, device_named(device.value))
         own: list[dict[str, Any]] = []
         if bm25:
             if parts.store is None:
@@ -247,6 +255,7 @@ def answer(
     index: MaybeIndex = None,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
     length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
@@ -257,11 +266,13 @@ def answer(
     with one_clear_line():
         import torch
 
+        from ..machine import device_named
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
 
         torch.set_num_threads(threads)
-        parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
+        beams = Beams(reader=reader_beam, length=length)
+        parts = open_openqa(model, corpus, index, beams, device_named(device.value))
         if not parts.can_read:
             raise ValueError(f"{model} has no reader that was trained to answer: fine-tune it first")
 

@@ -115,7 +115,7 @@ def build_index(
     return identity
 
 
-def open_index(path: Path, *, device: str = "cpu") -> tuple[rk.ShardedTable, Identity]:
+def open_index(path: Path, *, device: str | torch.device = "cpu") -> tuple[rk.ShardedTable, Identity]:
     """The table and whose it is. Raises ValueError or OSError where one of them is missing or damaged."""
     table = rk.ShardedTable.open(path, device=device)
     return table, Identity.read(_identity_path(path, table.version))
