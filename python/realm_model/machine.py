@@ -23,6 +23,13 @@ class Machine:
     timeout: float = TIMEOUT
 
 
+def use_threads(count: int) -> None:
+    """Of torch. Raises ValueError for a number that cannot be."""
+    if count < 1:
+        raise ValueError(f"threads must be at least 1, got {count}")
+    torch.set_num_threads(count)
+
+
 def device_named(name: str) -> torch.device:
     """ "cpu"; "cuda", the GPU of this rank's place on its machine (torchrun's LOCAL_RANK), else the first;
     "auto", that GPU where torch sees one and the CPU otherwise.

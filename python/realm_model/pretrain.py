@@ -27,7 +27,7 @@ from .model import Realm
 from .optimizer import StageOptimizer
 from .ranks import Ranks
 from .reading import start_reading
-from .run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_droppable
+from .run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
@@ -231,8 +231,12 @@ def pretrain(
 
 
 def _open(config: RunConfig, out: Path, fresh: bool) -> tuple[Setting, checkpoints.Checkpoint | None]:
-    if fresh:
-        require_droppable(out)
+    _check_numbers(config)
+    require_own(out, fresh)
+    if not fresh and (out / CONFIG).exists() and read_config(out) != config:
+        raise ValueError(
+            f"{out} holds a run with another configuration: choose another folder, or start afresh (--fresh)"
+        )
     checkpoint = None if fresh else checkpoints.resume(out / CHECKPOINTS)
     setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
     if checkpoint is not None:
@@ -293,8 +297,19 @@ def load_run(run: Path, device: torch.device = CPU) -> tuple[Setting, Realm]:
     setting = make_setting(config, checkpoint.tokenizer)
     _check_corpus(setting, checkpoint, run)
     model = make_model(setting)
-    model.load_state_dict(checkpoint.state["model"])
+    checkpoint.fill(model)
     return setting, model.eval().to(device)
+
+
+def _check_numbers(config: RunConfig) -> None:
+    stages = zip(STAGES, (config.ict, config.reader, config.realm), strict=True)
+    values = [("threads", config.threads, 1)]
+    for name, stage in stages:
+        values.append((f"{name}: steps", stage.steps, 0))
+        values += [(f"{name}: {what}", getattr(stage, what), 1) for what in ("batch", "accumulate")]
+    for name, value, least in values:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _check_batches(config: RunConfig, ranks: Ranks) -> None:
@@ -308,15 +323,9 @@ def _check_batches(config: RunConfig, ranks: Ranks) -> None:
 def _claim(
     config: RunConfig, out: Path, checkpoint: checkpoints.Checkpoint | None, fresh: bool
 ) -> MetricsLog:
-    """Write config.json; where one is, it must be the same. The metrics, as they were at the checkpoint."""
+    """Make the folder and write config.json. The metrics, as they were at the checkpoint."""
     begin(out, fresh)
-    path = out / CONFIG
-    if not path.exists():
-        path.write_text(to_json(config) + "\n", encoding="utf-8")
-    elif read_config(out) != config:
-        raise ValueError(
-            f"{out} holds a run with another configuration: choose another folder, or start afresh (--fresh)"
-        )
+    (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
     log = MetricsLog(out / METRICS)
     log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     return log

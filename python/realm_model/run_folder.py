@@ -33,24 +33,32 @@ class MetricsLog:
         self.file.close()
 
 
-def require_droppable(out: Path) -> None:
-    """Raise ValueError where `out` holds anything but a run: a model has a config.json, too."""
-    if not out.exists():
-        return
+def is_run(directory: Path) -> bool:
+    """A run folder, whose model is in its checkpoints: not one of fine-tuning that has ended."""
+    begun = (directory / CHECKPOINTS).is_dir() or (directory / METRICS).is_file()
+    return begun and not (directory / "embedder").is_dir()
+
+
+def require_own(out: Path, fresh: bool) -> None:
+    """Raise ValueError where `out` is a folder of something else: nothing of it is touched.
+
+    fresh: it will be dropped, and a model has a config.json, too.
+    """
     if not out.is_dir():
-        raise ValueError(f"{out} is not a run folder: it is a file, so --fresh leaves it alone")
-    names = {path.name for path in out.iterdir()}
-    if names - {CONFIG} and not {CONFIG, METRICS} <= names:
-        lacking = CONFIG if CONFIG not in names else METRICS
-        raise ValueError(f"{out} is not a run folder: it has no {lacking}, so --fresh leaves it alone")
+        return  # a file in the way is found when the folder is made
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    needed = (CONFIG, METRICS) if fresh else (CONFIG,)
+    lacking = [name for name in needed if name not in names]
+    if names - {CONFIG} and lacking:
+        raise ValueError(
+            f"{out} is not a run folder: it has no {lacking[0]}, so it is left alone: choose a new one"
+        )
 
 
 def begin(out: Path, fresh: bool) -> None:
-    """Make the folder; `fresh`: drop the run that it holds. Raises ValueError, or OSError in one line."""
-    if fresh:
-        require_droppable(out)
-        if out.exists():
-            shutil.rmtree(out)
+    """Make the folder; `fresh`: drop the run that it holds. Raises OSError where that cannot be."""
+    if fresh and out.is_dir():
+        shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

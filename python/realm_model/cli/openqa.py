@@ -66,16 +66,14 @@ def index(
     Example: `realm-model index --corpus runs/squad/corpus --model runs/squad/ict --out runs/squad/ict-index`
     """
     with one_clear_line():
-        import torch
-
         from ..corpus import BlockStore
-        from ..machine import device_named
+        from ..machine import device_named, use_threads
         from ..openqa.folder import load_embedder, require_same_vocabulary
         from ..openqa.index import build_index
         from ..published.conversion import DTYPES
 
         place = device_named(device.value)
-        torch.set_num_threads(threads)
+        use_threads(threads)
         store, embedder = BlockStore.open(corpus), load_embedder(model).to(place)
         require_same_vocabulary(model, store, embedder.config)
         with _bar("encoding blocks", len(store)) as see:
@@ -222,16 +220,14 @@ def evaluate(
     runs/squad/index --questions runs/squad/held_out.jsonl --bm25 --out runs/squad/tuned.json`
     """
     with one_clear_line():
-        import torch
-
-        from ..machine import device_named
+        from ..machine import device_named, use_threads
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
         from ..openqa.evaluate import evaluate as evaluate_model
         from ..openqa.evaluate import evaluate_bm25
         from ..openqa.questions import read_questions
 
-        torch.set_num_threads(threads)
+        use_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
         asked: list[Question] = list(read_questions(questions, is_regex=regex))
         beams = Beams(reader=reader_beam, length=length)
@@ -264,13 +260,11 @@ def answer(
     Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned`
     """
     with one_clear_line():
-        import torch
-
-        from ..machine import device_named
+        from ..machine import device_named, use_threads
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
 
-        torch.set_num_threads(threads)
+        use_threads(threads)
         beams = Beams(reader=reader_beam, length=length)
         parts = open_openqa(model, corpus, index, beams, device_named(device.value))
         if not parts.can_read:

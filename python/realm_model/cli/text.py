@@ -168,4 +168,7 @@ def _configure(
 
 
 def _stage(config: StageConfig, steps: int | None, batch: int | None) -> StageConfig:
-    return replace(config, steps=steps or config.steps, batch=batch or config.batch)
+    steps, batch = (
+        own if given is None else given for given, own in ((steps, config.steps), (batch, config.batch))
+    )
+    return replace(config, steps=steps, batch=batch)

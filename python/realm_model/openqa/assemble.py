@@ -12,6 +12,7 @@ import torch
 from ..corpus.store import BlockStore
 from ..machine import CPU
 from ..published import OpenQA
+from ..run_folder import is_run
 from .folder import (
     has_reader,
     index_identity,
@@ -146,5 +147,7 @@ def open_openqa(
     if corpus is None or index is None:
         corpus, index = tuned_with(model)
     if corpus is None or index is None:
+        if is_run(model):
+            raise ValueError(f"{model} is a run without a corpus and an index: name --corpus and --index")
         return Parts(OpenQA.from_pretrained(model).to(device), can_read=True)
     return assemble(model, corpus, index, beams, device=device)

@@ -20,7 +20,7 @@ from ..optimizer import ReleasedAdamW
 from ..published.openqa import HasAnswer
 from ..ranks import Ranks
 from ..reader import Form
-from ..run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_droppable
+from ..run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own
 from .assemble import Beams, Parts, assemble
 from .folder import save_tuned
 from .questions import Question, read_questions
@@ -186,30 +186,29 @@ def _open(
     config: FinetuneConfig, out: Path, fresh: bool, device: torch.device
 ) -> tuple[Finetuner, checkpoints.Checkpoint | None]:
     config.check()
+    require_own(out, fresh)
     questions = list(read_questions(config.questions))
     beams = Beams(config.searcher_beam, config.reader_beam, config.length)
     model, corpus, index = (Path(path) for path in (config.model, config.corpus, config.index))
     parts = assemble(model, corpus, index, beams, config.seed, device)
     parts.check(questions)
-    if fresh:
-        require_droppable(out)
+    if not fresh and (out / CONFIG).exists():
+        _require_same(_values(config, parts), out / CONFIG)
     return Finetuner(config, parts, questions), None if fresh else checkpoints.resume(out / CHECKPOINTS)
+
+
+def _values(config: FinetuneConfig, parts: Parts) -> dict[str, Any]:
+    """What config.json holds: the configuration, and of which index it is."""
+    assert parts.identity is not None
+    return asdict(config) | {"fingerprints": asdict(parts.identity)}
 
 
 def _claim(
     config: FinetuneConfig, parts: Parts, out: Path, checkpoint: checkpoints.Checkpoint | None, fresh: bool
 ) -> MetricsLog:
-    """Write config.json; where one is, it must be the same, of the same index. The metrics, as they were at
-    the checkpoint.
-    """
-    assert parts.identity is not None
+    """Make the folder and write config.json. The metrics, as they were at the checkpoint."""
     begin(out, fresh)
-    values = asdict(config) | {"fingerprints": asdict(parts.identity)}
-    path = out / CONFIG
-    if path.exists():
-        _require_same(values, path)
-    else:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (out / CONFIG).write_text(json.dumps(_values(config, parts), indent=2) + "\n", encoding="utf-8")
     log = MetricsLog(out / METRICS)
     log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     return log
