@@ -210,6 +210,8 @@ def to_json(config: RunConfig) -> str:
 def from_json(text: str) -> RunConfig:
     """Raises ValueError or TypeError where the text is not the configuration of a run."""
     values: dict[str, Any] = json.loads(text)
+    if isinstance(values, dict) and "questions" in values:
+        raise ValueError("it is that of a run of fine-tuning")
     parts = {
         "world": WorldConfig,
         "text": TextConfig,
@@ -230,4 +232,4 @@ def read_config(run: Path) -> RunConfig:
     except OSError as error:
         raise ValueError(f"{run} is no run folder: cannot read {path.name}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+        raise ValueError(f"{path} is not the configuration of a run of pre-training: {error}") from error

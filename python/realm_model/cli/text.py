@@ -12,8 +12,8 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ..config import RunConfig, StageConfig
 from ..config import preset as preset_named
-from .common import ConfigFile, console, one_clear_line
-from .training import Masks, Mode, Refresh, drop_run, train
+from .common import ConfigFile, Device, DeviceName, Timeout, console, join, one_clear_line
+from .training import Masks, Mode, Refresh, RefreshRanks, train
 
 
 class Preset(str, Enum):
@@ -92,8 +92,10 @@ def ict(
     steps: Steps = None,
     batch: Batch = None,
     bfloat16: Bfloat16 = False,
+    device: DeviceName = Device.auto,
     seed: Seed = 0,
     threads: Threads = 2,
+    timeout: Timeout = 1800,
     tensorboard: TensorBoard = False,
     fresh: Fresh = False,
     config: ConfigFile = None,
@@ -107,9 +109,7 @@ def ict(
     with one_clear_line():
         run = _configure(corpus, preset, start, bfloat16, seed, threads)
         run = replace(run, ict=_stage(run.ict, steps, batch))
-        if fresh:
-            drop_run(out)
-        train(run, out, last="ict", tensorboard=tensorboard)
+        train(run, out, join(device, timeout), "ict", tensorboard, fresh)
 
 
 def pretrain(
@@ -127,9 +127,12 @@ def pretrain(
     refresh: Annotated[
         Refresh | None, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
     ] = None,
+    refresh_ranks: RefreshRanks = 0,
     bfloat16: Bfloat16 = False,
+    device: DeviceName = Device.auto,
     seed: Seed = 0,
     threads: Threads = 2,
+    timeout: Timeout = 1800,
     tensorboard: TensorBoard = False,
     fresh: Fresh = False,
     config: ConfigFile = None,
@@ -138,7 +141,8 @@ def pretrain(
     an index refreshed in the background. --steps, --batch and --accumulate are of the last.
 
     Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
-    run that was stopped.
+    run that was stopped. Under torchrun the ranks share every batch, and --refresh-ranks of them embed the
+    documents instead: `torchrun --nproc-per-node 4 -m realm_model pretrain --refresh-ranks 2 ...`
 
     Example: `realm-model pretrain --corpus runs/squad/corpus --out runs/squad/realm`
     """
@@ -148,9 +152,8 @@ def pretrain(
         if refresh is not None:
             marginal = replace(marginal, refresh=refresh.value)
         realm = replace(_stage(run.realm, steps, batch), accumulate=accumulate)
-        if fresh:
-            drop_run(out)
-        train(replace(run, marginal=marginal, realm=realm), out, tensorboard=tensorboard)
+        run = replace(run, marginal=marginal, realm=realm)
+        train(run, out, join(device, timeout, refresh_ranks), "realm", tensorboard, fresh)
 
 
 def _configure(
@@ -165,4 +168,7 @@ def _configure(
 
 
 def _stage(config: StageConfig, steps: int | None, batch: int | None) -> StageConfig:
-    return replace(config, steps=steps or config.steps, batch=batch or config.batch)
+    steps, batch = (
+        own if given is None else given for given, own in ((steps, config.steps), (batch, config.batch))
+    )
+    return replace(config, steps=steps, batch=batch)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.logging import RichHandler
 
 from ..config import RunConfig
 from .common import console
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 
 class Mode(str, Enum):
@@ -31,14 +34,25 @@ class Refresh(str, Enum):
     asynchronous = "async"
 
 
-def train(config: RunConfig, out: Path, last: str = "realm", tensorboard: bool = False) -> None:
+RefreshRanks = Annotated[
+    int, typer.Option(help="Ranks of the torchrun job, its last ones, that embed documents and do not train.")
+]
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    machine: Machine,
+    last: str = "realm",
+    tensorboard: bool = False,
+    fresh: bool = False,
+) -> None:
     """Pre-train into a run folder up to stage `last`, with progress; write the plots."""
     from .. import report
     from ..pretrain import pretrain
     from ..ranks import Ranks
 
-    ranks = Ranks.join()
-    console.quiet = ranks.rank > 0
+    ranks = Ranks.current()
     # A refresh that fails is the refresher's to log; the run goes on with the index it has.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     try:
@@ -46,19 +60,10 @@ def train(config: RunConfig, out: Path, last: str = "realm", tensorboard: bool =
             sinks = [stack.enter_context(report.progress(console, config))]
             if tensorboard and ranks.rank == 0:
                 sinks.append(stack.enter_context(report.tensorboard(out / "tensorboard", config)))
-            pretrain(config, out, lambda record: [sink(record) for sink in sinks], last)
+            pretrain(config, out, lambda record: [sink(record) for sink in sinks], last, fresh, machine)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
         raise typer.Exit(130) from None
     if ranks.rank > 0:
         return
     console.print("plots: " + ", ".join(str(path) for path in report.plot(out)))
-
-
-def drop_run(out: Path) -> None:
-    """Remove a run folder; nothing that is not one."""
-    if not out.exists():
-        return
-    if any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(f"{out} is not a run folder: it has no config.json, so --fresh leaves it alone")
-    shutil.rmtree(out)

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from ..config import preset
-from .common import console, one_clear_line
-from .training import Masks, Mode, Refresh, drop_run, train
+from .common import Device, DeviceName, Timeout, console, join, one_clear_line
+from .training import Masks, Mode, Refresh, RefreshRanks, train
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -40,7 +40,10 @@ def pretrain(
     refresh: Annotated[
         Refresh, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
     ] = Refresh.fixed_lag,
+    refresh_ranks: RefreshRanks = 0,
+    device: DeviceName = Device.auto,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    timeout: Timeout = 1800,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
 ) -> None:
     """Pre-train: Inverse Cloze Task, copy start of the reader, REALM with an index refreshed in the
@@ -59,13 +62,11 @@ def pretrain(
         marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
     )
     with one_clear_line():
-        if fresh:
-            drop_run(out)
-        train(config, out)
+        train(config, out, join(device, timeout, refresh_ranks), fresh=fresh)
 
 
 @app.command()
-def evaluate(run: RunFolder) -> None:
+def evaluate(run: RunFolder, device: DeviceName = Device.auto) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
@@ -74,9 +75,10 @@ def evaluate(run: RunFolder) -> None:
     with one_clear_line():
         from .. import report
         from ..evaluate import evaluate as evaluate_model
+        from ..machine import device_named
         from ..pretrain import load_run
 
-        setting, model = load_run(run)
+        setting, model = load_run(run, device_named(device.value))
         with console.status("evaluating"):
             result = evaluate_model(model, setting.corpus, setting.config.marginal, setting.corpus.held_out)
         (run / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -89,7 +91,11 @@ def evaluate(run: RunFolder) -> None:
 
 
 @app.command()
-def swap(run: RunFolder, seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1) -> None:
+def swap(
+    run: RunFolder,
+    seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1,
+    device: DeviceName = Device.auto,
+) -> None:
     """Swap the facts of the corpus, make the index again, train nothing: do the answers follow (Appendix C)?
 
     Prints a table and writes swap.json.
@@ -98,10 +104,11 @@ def swap(run: RunFolder, seed: Annotated[int, typer.Option(help="Draws the new o
     """
     with one_clear_line():
         from .. import report
+        from ..machine import device_named
         from ..pretrain import load_run
         from ..swap import corpus_swap
 
-        setting, model = load_run(run)
+        setting, model = load_run(run, device_named(device.value))
         with console.status("evaluating"):
             swaps = corpus_swap(setting, model, seed)
         values = {
@@ -116,6 +123,7 @@ def swap(run: RunFolder, seed: Annotated[int, typer.Option(help="Draws the new o
 def answer(
     question: Annotated[str, typer.Argument(help="A sentence of the world with [MASK] for the answer.")],
     run: RunFolder = Path("runs/demo"),
+    device: DeviceName = Device.auto,
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
 
@@ -124,6 +132,8 @@ def answer(
     with one_clear_line():
         from .. import report
         from ..answer import answer as answer_question
+        from ..machine import device_named
         from ..pretrain import load_run
 
-        console.print(report.answer_table(answer_question(*load_run(run), question)))
+        setting, model = load_run(run, device_named(device.value))
+        console.print(report.answer_table(answer_question(setting, model, question)))

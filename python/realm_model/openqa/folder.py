@@ -23,6 +23,7 @@ from ..published import Embedder, OpenQA, PublishedConfig, Reader
 from ..published.config import CONFIG
 from ..published.files import fill, read_weights
 from ..published.tokenizer import TOKENIZER, VOCABULARY, read_tokenizer, write_tokenizer
+from ..run_folder import CHECKPOINTS, is_run
 from .index import AnyEmbedder, Identity, fingerprint, require_vocabulary
 from .twin import TwinEmbedder, published_config
 
@@ -34,7 +35,7 @@ _READERS = {"RealmReader": "", "RealmForOpenQA": "reader.", "RealmKnowledgeAugEn
 
 def load_embedder(directory: Path) -> AnyEmbedder:
     """In evaluation mode. Raises ValueError where the directory has none."""
-    if _is_run(directory):
+    if is_run(directory):
         realm, tokenizer = _load_run(directory)
         model = read_config(directory).model
         return TwinEmbedder.of(realm, model, tokenizer.get_vocab_size()).eval()
@@ -50,7 +51,7 @@ def load_reader(directory: Path, seed: int, otherwise: PublishedConfig) -> Reade
     """In evaluation mode. Of a knowledge-augmented encoder, with a fresh span head by the seed; where the
     directory has neither, a fresh reader by the seed and the sizes of `otherwise`.
     """
-    if _is_run(directory):
+    if is_run(directory):
         realm, tokenizer = _load_run(directory)
         config = published_config(read_config(directory).model, tokenizer.get_vocab_size(), of_reader=True)
         weights = {
@@ -72,7 +73,7 @@ def load_reader(directory: Path, seed: int, otherwise: PublishedConfig) -> Reade
 
 def has_reader(directory: Path) -> bool:
     """Whether load_reader gives one that was trained to read answers."""
-    if _is_run(directory):
+    if is_run(directory):
         return False
     if any((directory / name).is_dir() for name in (EMBEDDER, ENCODER, READER)):
         return (directory / READER).is_dir()
@@ -117,7 +118,7 @@ def require_same_vocabulary(directory: Path, store: BlockStore, config: Publishe
     """
     require_vocabulary(config.vocab_size, store)
     own = []
-    if _is_run(directory):
+    if is_run(directory):
         own.append(_load_run(directory)[1])
     for folder in (directory, directory / EMBEDDER):
         if (folder / VOCABULARY).is_file() or (folder / TOKENIZER).is_file():
@@ -129,18 +130,13 @@ def require_same_vocabulary(directory: Path, store: BlockStore, config: Publishe
         )
 
 
-def _is_run(directory: Path) -> bool:
-    """A run folder of pre-training."""
-    return (directory / "checkpoints").is_dir() and not (directory / EMBEDDER).is_dir()
-
-
 def _load_run(directory: Path) -> tuple[Realm, Tokenizer]:
     """The model of a run's last checkpoint and its vocabulary; its corpus is not opened."""
-    config, checkpoint = read_config(directory), checkpoints.load(directory / "checkpoints")
+    config, checkpoint = read_config(directory), checkpoints.load(directory / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{directory} has no checkpoint yet")
     realm = Realm(config.model, checkpoint.tokenizer.get_vocab_size())
-    realm.load_state_dict(checkpoint.state["model"])
+    checkpoint.fill(realm)
     return realm, checkpoint.tokenizer
 
 
