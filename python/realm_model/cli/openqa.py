@@ -68,13 +68,13 @@ def index(
         import torch
 
         from ..corpus import BlockStore
-        from ..openqa.folder import load_embedder, require_same_vocabulary
+        from ..openqa.folder import load_embedder, with_words, words_in
         from ..openqa.index import build_index
         from ..published.conversion import DTYPES
 
         torch.set_num_threads(threads)
         store, embedder = BlockStore.open(corpus), load_embedder(model)
-        require_same_vocabulary(model, store, embedder.config)
+        embedder = with_words(embedder, words_in(model, store, embedder.config))
         with _bar("encoding blocks", len(store)) as see:
             identity = build_index(embedder, store, out, dtype=DTYPES[dtype.value], report=see)
         console.print(
