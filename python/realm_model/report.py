@@ -1,4 +1,4 @@
-"""What a run shows: progress bars, tables, plots."""
+"""What a run shows: tables, plots, TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from .answer import Answer
@@ -42,42 +33,6 @@ COLUMNS = {
 }
 
 Record = dict[str, Any]
-
-
-@contextmanager
-def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record], None]]:
-    """A bar for each stage with loss, recall@5 and the age of the index; a line for each evaluation."""
-    columns = (
-        TextColumn("{task.description:<15}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as bars:
-        steps = {"ict": config.ict.steps, "reader": config.reader.steps, "realm": config.realm.steps}
-        tasks: dict[str, Any] = {}
-        state: dict[str, float] = {}
-
-        def see(record: Record) -> None:
-            stage = record["stage"]
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGE_TITLES[stage], total=steps[stage], shown="")
-                state.pop("loss", None)
-            if "evaluation" in record:
-                state["recall"] = record["evaluation"]["recall@5"]
-                console.print(_evaluation_line(record))
-            else:
-                loss = record["loss"]
-                state["loss"] = SMOOTHING * state.get("loss", loss) + (1 - SMOOTHING) * loss
-                state["age"] = record.get("age", -1)
-            shown = f"loss {state['loss']:.3f}" if "loss" in state else ""
-            shown += f"  recall@5 {state['recall']:.3f}" if "recall" in state else ""
-            shown += f"  index age {state['age']}" if state.get("age", -1) >= 0 else ""
-            bars.update(tasks[stage], completed=record["step"] + ("loss" in record), shown=shown)
-
-        yield see
 
 
 def tensorboard(folder: Path, config: RunConfig) -> AbstractContextManager[Callable[[Record], None]]:
@@ -222,12 +177,3 @@ def draw(
 
 def _cells(values: dict[str, float]) -> list[str]:
     return [f"{values[name]:.3f}" if name in values else "" for name in COLUMNS]
-
-
-def _evaluation_line(record: Record) -> str:
-    values = record["evaluation"]
-    return (
-        f"{STAGE_TITLES[record['stage']]:<15}step {record['step']:>4}  "
-        f"recall@1 {values['recall@1']:.3f}  recall@5 {values['recall@5']:.3f}  "
-        f"utility {values['utility']:.2f}  accuracy {values['accuracy']:.3f}"
-    )

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from ..config import preset
-from .common import console, one_clear_line
-from .training import Masks, Mode, Refresh, drop_run, train
+from .common import ConfigFile, RunFile, console, one_clear_line, with_file
+from .training import MaybeMasks, MaybeMode, MaybeRefresh, drop_run, train, with_choices
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -27,21 +27,19 @@ class World(str, Enum):
 
 @app.command()
 def pretrain(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run folder; a run that was killed goes on from here.")],
     world: Annotated[World, typer.Option(help="How large the world is.")] = World.easy,
     data: Annotated[
         Path | None, typer.Option(help="A folder with facts.jsonl and patterns.jsonl; else generated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the world, the weights and the batches.")] = 0,
-    mode: Annotated[
-        Mode, typer.Option(help="The marginal of the paper, or of the released code.")
-    ] = Mode.sequence,
-    masks: Annotated[Masks, typer.Option(help="Salient spans, or an ablation.")] = Masks.salient,
-    refresh: Annotated[
-        Refresh, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
-    ] = Refresh.fixed_lag,
+    mode: MaybeMode = None,
+    masks: MaybeMasks = None,
+    refresh: MaybeRefresh = None,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
+    config: RunFile = None,
 ) -> None:
     """Pre-train: Inverse Cloze Task, copy start of the reader, REALM with an index refreshed in the
     background.
@@ -51,21 +49,18 @@ def pretrain(
 
     Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
     """
-    base = preset(world.value, None if data is None else str(data))
-    config = replace(
-        base,
-        seed=seed,
-        threads=threads,
-        marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
-    )
     with one_clear_line():
+        run = with_file(context, preset(world.value, None if data is None else str(data)))
+        if data is not None:
+            run = replace(run, world=replace(run.world, data=str(data)))
+        marginal = with_choices(run.marginal, mode, masks, refresh)
         if fresh:
             drop_run(out)
-        train(config, out)
+        train(replace(run, seed=seed, threads=threads, marginal=marginal), out)
 
 
 @app.command()
-def evaluate(run: RunFolder) -> None:
+def evaluate(run: RunFolder, config: ConfigFile = None) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
@@ -89,7 +84,11 @@ def evaluate(run: RunFolder) -> None:
 
 
 @app.command()
-def swap(run: RunFolder, seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1) -> None:
+def swap(
+    run: RunFolder,
+    seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1,
+    config: ConfigFile = None,
+) -> None:
     """Swap the facts of the corpus, make the index again, train nothing: do the answers follow (Appendix C)?
 
     Prints a table and writes swap.json.
@@ -116,6 +115,7 @@ def swap(run: RunFolder, seed: Annotated[int, typer.Option(help="Draws the new o
 def answer(
     question: Annotated[str, typer.Argument(help="A sentence of the world with [MASK] for the answer.")],
     run: RunFolder = Path("runs/demo"),
+    config: ConfigFile = None,
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
 

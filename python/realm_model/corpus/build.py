@@ -247,6 +247,7 @@ def _learn(
     spool = directory / "spool.jsonl"
 
     def texts() -> Iterator[str]:
+        number = 0
         with spool.open("w", encoding="utf-8") as file:
             for number, document in enumerate(documents, start=1):
                 file.write(json.dumps(asdict(document)) + "\n")
@@ -254,6 +255,7 @@ def _learn(
                 yield document.text
                 if number % BATCH == 0:
                     progress("vocabulary", number, 0)
+        progress("vocabulary", number, 0)
 
     def again() -> Iterator[Document]:
         with spool.open(encoding="utf-8") as file:
