@@ -139,6 +139,8 @@ def test_an_answer_explains_itself_by_bayes(folders):
     torch.testing.assert_close(worth[:, 0], prior)
     joint = worth[:, 0] * worth[:, 1]
     torch.testing.assert_close(worth[:, 2], joint / joint.sum())
+    utility = torch.tensor([block.utility for block in answer.read])  # against p(y|x) of the blocks read
+    torch.testing.assert_close(utility, (worth[:, 1] / joint.sum()).log())
     best = next(block for block in answer.read if block.block == answer.block)
     assert (answer.start, answer.end) in best.places and best.likelihood > 0
     for block in answer.read:

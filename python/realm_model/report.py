@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
+from rich.text import Text
 
 from .answer import Answer
 from .config import RunConfig
@@ -21,6 +24,7 @@ from .masking import mask_statements
 from .pretrain import STAGES, Setting, stage_steps
 
 SMOOTHING = 0.95  # of the loss that is shown
+AROUND = 80  # characters of a document that are shown on either side of the answer
 STAGE_TITLES = {"ict": "ICT warm start", "reader": "copy start", "realm": "REALM"}
 COLUMNS = {
     "recall@1": "recall@1",
@@ -102,10 +106,35 @@ def answer_table(answer: Answer) -> Table:
     table.add_column("p(z|x,y)", justify="right")
     table.add_column("utility", justify="right")
     for candidate in answer.candidates:
-        name = f"[bold]{candidate.title}[/bold] {candidate.body}" if candidate.title else "(null document)"
-        numbers = (candidate.prior, candidate.likelihood, candidate.posterior, candidate.utility)
-        table.add_row(name, *(f"{number:.3f}" for number in numbers))
+        is_null = not candidate.title and not candidate.body
+        words = rf"(?<!\w){re.escape(answer.text)}(?!\w)"
+        places = [found.span() for found in re.finditer(words, candidate.body, re.IGNORECASE)]
+        name = Text("(null document)") if is_null else excerpt(candidate.title, candidate.body, places)
+        shares = (candidate.prior, candidate.likelihood, candidate.posterior)
+        table.add_row(name, *map(share, shares), f"{candidate.utility:.2f}")
     return table
+
+
+def share(value: float) -> str:
+    """A probability: three digits of those that are not tiny, 0 where it is nothing at all."""
+    return f"{value:.3f}" if value >= 5e-4 else f"{value:.0e}" if value > 0 else "0"
+
+
+def excerpt(title: str, text: str, places: Sequence[tuple[int, int]] = (), around: int = AROUND) -> Text:
+    """The title and the part of a text around the first of the places, [start, end) each, all marked."""
+    first = places[0][0] if places else 0
+    last = places[0][1] if places else first + around
+    start, end = max(0, first - around), min(len(text), last + around)
+    # Cut between words, where there are any.
+    start = text.find(" ", start, first) + 1 or start if start > 0 else 0
+    end = max(text.rfind(" ", 0, end + 1), last) if end < len(text) else end
+    view = Text.assemble((title, "bold"), ": " if title else "")
+    offset = len(view) + (3 if start > 0 else 0) - start
+    view.append("..." if start > 0 else "").append(text[start:end]).append("..." if end < len(text) else "")
+    for begin, stop in places:
+        if start <= begin and stop <= end:
+            view.stylize("bold reverse", begin + offset, stop + offset)
+    return view
 
 
 def question_text(setting: Setting) -> str:
@@ -138,10 +167,10 @@ def plot(run: Path) -> list[Path]:
             xs.append(at)
             ys.append(SMOOTHING * ys[-1] + (1 - SMOOTHING) * record["loss"] if ys else record["loss"])
     recalls = {name: curves[name] for name in ("recall@1", "recall@5", "recall@20")}
-    utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain")}
+    utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain") if name in curves}
     return [
         draw(run / "loss.png", "loss, smoothed", losses, ends),
-        draw(run / "recall.png", "recall on held-out statements", recalls, ends),
+        draw(run / "recall.png", "recall on held-out statements", recalls, ends, is_share=True),
         draw(run / "utility.png", "nats", utilities, ends),
     ]
 
@@ -157,17 +186,32 @@ def _stage_ends(records: list[Record]) -> dict[str, int]:
 
 
 def draw(
-    path: Path, title: str, curves: dict[str, tuple[list[float], list[float]]], ends: dict[str, int]
+    path: Path,
+    title: str,
+    curves: dict[str, tuple[list[float], list[float]]],
+    ends: dict[str, int],
+    is_share: bool = False,
 ) -> Path:
-    """A PNG of curves by step; a line where each stage begins, by its number of steps before."""
+    """A PNG of curves by step; a line where each stage begins, by its number of steps before. The axis of a
+    share goes from 0 to 1.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, (xs, ys) in curves.items():
-        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 30 else None, markersize=3)
+    # Of curves that lie on each other, the markers of the lower ones look out.
+    for (name, (xs, ys)), size in zip(curves.items(), cycle((8, 5, 3)), strict=False):
+        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 30 else None, markersize=size)
     for stage, start in ends.items():
         if start > 0:
             axes.axvline(start, color="0.8", linewidth=1, zorder=0)
-            axes.annotate(f" {STAGE_TITLES[stage]}", (start, 1), xycoords=("data", "axes fraction"), va="top")
+            axes.annotate(
+                f" {STAGE_TITLES[stage]}", (start, 1), xycoords=("data", "axes fraction"),
+                ha="left", va="bottom", color="0.4", fontsize="small",
+            )  # fmt: skip
+    if is_share:
+        axes.set_ylim(-0.02, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="0.93")
+    axes.set_axisbelow(True)
     axes.set_xlabel("step")
     axes.set_ylabel(title)
     axes.legend(loc="best")

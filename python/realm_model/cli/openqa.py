@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import ConfigFile, console, errors, one_clear_line
+from .common import ConfigFile, console, one_clear_line
 from .progress import bars
+from .prompt import ask, readable
 from .published import Index
 
 if TYPE_CHECKING:
@@ -272,21 +273,9 @@ def answer(
             console.print(report.answer_view(found, titles))
 
         if question is not None:
-            show(question)
-            return
-        console.print("a question, or an empty line to stop")
-        while line := _ask():
-            try:
-                show(line)
-            except ValueError as error:
-                errors.print(str(error), style="red", markup=False, soft_wrap=True)
-
-
-def _ask() -> str:
-    try:
-        return console.input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+            show(readable(question))
+        else:
+            ask(show)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

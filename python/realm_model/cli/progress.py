@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
 
@@ -65,26 +64,22 @@ def bars(console: Console) -> Iterator[Bars]:
         yield add_bar
 
 
-@dataclass
 class _Lines:
-    console: Console
-    title: str
-    total: int
-    unit: str
-    began: float = field(default_factory=time.monotonic)
-    told: float = 0.0  # when the last line was printed, 0: never
-    told_done: int = 0
-    done: int | None = None
-    shown: str = ""
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self.console, self.title, self.total, self.unit = console, title, total, unit
+        self.began = self.told = time.monotonic()  # told: when the last line was printed
+        self.first = self.told_done = 0
+        self.done: int | None = None
+        self.shown = ""
 
     def see(self, done: int, shown: str = "") -> None:
         if self.done is None:
-            self.told_done = self.first = done  # a run that goes on begins here
+            self.first = self.told_done = done  # a run that goes on begins here
         self.done, self.shown = done, shown
         now = time.monotonic()
-        if now - max(self.told, self.began) < LINE_EVERY or done == self.total:
+        if now - self.told < LINE_EVERY or done == self.total:
             return
-        speed = (done - self.told_done) / (now - max(self.told, self.began))
+        speed = (done - self.told_done) / (now - self.told)
         left = f"{_clock((self.total - done) / speed)} left" if speed > 0 else ""
         self._print(_rate(speed, self.unit), left)
         self.told, self.told_done = now, done

@@ -150,7 +150,8 @@ class _Reading:
     """
 
     def __init__(self, add: Bars, files: list[Path]) -> None:
-        self.add, self.files, self.read, self.documents = add, files, 0, 0
+        self.add, self.read, self.documents = add, 0, 0
+        self.size = sum(path.stat().st_size for path in files if path.is_file())
         self.stages: dict[str, See] = {}
 
     def bytes(self, read: int) -> None:
@@ -159,14 +160,17 @@ class _Reading:
     def see(self, what: str, documents: int, blocks: int) -> None:
         is_second = what == "blocks" and "vocabulary" in self.stages
         if what not in self.stages:
-            kilobytes = sum(path.stat().st_size for path in self.files) // 1000
-            sizes = (self.documents, "documents") if is_second else (kilobytes, "kB")
+            if is_second:
+                self.stages["vocabulary"](self.read // 1000, f"{self.documents:,} documents")
+            sizes = (self.documents, "docs") if is_second else (self.size // 1000, "kB")
             self.stages[what] = self.add(what, *sizes)
         if is_second:
             self.stages[what](documents, f"{blocks:,} blocks")
-        else:
-            self.documents = documents
-            self.stages[what](self.read // 1000, f"{documents:,} documents")
+            return
+        self.documents = documents
+        learns = what == "vocabulary" and self.read == self.size  # which takes a while
+        shown = f"{documents:,} documents" + (", learning" if learns else "")
+        self.stages[what](self.read // 1000, shown)
 
 
 def _configure(

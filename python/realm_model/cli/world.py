@@ -12,6 +12,7 @@ import typer
 
 from ..config import preset
 from .common import ConfigFile, RunFile, console, one_clear_line, with_file
+from .prompt import ask, readable
 from .training import MaybeMasks, MaybeMode, MaybeRefresh, drop_run, train, with_choices
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -113,7 +114,10 @@ def swap(
 
 @app.command()
 def answer(
-    question: Annotated[str, typer.Argument(help="A sentence of the world with [MASK] for the answer.")],
+    question: Annotated[
+        str | None,
+        typer.Argument(help="A sentence with [MASK] for the answer. Without one the command is a prompt."),
+    ] = None,
     run: RunFolder = Path("runs/demo"),
     config: ConfigFile = None,
 ) -> None:
@@ -124,6 +128,17 @@ def answer(
     with one_clear_line():
         from .. import report
         from ..answer import answer as answer_question
+        from ..evaluate import build_table
         from ..pretrain import load_run
 
-        console.print(report.answer_table(answer_question(*load_run(run), question)))
+        setting, model = load_run(run)
+        with console.status("building the index"):
+            table = build_table(model, setting.corpus.documents)
+
+        def show(asked: str) -> None:
+            console.print(report.answer_table(answer_question(setting, model, table, asked)))
+
+        if question is not None:
+            show(readable(question))
+        else:
+            ask(show)

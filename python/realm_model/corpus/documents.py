@@ -141,8 +141,19 @@ def _document(record: dict[str, Any], where: str) -> Document:
     title = record.get("title")
     if title is not None and not isinstance(title, str):
         raise ValueError(f"{where}: title must be a string, got {title!r}")
+    for name in COLUMNS:
+        require_unicode(record.get(name), name, where)
     text = str(record["text"])
     return Document(str(record["id"]), title or "", text, _spans(record.get("spans"), text, where), where)
+
+
+def require_unicode(value: Any, name: str, where: str) -> None:
+    """Raise ValueError for a text with half of a character, which JSON can hold and UTF-8 cannot."""
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{where}: {name} must be Unicode, got a lone {half} at {error.start}") from error
 
 
 def _spans(given: Any, text: str, where: str) -> tuple[tuple[int, int], ...] | None:
