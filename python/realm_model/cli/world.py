@@ -40,6 +40,13 @@ def pretrain(
     refresh: Annotated[
         Refresh, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
     ] = Refresh.fixed_lag,
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps; with more than the run has, the index stays as it began."),
+    ] = None,
+    frozen_retriever: Annotated[
+        bool, typer.Option("--frozen-retriever", help="REALM trains the reader alone: an ablation.")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
 ) -> None:
@@ -52,12 +59,10 @@ def pretrain(
     Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
     """
     base = preset(world.value, None if data is None else str(data))
-    config = replace(
-        base,
-        seed=seed,
-        threads=threads,
-        marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
-    )
+    marginal = replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value)
+    marginal = replace(marginal, refresh_every=refresh_every or marginal.refresh_every)
+    realm = replace(base.realm, retriever_lr=0.0) if frozen_retriever else base.realm
+    config = replace(base, seed=seed, threads=threads, marginal=marginal, realm=realm)
     with one_clear_line():
         if fresh:
             drop_run(out)
