@@ -141,7 +141,12 @@ def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("arm", "refreshes", "is_frozen"),
-    [((), 2, False), (("--refresh-every", 1000), 1, False), (("--frozen-retriever",), 2, True)],
+    [
+        ((), 2, False),
+        (("--masks", "span"), 2, False),
+        (("--refresh-every", 1000), 1, False),
+        (("--frozen-retriever",), 2, True),
+    ],
 )
 def test_the_arms_of_an_ablation(call, tmp_path, monkeypatch, arm, refreshes, is_frozen):
     weights = []
@@ -157,5 +162,7 @@ def test_the_arms_of_an_ablation(call, tmp_path, monkeypatch, arm, refreshes, is
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["refreshes"] for line in lines if "refreshes" in line][-1] == refreshes
+    copy_start = [line["stage"] for line in lines if "loss" in line].count("reader")
+    assert copy_start == SMALL.reader.steps * (2 if "--masks" in arm else 1)
     _, before, after = weights  # of the ICT, the copy start and REALM
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == is_frozen

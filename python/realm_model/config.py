@@ -203,6 +203,15 @@ def preset(name: str, data: str | None = None) -> RunConfig:
     raise ValueError(f"preset must be easy, hard, tiny, squad or bert, got {name!r}")
 
 
+def with_masks(config: RunConfig, masks: Literal["salient", "token", "span"]) -> RunConfig:
+    """The ablations' masks. The copy start then alternates between them and objects, and is twice as long: so
+    it copies objects as often as any other, and the stage after it begins with a reader as good.
+    """
+    steps = config.reader.steps * (1 if masks == "salient" else 2)
+    reader, marginal = replace(config.reader, steps=steps), replace(config.marginal, masks=masks)
+    return replace(config, reader=reader, marginal=marginal)
+
+
 def to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from ..config import RunConfig, StageConfig
+from ..config import RunConfig, StageConfig, with_masks
 from ..config import preset as preset_named
 from .common import ConfigFile, console, one_clear_line
 from .training import Masks, Mode, Refresh, drop_run, train
@@ -143,8 +143,8 @@ def pretrain(
     Example: `realm-model pretrain --corpus runs/squad/corpus --out runs/squad/realm`
     """
     with one_clear_line():
-        run = _configure(corpus, preset, start, bfloat16, seed, threads)
-        marginal = replace(run.marginal, mode=mode.value, masks=masks.value)
+        run = with_masks(_configure(corpus, preset, start, bfloat16, seed, threads), masks.value)
+        marginal = replace(run.marginal, mode=mode.value)
         if refresh is not None:
             marginal = replace(marginal, refresh=refresh.value)
         realm = replace(_stage(run.realm, steps, batch), accumulate=accumulate)

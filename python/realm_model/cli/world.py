@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import preset
+from ..config import preset, with_masks
 from .common import console, one_clear_line
 from .training import Masks, Mode, Refresh, drop_run, train
 
@@ -58,8 +58,8 @@ def pretrain(
 
     Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
     """
-    base = preset(world.value, None if data is None else str(data))
-    marginal = replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value)
+    base = with_masks(preset(world.value, None if data is None else str(data)), masks.value)
+    marginal = replace(base.marginal, mode=mode.value, refresh=refresh.value)
     marginal = replace(marginal, refresh_every=refresh_every or marginal.refresh_every)
     realm = replace(base.realm, retriever_lr=0.0) if frozen_retriever else base.realm
     config = replace(base, seed=seed, threads=threads, marginal=marginal, realm=realm)
