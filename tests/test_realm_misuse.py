@@ -69,7 +69,7 @@ DAMAGES = {
     "cutreader": ("tuned", lambda run: cut(run / "reader" / "model.safetensors")),
     "unfinished": (
         "tuned",
-        lambda run: [(run / "index.json").unlink(), *(shutil.rmtree(run / n) for n in ("reader", "embedder"))],
+        lambda run: [(run / "index.json").unlink(), *map(shutil.rmtree, (run / "reader", run / "embedder"))],
     ),
 }  # fmt: skip
 

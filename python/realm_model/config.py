@@ -244,6 +244,15 @@ def _in_words(kind: Any) -> str:
     return names.get(kind, "an object")
 
 
+def with_masks(config: RunConfig, masks: Literal["salient", "token", "span"]) -> RunConfig:
+    """The ablations' masks. The copy start then alternates between them and objects, and is twice as long: so
+    it copies objects as often as any other, and the stage after it begins with a reader as good.
+    """
+    steps = config.reader.steps * (1 if masks == "salient" else 2)
+    reader, marginal = replace(config.reader, steps=steps), replace(config.marginal, masks=masks)
+    return replace(config, reader=reader, marginal=marginal)
+
+
 def to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 

@@ -140,10 +140,9 @@ def pretrain(
     """
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
-        marginal = with_choices(run.marginal, mode, masks, refresh)
+        run = with_choices(run, mode, masks, refresh)
         realm = _stage(run.realm, steps, batch)
-        realm = replace(realm, accumulate=accumulate or realm.accumulate)
-        run = replace(run, marginal=marginal, realm=realm)
+        run = replace(run, realm=replace(realm, accumulate=accumulate or realm.accumulate))
         train(run, out, join(device, timeout, refresh_ranks), "realm", tensorboard, fresh)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.logging import RichHandler
 
-from ..config import RealmConfig, RunConfig
+from ..config import RunConfig, with_masks
 from .common import console
 from .progress import Bars, See, bars
 
@@ -53,10 +53,12 @@ MaybeRefresh = Annotated[
 
 
 def with_choices(
-    config: RealmConfig, mode: Mode | None, masks: Masks | None, refresh: Refresh | None
-) -> RealmConfig:
-    given = {"mode": mode, "masks": masks, "refresh": refresh}
-    return replace(config, **{name: choice.value for name, choice in given.items() if choice is not None})
+    config: RunConfig, mode: Mode | None, masks: Masks | None, refresh: Refresh | None
+) -> RunConfig:
+    given = {"mode": mode, "refresh": refresh}
+    chosen = {name: choice.value for name, choice in given.items() if choice is not None}
+    config = replace(config, marginal=replace(config.marginal, **chosen))
+    return config if masks is None else with_masks(config, masks.value)
 
 
 def train(

@@ -48,6 +48,13 @@ def pretrain(
     mode: MaybeMode = None,
     masks: MaybeMasks = None,
     refresh: MaybeRefresh = None,
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps; with more than the run has, the index stays as it began."),
+    ] = None,
+    frozen_retriever: Annotated[
+        bool, typer.Option("--frozen-retriever", help="REALM trains the reader alone: an ablation.")
+    ] = False,
     refresh_ranks: RefreshRanks = 0,
     device: DeviceName = Device.auto,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
@@ -67,8 +74,12 @@ def pretrain(
         run = with_file(context, preset(world.value, None if data is None else str(data)))
         if data is not None:
             run = replace(run, world=replace(run.world, data=str(data)))
-        marginal = with_choices(run.marginal, mode, masks, refresh)
-        run = replace(run, seed=seed, threads=threads, marginal=marginal)
+        run = with_choices(run, mode, masks, refresh)
+        if refresh_every is not None:
+            run = replace(run, marginal=replace(run.marginal, refresh_every=refresh_every))
+        if frozen_retriever:
+            run = replace(run, realm=replace(run.realm, retriever_lr=0.0))
+        run = replace(run, seed=seed, threads=threads)
         train(run, out, join(device, timeout, refresh_ranks), fresh=fresh)
 
 
