@@ -142,7 +142,9 @@ def pretrain(
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
         run = with_choices(run, mode, masks, refresh)
         realm = _stage(run.realm, steps, batch)
-        run = replace(run, realm=replace(realm, accumulate=accumulate or realm.accumulate))
+        run = replace(
+            run, realm=replace(realm, accumulate=realm.accumulate if accumulate is None else accumulate)
+        )
         train(run, out, join(device, timeout, refresh_ranks), "realm", tensorboard, fresh)
 
 
