@@ -7,9 +7,9 @@ import torch
 
 from . import peers, roofline
 
-# Calls before those that count: code is loaded and compiled, and where memory is fragmented the system makes
-# huge pages of it, some tenths of a second over the first calls.
-WARM_UP_SECONDS = 2.0
+# Calls before those that count, until that much time is spent: code is loaded and compiled, and where memory
+# is fragmented the system makes huge pages of it, some tenths of a second in each of the first four calls.
+WARM_UP_CALLS, WARM_UP_SECONDS = 5, 2.0
 
 
 def pytest_addoption(parser):
@@ -34,9 +34,10 @@ def measure(benchmark, quick):
             limit_seconds = roofline.limit_seconds(bytes_moved, flops, dtype)
         benchmark.extra_info.update(implementation=name, limit_seconds=limit_seconds)
         end = time.perf_counter() + (0.0 if quick else WARM_UP_SECONDS)
-        function()
-        while time.perf_counter() < end:
+        for _ in range(WARM_UP_CALLS):
             function()
+            if time.perf_counter() > end:
+                break
         return benchmark.pedantic(function, rounds=2 if quick else rounds)
 
     return run

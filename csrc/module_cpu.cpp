@@ -145,8 +145,9 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   launch_marginal_loss_bwd(params);
 }
 
-using Matrix = std::tuple<uintptr_t, int64_t>;    // address, row stride
-using Memory = std::tuple<uintptr_t, uintptr_t>;  // addresses of workspace and scratch
+using Matrix = std::tuple<uintptr_t, int64_t>;               // address, row stride
+using Memory = std::tuple<uintptr_t, uintptr_t>;             // addresses of workspace and scratch
+using Scored = std::tuple<uintptr_t, uintptr_t, uintptr_t>;  // addresses of log_likelihood, loss and count
 
 // Floats of workspace and of scratch for chunks of so many rows, or fewer; shape: R, H, V.
 std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, int64_t weight_stride,
@@ -166,7 +167,7 @@ int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const s
                              uintptr_t bias, const Array& scores, const Array& log_weight, uintptr_t doc_mask,
                              uintptr_t token_mask, uintptr_t targets, uintptr_t live, const Extents& shape,
                              bool per_token, const std::vector<std::pair<int64_t, int64_t>>& ranges,
-                             const Extents& chunk_shape, const Memory& memory, uintptr_t log_likelihood,
+                             const Extents& chunk_shape, const Memory& memory, const Scored& scored,
                              uintptr_t factor, bool has_factor,
                              const std::tuple<Array, uintptr_t, uintptr_t>& gradients, int num_threads,
                              const std::string& isa) {
@@ -176,7 +177,9 @@ int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const s
   call.targets = reinterpret_cast<const int64_t*>(targets);
   call.live = reinterpret_cast<const bool*>(live);
   call.ranges = ranges;
-  call.log_likelihood = reinterpret_cast<double*>(log_likelihood);
+  call.log_likelihood = reinterpret_cast<double*>(std::get<0>(scored));
+  call.loss = reinterpret_cast<double*>(std::get<1>(scored));
+  call.count = reinterpret_cast<int64_t*>(std::get<2>(scored));
   call.factor = reinterpret_cast<double*>(factor);
   call.has_factor = has_factor;
   LinearMarginalLossParams& chunk = call.chunk;

@@ -57,9 +57,12 @@ struct LinearMarginalLossCall {
   const bool* live;                // [B, K, M], rows that have a part: only they are looked at, and written
   std::vector<std::pair<int64_t, int64_t>> ranges;  // [first, last) rows of B K M, a chunk each
 
-  double* log_likelihood;  // [B, K, M], contiguous. Written, if there is no factor yet
-  double* factor;          // [B, K, M], contiguous, the upstream gradient times the posterior
-  bool has_factor;         // else it becomes the posterior, and ranges are of whole examples
+  // Written, if there is no factor yet: [B, K, M], contiguous; [B]; [B], what of an example counts.
+  double* log_likelihood;
+  double* loss;
+  int64_t* count;
+  double* factor;   // [B, K, M], contiguous, the upstream gradient times the posterior
+  bool has_factor;  // else it becomes the posterior, and ranges are of whole examples
 };
 // Returns how many rows had a part: those that were scored.
 int64_t launch_linear_marginal_loss(const LinearMarginalLossCall& call);

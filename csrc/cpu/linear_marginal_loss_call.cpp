@@ -18,13 +18,10 @@ const void* advance(const FloatArray& array, int64_t elements) {
                                : static_cast<const char*>(array.data) + elements * size_of(array.type);
 }
 
-// factor becomes the posterior of examples [begin, end): the marginal loss's gradient to the log-likelihood,
-// negated.
-void posterior(const LinearMarginalLossCall& call, int64_t begin, int64_t end) {
+// The marginal loss of examples [begin, end), whose rows have been scored.
+MarginalLossParams examples(const LinearMarginalLossCall& call, int64_t begin, int64_t end) {
   const MarginalLossParams& all = call.documents;
   const int64_t of_example = all.documents * all.tokens;
-  const std::vector<double> ones(static_cast<std::size_t>(end - begin), 1.0);
-  double* out = call.factor + begin * of_example;
   MarginalLossParams some = all;
   some.scores.data = advance(all.scores, begin * all.documents);
   some.log_weight.data = advance(all.log_weight, begin * all.documents);
@@ -36,8 +33,20 @@ void posterior(const LinearMarginalLossCall& call, int64_t begin, int64_t end) {
   some.stride_m = 1;
   some.batch = end - begin;
   some.wide = true;
-  some.d_loss = ones.data();
+  some.loss = call.loss + begin;
+  some.count = call.count + begin;
   some.divisor = 1.0;
+  return some;
+}
+
+// factor becomes the posterior of examples [begin, end): the marginal loss's gradient to the log-likelihood,
+// negated.
+void posterior(const LinearMarginalLossCall& call, int64_t begin, int64_t end) {
+  MarginalLossParams some = examples(call, begin, end);
+  const int64_t of_example = some.documents * some.tokens;
+  const std::vector<double> ones(static_cast<std::size_t>(end - begin), 1.0);
+  double* out = call.factor + begin * of_example;
+  some.d_loss = ones.data();
   some.d_log_likelihood = out;
   launch_marginal_loss_bwd(some);
   std::transform(out, out + some.batch * of_example, out, [](double d) { return -d; });
@@ -87,6 +96,9 @@ int64_t launch_linear_marginal_loss(const LinearMarginalLossCall& call) {
     }
     launch_linear_marginal_loss_bwd(chunk);
     chunk.first = false;
+  }
+  if (!call.has_factor) {
+    launch_marginal_loss_fwd(examples(call, 0, call.documents.batch));
   }
   if (chunk.d_weight != nullptr && chunk.first) {
     std::memset(chunk.d_weight, 0, static_cast<std::size_t>(chunk.vocabulary * chunk.width) * sizeof(float));

@@ -132,31 +132,24 @@ struct Groups {
   int64_t size(int64_t g) const { return first(g + 1) - first(g); }
 };
 
-// e^r for |r| <= log(2) / 2, within 2^-23.3: of degree 5, 1 at 0, the largest relative error made smallest.
-inline Vec exponential_near_zero(Vec r) {
+// exp(x) for x <= 88 within 2.3 ulp; 0 where the result would not be a normal number, NaN for NaN. 2^n e^r
+// with |r| <= log(2) / 2 (log(2) in two parts, Cody and Waite 1980), e^r by the polynomial of degree 5 that
+// is 1 at 0 and whose largest relative error is smallest, 2^-23.3.
+inline Vec exponential(Vec x) {
+  constexpr float kRound = 0x1.8p23f;
+  const Vec shifted = x * 0x1.715476p0f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   Vec p = r * 0x1.0fa7d8p-7f + 0x1.573adp-5f;
   p = p * r + 0x1.555a6ep-3f;
   p = p * r + 0x1.fffdc4p-2f;
   p = p * r + 0x1.fffff6p-1f;
-  return p * r + 1.0f;
-}
-
-// exp(x) for x <= 88 within 2 ulp (3 below -40); 0 where the result would not be a normal number, NaN for
-// NaN. 2^n e^r with |r| <= log(2) / 2.
-inline Vec exponential(Vec x) {
-  constexpr float kLog2E = 0x1.715476p0f;
+  p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  // The multiply-add does not round n log(2), so one part of the constant does.
-  const __m512 n = _mm512_roundscale_ps((__m512)(x * kLog2E), 0);
-  const Vec p = exponential_near_zero(x - (Vec)n * 0x1.62e43p-1f);
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, n);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-  // log(2) in two parts (Cody and Waite 1980); whole numbers stand in the last bits of `shifted`.
-  constexpr float kRound = 0x1.8p23f;
-  const Vec shifted = x * kLog2E + kRound;
-  const Vec n = shifted - kRound;
-  const Vec p = exponential_near_zero((x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f);
+  // Whole numbers stand in the last bits of `shifted`.
   const Vec power = (Vec)(((UIntVec)shifted << 23) + (127u << 23));
   return x < -87.0f ? Vec{} : p * power;
 #endif

@@ -79,7 +79,8 @@ def linear_marginal_loss(
     zero the loss is +inf and the gradient 0. The loss, the logits and the sums of d_weight and d_bias are
     float32 (float64 where hidden is); torch's switches for reduced precision products are obeyed. Under
     autocast hidden, weight and bias are cast as torch.nn.functional.linear casts them, and nothing else is.
-    Once differentiable.
+    Once differentiable. Equal inputs give equal bits; on the CPU those of hidden's gradient depend on
+    torch.get_num_threads() too.
 
     Raises TypeError or ValueError naming the argument for a wrong type, shape, dtype or device, and on the
     CPU for a target out of range; elsewhere such a target makes its example NaN.

@@ -29,7 +29,7 @@ from ..backends import Backend
 from .chunks import Chunks, chunks_of
 from .memory import fresh
 from .passes import TORCH, Passes, Statistics
-from .problem import Gradients, Needs, Problem, posterior_factor
+from .problem import Found, Gradients, Needs, Problem, found, posterior_factor
 from .products import products_for
 
 
@@ -144,16 +144,16 @@ class LibraryPass:
     def gradients(self) -> Gradients:
         if not self.d_weight_begun:
             self.d_weight.zero_()
-        found = Gradients(self.d_hidden, self.d_weight, self.d_bias)
+        units = Gradients(self.d_hidden, self.d_weight, self.d_bias)
         if self.products.scale != 1.0:
-            for gradient in found:
+            for gradient in units:
                 gradient.div_(self.products.scale)
-        return found
+        return units
 
 
-def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> tuple[Tensor, Gradients]:
-    """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
-    return forward_by(LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place)))
+def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> Found:
+    work = LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place))
+    return found(problem, *forward_by(work))
 
 
 def backward(
@@ -165,6 +165,7 @@ def backward(
 
 
 def forward_by(work: LibraryPass) -> tuple[Tensor, Gradients]:
+    """log_likelihood [B, K, M], and the gradients for an upstream gradient of 1 of what is needed."""
     batch, by_example = work.problem.scores.shape[0], work.chunks.rows_of_example
     ones = work.log_likelihood.new_ones(batch)
     one_pass = any(work.needs) and work.chunks.examples_at_once > 0 and not work.leaves_rows_out

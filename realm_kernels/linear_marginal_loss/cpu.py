@@ -11,18 +11,16 @@ from ..marginal_loss.cpu import array, contiguous, pointer
 from ..validation import dtype_name
 from .chunks import Chunks, chunks_in_cache
 from .memory import fresh
-from .problem import Gradients, Needs, Problem, posterior_factor
+from .problem import Found, Gradients, Needs, Problem, posterior_factor
 
 NOTHING = Needs(False, False, False)
 
 
-def run(
-    problem: Problem, needs: Needs, chunks: Chunks, log_likelihood: Tensor, factor: Tensor | None = None
-) -> Gradients:
-    """The gradients that are needed, of factor float64 [B, K, M]: the upstream gradient times the posterior.
+def run(problem: Problem, needs: Needs, chunks: Chunks, factor: Tensor | None = None) -> Found:
+    """With factor float64 [B, K, M], the upstream gradient times the posterior, nothing but its gradients.
 
-    Without it log_likelihood float64 [B, K, M] is written, which holds zeros, and the gradients are those for
-    an upstream gradient of 1; a chunk must hold whole examples if there are any.
+    Without it they are those for an upstream gradient of 1, and chunks must hold whole examples if any are
+    needed.
     """
     hidden, weight = _readable(problem.hidden.flatten(0, 2)), _readable(problem.weight)
     live = problem.live().contiguous()
@@ -42,7 +40,11 @@ def run(
         fresh(weight, weight.shape if needs.weight else (0,), torch.float32),
         weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=torch.float32),
     )
+    batch, *of_example = problem.hidden.shape[:3]
     has_factor, wants = factor is not None, any(needs)
+    log_likelihood = hidden.new_zeros((0 if has_factor else batch, *of_example), dtype=torch.float64)
+    loss = log_likelihood.new_empty(log_likelihood.shape[0])
+    count = torch.empty(log_likelihood.shape[0], dtype=torch.int64)
     if factor is None:
         factor = log_likelihood.new_empty(log_likelihood.shape if wants else (0,))
     assert native.cpu is not None
@@ -68,14 +70,14 @@ def run(
         ranges,
         chunk,
         (_address(workspace), scratch.data_ptr()),
-        log_likelihood.data_ptr(),
+        (log_likelihood.data_ptr(), loss.data_ptr(), count.data_ptr()),
         factor.data_ptr(),
         has_factor,
         (array(units.d_hidden), _address(units.d_weight), _address(units.d_bias)),
         threads,
         variant,
     )
-    return units
+    return Found(loss, count, log_likelihood, units)
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -98,20 +100,19 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
-    log_likelihood = problem.hidden.new_zeros(problem.hidden.shape[:3], dtype=torch.float64)
+def forward(problem: Problem, needs: Needs) -> Found:
     chunks = chunks_in_cache(problem)
     if chunks.examples_at_once > 0 and problem.min_posterior == 0.0:
-        return log_likelihood, run(problem, needs, chunks, log_likelihood)
-    units = run(problem, NOTHING, chunks, log_likelihood)
-    if any(needs):
-        units = backward(problem, log_likelihood, log_likelihood.new_ones(problem.scores.shape[0]), needs)
-    return log_likelihood, units
+        return run(problem, needs, chunks)
+    found = run(problem, NOTHING, chunks)
+    if not any(needs):
+        return found
+    return found._replace(units=backward(problem, found.log_likelihood, torch.ones_like(found.loss), needs))
 
 
 def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
     factor = posterior_factor(problem, log_likelihood, d_loss).contiguous()
-    return run(problem, needs, chunks_in_cache(problem), log_likelihood, factor)
+    return run(problem, needs, chunks_in_cache(problem), factor).units
 
 
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

@@ -80,11 +80,8 @@ def linear_marginal_loss_fwd(
     )
     backend = backend_for(problem)
     with _inside(problem, backend):
-        log_likelihood, units = backend.forward(problem, Needs(needs_hidden, needs_weight, needs_bias))
-        loss, count = torch.ops.realm_kernels.marginal_loss(
-            scores, log_likelihood, problem.scored(), doc_mask, log_weight, mode
-        )
-    return loss.to(problem.loss_dtype), count, log_likelihood, *units
+        found = backend.forward(problem, Needs(needs_hidden, needs_weight, needs_bias))
+    return found.loss.to(problem.loss_dtype), found.counted, found.log_likelihood, *found.units
 
 
 @torch.library.register_fake("realm_kernels::linear_marginal_loss")

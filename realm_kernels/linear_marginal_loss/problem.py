@@ -28,6 +28,15 @@ class Gradients(NamedTuple):
     d_bias: Tensor  # [V]
 
 
+class Found(NamedTuple):
+    """What a backend's forward makes of a problem."""
+
+    loss: Tensor  # [B] float64
+    counted: Tensor  # int64 [B], what of an example counts, as of marginal_loss
+    log_likelihood: Tensor  # float64 [B, K, M], log p(y_m | z_k, x)
+    units: Gradients  # for an upstream gradient of 1
+
+
 @dataclass(frozen=True)
 class Problem:
     """Legend: B examples, K documents, M target tokens, H hidden size, V vocabulary."""
@@ -103,6 +112,13 @@ class Problem:
             doc_mask=cut(self.doc_mask),
             log_weight=cut(self.log_weight),
         )
+
+
+def found(problem: Problem, log_likelihood: Tensor, units: Gradients) -> Found:
+    loss, count = torch.ops.realm_kernels.marginal_loss(
+        problem.scores, log_likelihood, problem.scored(), problem.doc_mask, problem.log_weight, problem.mode
+    )
+    return Found(loss, count, log_likelihood, units)
 
 
 def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:

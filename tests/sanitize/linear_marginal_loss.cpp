@@ -177,6 +177,82 @@ void run(const Problem& problem, const Expected& wanted, int num_threads, const 
   expect_sums(where + " d_hidden alone", d_hidden, wanted.d_hidden, 1.0, type);
 }
 
+// The rows as examples of one document and one token, in two chunks: what a call adds is which rows are
+// taken.
+void run_call(const Problem& problem, const Expected& wanted, int num_threads, const std::string& isa) {
+  const auto [rows, width, vocabulary, gap] = problem.shape;
+  const FloatType type = problem.hidden.type();
+  const bool narrow = type == FloatType::kBFloat16;
+  const std::string where = "linear_marginal_loss call " + isa + " " + name_of(type) +
+                            " R=" + std::to_string(rows) + " threads=" + std::to_string(num_threads);
+  Elements scores(FloatType::kFloat32, rows), log_likelihood(FloatType::kFloat64, rows),
+      loss(FloatType::kFloat64, rows), factor(FloatType::kFloat64, rows),
+      d_hidden(narrow ? type : FloatType::kFloat32, rows * width),
+      d_weight(FloatType::kFloat32, vocabulary * width);
+  std::vector<int64_t> count(static_cast<size_t>(rows));
+  const auto mask = std::make_unique<bool[]>(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    scores.set(r, 0.0);
+    log_likelihood.set(r, 0.0);
+    mask[r] = true;
+  }
+  realm_kernels::LinearMarginalLossCall call{};
+  LinearMarginalLossParams& chunk = call.chunk;
+  chunk.hidden = problem.hidden.data();
+  chunk.weight = problem.weight.data();
+  chunk.type = type;
+  chunk.hidden_stride = chunk.weight_stride = problem.stride();
+  chunk.bias = problem.has_bias ? static_cast<const float*>(problem.bias.data()) : nullptr;
+  chunk.rows = (rows + 1) / 2;
+  chunk.width = width;
+  chunk.vocabulary = vocabulary;
+  chunk.num_threads = num_threads;
+  chunk.isa = realm_kernels::choose_isa(isa);
+  Elements scratch(FloatType::kFloat32, linear_marginal_loss_scratch(chunk)),
+      workspace(FloatType::kFloat32, linear_marginal_loss_workspace(chunk));
+  chunk.scratch = static_cast<float*>(scratch.data());
+  chunk.workspace = static_cast<float*>(workspace.data());
+  chunk.d_hidden = d_hidden.data();
+  chunk.d_hidden_type = d_hidden.type();
+  chunk.d_weight = static_cast<float*>(d_weight.data());
+  call.documents.scores = {scores.data(), FloatType::kFloat32};
+  call.documents.token_mask = mask.get();
+  call.documents.batch = rows;
+  call.documents.documents = call.documents.tokens = 1;
+  call.documents.num_threads = num_threads;
+  call.documents.isa = chunk.isa;
+  call.targets = problem.targets.data();
+  call.live = mask.get();
+  call.ranges = {{0, rows / 2}, {rows / 2, rows}};
+  call.log_likelihood = static_cast<double*>(log_likelihood.data());
+  call.loss = static_cast<double*>(loss.data());
+  call.count = count.data();
+  call.factor = static_cast<double*>(factor.data());
+  launch_linear_marginal_loss(call);
+  for (int64_t r = 0; r < rows; ++r) {
+    expect_within(where + " log_likelihood", r, log_likelihood.get(r), wanted.log_p[r], 1e-4);
+    expect_within(where + " loss", r, loss.get(r), -wanted.log_p[r], 1e-4);
+    expect_within(where + " posterior", r, factor.get(r), std::isnan(wanted.log_p[r]) ? kNan : 1.0, 1e-6);
+    factor.set(r, problem.factor.get(r));
+  }
+  call.has_factor = true;
+  launch_linear_marginal_loss(call);
+  expect_sums(where + " d_hidden", d_hidden, wanted.d_hidden, 1.0, type);
+  expect_sums(where + " d_weight", d_weight, wanted.d_weight, 1.0, type);
+  mask[rows - 1] = false;
+  d_hidden.set(rows * width - 1, 0.5);
+  launch_linear_marginal_loss(call);
+  expect_within(where + " a row without a part", rows - 1, d_hidden.get(rows * width - 1), 0.5, 0.0);
+
+  Elements narrowed(FloatType::kBFloat16, d_weight.count());
+  realm_kernels::launch_scale_into_bfloat16(static_cast<const float*>(d_weight.data()), -2.0f,
+                                            narrowed.data(), d_weight.count(), num_threads, chunk.isa);
+  for (int64_t i = 0; i < d_weight.count(); ++i) {
+    const double scaled = -2.0 * d_weight.get(i);
+    expect_within(where + " scaled", i, narrowed.get(i), scaled, 0x1p-8 * std::fabs(scaled));
+  }
+}
+
 }  // namespace
 
 int64_t run_linear_marginal_loss() {
@@ -192,7 +268,8 @@ int64_t run_linear_marginal_loss() {
         for (const std::string& isa : realm_kernels::instruction_sets()) {
           for (const int num_threads : {1, 2}) {
             run(problem, wanted, num_threads, isa);
-            ++calls;
+            run_call(problem, wanted, num_threads, isa);
+            calls += 2;
           }
         }
       }
