@@ -1,7 +1,6 @@
 """How answers are counted, BM25 beside the model, and the commands from a corpus to an answer."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,13 +112,6 @@ def test_a_run_of_pre_training_is_a_model(folders, tmp_path, shared):
     assert not parts.can_read
     body = parts.model.reader.realm.embeddings.word_embeddings.weight
     assert torch.equal(body, realm.reader.lm.bert.embeddings.word_embeddings.weight)
-
-
-@pytest.mark.parametrize("command", ["index", "split", "finetune", "evaluate", "answer"])
-def test_every_command_shows_an_example(call, command):
-    result = call(command, "--help")
-    assert result.exit_code == 0
-    assert f"realm-model {command}" in re.sub(r"[\s│]+", " ", result.stdout)
 
 
 def test_the_walk_from_an_index_to_an_answer(call, folders, tmp_path):

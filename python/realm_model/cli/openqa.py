@@ -62,7 +62,9 @@ def index(
 
     The index knows by fingerprint whose it is; another corpus or another model is refused.
 
-    Example: `realm-model index --corpus runs/squad/corpus --model runs/squad/ict --out runs/squad/ict-index`
+    Example:
+
+        realm-model index --corpus wiki --model realm --out index
     """
     with one_clear_line():
         import torch
@@ -95,7 +97,9 @@ def split(
 ) -> None:
     """Split questions by the article (the title of their document) that they are about.
 
-    Example: `realm-model split --corpus runs/squad/corpus --questions questions.jsonl --out runs/squad`
+    Example:
+
+        realm-model split --corpus wiki --questions questions.jsonl --out .
     """
     with one_clear_line():
         from ..corpus import BlockStore
@@ -139,13 +143,15 @@ def finetune(
     ] = False,
     config: ConfigFile = None,
 ) -> None:
-    """Fine-tune the embedder of questions and the reader; the index is fixed.
+    r"""Fine-tune the embedder of questions and the reader; the index is fixed.
 
     Writes config.json, metrics.jsonl, checkpoints and at the end the model and plots into the run folder. The
     same command continues a run that was stopped. Under torchrun the ranks share every batch.
 
-    Example: `realm-model finetune --corpus runs/squad/corpus --model runs/squad/pretrained
-    --index runs/squad/index --questions runs/squad/train.jsonl --out runs/squad/tuned`
+    Example:
+
+        realm-model finetune --corpus wiki --model realm --index index \
+            --questions train.jsonl --out tuned --lr 5e-4 --steps 150
     """
     with one_clear_line():
         from ..openqa import report
@@ -211,10 +217,12 @@ def evaluate(
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
-    """Recall@1, 5, 20 and 100, and exact match and F1 where the model was fine-tuned: a table and JSON.
+    r"""Recall@1, 5, 20 and 100, and exact match and F1 where the model was fine-tuned: a table and JSON.
 
-    Example: `realm-model evaluate --corpus runs/squad/corpus --model runs/squad/tuned --index
-    runs/squad/index --questions runs/squad/held_out.jsonl --bm25 --out runs/squad/tuned.json`
+    Example:
+
+        realm-model evaluate --model tuned --questions held_out.jsonl \
+            --bm25 --out tuned.json
     """
     with one_clear_line():
         import torch
@@ -254,7 +262,9 @@ def answer(
 ) -> None:
     """Answer a question and show why: what was read, and what each document was worth for the answer.
 
-    Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned`
+    Example:
+
+        realm-model answer "Who wrote Hamlet?" --model tuned
     """
     with one_clear_line():
         import torch

@@ -27,7 +27,9 @@ def convert(
     """Write a published checkpoint as safetensors, its Open-QA index as a sharded table, without loading
     either.
 
-    Example: `realm-model convert realm-orqa-nq-openqa --out nq --dtype bfloat16`
+    Example:
+
+        realm-model convert realm-orqa-nq-openqa --out nq --dtype bfloat16
     """
     with one_clear_line():
         from ..published import PublishedConfig

@@ -60,7 +60,9 @@ def corpus(
     JSON lines hold id, title, text (and spans, characters of the text, in the place of the tagger's); TSV has
     these columns, or those of its header, as psgs_w100.tsv. A bad line is named, and nothing is written.
 
-    Example: `realm-model corpus paragraphs.jsonl --out runs/squad/corpus --block 128`
+    Example:
+
+        realm-model corpus paragraphs.jsonl --out wiki --block 128
     """
     with one_clear_line():
         from ..corpus import build_corpus
@@ -97,7 +99,9 @@ def ict(
 
     The run folder serves `index` as it is, and `pretrain --from` it leaves this stage out.
 
-    Example: `realm-model ict --corpus runs/squad/corpus --out runs/squad/ict`
+    Example:
+
+        realm-model ict --corpus wiki --out ict
     """
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
@@ -132,7 +136,9 @@ def pretrain(
     Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
     run that was stopped.
 
-    Example: `realm-model pretrain --corpus runs/squad/corpus --out runs/squad/realm`
+    Example:
+
+        realm-model pretrain --corpus wiki --from ict --out realm
     """
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)

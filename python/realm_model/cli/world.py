@@ -48,7 +48,9 @@ def pretrain(
     Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
     run that was stopped.
 
-    Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
+    Example:
+
+        realm-model world pretrain --out runs/demo --world easy --seed 0
     """
     with one_clear_line():
         run = with_file(context, preset(world.value, None if data is None else str(data)))
@@ -65,7 +67,9 @@ def evaluate(run: RunFolder, config: ConfigFile = None) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
-    Example: `realm-model world evaluate --run runs/demo`
+    Example:
+
+        realm-model world evaluate --run runs/demo
     """
     with one_clear_line():
         from .. import report
@@ -94,7 +98,9 @@ def swap(
 
     Prints a table and writes swap.json.
 
-    Example: `realm-model world swap --run runs/demo`
+    Example:
+
+        realm-model world swap --run runs/demo
     """
     with one_clear_line():
         from .. import report
@@ -123,7 +129,9 @@ def answer(
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
 
-    Example: `realm-model world answer "Fene Zaband works as a [MASK]." --run runs/demo`
+    Example:
+
+        realm-model world answer "Fene Zaband learned [MASK] as a child."
     """
     with one_clear_line():
         from .. import report
