@@ -163,7 +163,11 @@ def test_a_whole_published_open_qa_needs_no_corpus(call, tmp_path):
     questions.write_text(json.dumps({"question": case["question"], "answer": [pattern]}))
     assert call("evaluate", "--model", published, *arguments, "--regex").exit_code == 0
     (row,) = json.loads((tmp_path / "out.json").read_text())
-    assert row["exact_match"] == 1.0 and row["f1"] is None
+    assert row["exact_match"] == row["regex_found"] == 1.0 and row["f1"] is None
+    questions.write_text(json.dumps({"question": case["question"], "answer": [case["answer"][1:]]}))
+    assert call("evaluate", "--model", published, *arguments, "--regex").exit_code == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert (row["exact_match"], row["regex_found"]) == (0.0, 1.0)  # inside the prediction, not at its start
     result = call("answer", case["question"], "--model", published)
     assert result.exit_code == 0 and case["answer"] in result.stdout.lower()
 

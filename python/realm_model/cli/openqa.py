@@ -32,6 +32,10 @@ Questions = Annotated[
     Path, typer.Option("--questions", help="JSON lines (question, answers or answer), or a SQuAD file.")
 ]
 Regex = Annotated[bool, typer.Option("--regex", help="Answers are regular expressions, as CuratedTREC's.")]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Of question and block together, in wordpieces; else as it was tuned, or 320."),
+]
 Threads = Annotated[int, typer.Option(help="Of torch.")]
 
 
@@ -96,6 +100,8 @@ def split(
     config: ConfigFile = None,
 ) -> None:
     """Split questions by the article (the title of their document) that they are about.
+
+    No article gives questions to both sides: what is held out was not seen in training.
 
     Example:
 
@@ -213,11 +219,14 @@ def evaluate(
     bm25: Annotated[bool, typer.Option("--bm25", help="BM25's recall too (needs bm25s).")] = False,
     regex: Regex = False,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
-    length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
+    length: Length = None,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
     r"""Recall@1, 5, 20 and 100, and exact match and F1 where the model was fine-tuned: a table and JSON.
+
+    recall@k: one of the top k blocks holds an answer, byte by byte. doc.@k: one of them is of the document
+    that the question names.
 
     Example:
 
@@ -236,6 +245,8 @@ def evaluate(
         torch.set_num_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
         asked: list[Question] = list(read_questions(questions, is_regex=regex))
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot write {out}: {out.parent} is no folder")
         parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
         own: list[dict[str, Any]] = []
         if bm25:
@@ -256,11 +267,14 @@ def answer(
     corpus: MaybeCorpus = None,
     index: MaybeIndex = None,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
-    length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
+    length: Length = None,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
     """Answer a question and show why: what was read, and what each document was worth for the answer.
+
+    Each has its relevance f(x,z), prior, likelihood and posterior, and its utility,
+    log p(y|z,x) - log p(y|x): above 0 it says the answer better than all that was read does.
 
     Example:
 

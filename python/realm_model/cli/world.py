@@ -67,6 +67,9 @@ def evaluate(run: RunFolder, config: ConfigFile = None) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
+    Recall is over all documents; the utility of the top one, and its gain on the prior over the objects, are
+    in nats.
+
     Example:
 
         realm-model world evaluate --run runs/demo
@@ -128,6 +131,8 @@ def answer(
     config: ConfigFile = None,
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
+
+    Utility is log p(y|z,x) - log p(y|null,x). Runs of `realm-model pretrain` on text answer too.
 
     Example:
 
