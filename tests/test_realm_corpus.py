@@ -1,5 +1,6 @@
 """Laws of a corpus: read, split, tagged, packed, stored; and one clear line for whatever is wrong with it."""
 
+import gzip
 import json
 import tracemalloc
 
@@ -134,14 +135,16 @@ def test_equal_documents_make_equal_stores_and_other_text_another_fingerprint(tm
 
 def test_the_three_forms_of_files_are_read(tmp_path):
     (tmp_path / "a.tsv").write_text('id\ttext\ttitle\n1\t"A ""big"" cat."\tCats\n', encoding="utf-8")
+    (tmp_path / "psgs_w100.tsv.gz").write_bytes(gzip.compress((tmp_path / "a.tsv").read_bytes()))
     (tmp_path / "b.tsv").write_text('1\tCats\t"Big," he said.\r\n', encoding="utf-8")
     squad = {"data": [{"title": "Big_cats", "paragraphs": [{"context": "One."}, {"context": "Two."}]}]}
     (tmp_path / "c.json").write_text(json.dumps(squad))
     found = [
         [(d.id, d.title, d.text) for d in read_documents(tmp_path / name)]
-        for name in ("a.tsv", "b.tsv", "c.json")
+        for name in ("a.tsv", "psgs_w100.tsv.gz", "b.tsv", "c.json")
     ]
     assert found == [
+        [("1", "Cats", 'A "big" cat.')],
         [("1", "Cats", 'A "big" cat.')],
         [("1", "Cats", '"Big," he said.')],
         [("Big cats#0", "Big cats", "One."), ("Big cats#1", "Big cats", "Two.")],
@@ -177,6 +180,8 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         ("a.jsonl", b"", "there must be at least one document, got none"),
         ("a.tsv", b"1\tRome\n", "line 1: must have 3 columns, id, title, text, got 2"),
         ("a.json", b'{"data": [{"title": "x"}]}', "must be SQuAD's data, title, paragraphs, context"),
+        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], "cannot read .*a.jsonl.gz: Compressed file ended"),
+        ("a.jsonl.gz", GOOD, "cannot read .*a.jsonl.gz: Not a gzipped file"),
         ("a.txt", GOOD, r"must end in .jsonl, .tsv, .json"),
     ],
     ids=[
@@ -191,6 +196,8 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         "none",
         "tsv",
         "squad",
+        "gzip",
+        "no gzip",
         "suffix",
     ],
 )

@@ -43,7 +43,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Drop what the run folder h
 
 
 def corpus(
-    files: Annotated[list[Path], typer.Argument(help=".jsonl, .tsv or SQuAD's .json; see below.")],
+    files: Annotated[list[Path], typer.Argument(help=".jsonl, .tsv (also .gz) or SQuAD's .json; see below.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
     vocabulary: Annotated[
         Path | None, typer.Option(help="A vocab.txt or a checkpoint with one; else learned from the text.")
