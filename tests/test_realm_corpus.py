@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 import tracemalloc
 
 import numpy as np
@@ -14,7 +15,7 @@ from realm_model.config import ModelConfig, TextConfig
 from realm_model.corpus import BlockStore, Document, build_corpus, read_documents
 from realm_model.corpus.build import pack_sentences
 from realm_model.corpus.documents import MAX_LINE_BYTES, read_files
-from realm_model.corpus.sentences import capitalised, salient_spans, sentences
+from realm_model.corpus.sentences import capitalised, salient_spans, sentences, tagger_named
 from realm_model.corpus.statements import prepare_text
 from realm_model.ragged import Ragged
 
@@ -121,6 +122,28 @@ def test_given_spans_go_before_the_tagger(tmp_path):
     store = build_corpus(read_documents(path), tmp_path / "c", vocabulary_size=90)
     assert store.tokenizer.decode(store[0].body[slice(*store.spans(0)[0])].tolist()) == "rained"
     assert len(store.spans(0)) == 1
+
+
+def test_a_pipeline_of_spacy_names_the_entities(tmp_path):
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    patterns = (("PERSON", "Ada Lovelace"), ("CARDINAL", "three"), ("DATE", "May 1843"))
+    ruler = pipeline.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": label, "pattern": pattern} for label, pattern in patterns])
+    pipeline.to_disk(tmp_path / "pipeline")
+    tagger = tagger_named(f"spacy:{tmp_path / 'pipeline'}")
+    text = "Ada Lovelace wrote three notes in London in May 1843."
+    assert words(text, salient_spans(text, tagger)) == ["Ada Lovelace", "May 1843"]
+    with pytest.raises(ValueError, match="the tagger spacy:nowhere needs that pipeline: .*nowhere"):
+        tagger_named("spacy:nowhere")
+
+
+def test_a_tagger_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match="spacy:en needs spaCy, which is not installed"):
+        tagger_named("spacy:en")
+    with pytest.raises(ValueError, match="tagger must be rules, dates or spacy:PIPELINE, got 'none'"):
+        tagger_named("none")
 
 
 def test_equal_documents_make_equal_stores_and_other_text_another_fingerprint(tmp_path):
