@@ -27,7 +27,7 @@ from realm_model.config import ModelConfig, RealmConfig, StageConfig
 from realm_model.inputs import CLS, MASK, SEP, SPECIAL, Documents
 from realm_model.model import Realm
 from realm_model.objectives import fresh_scores, realm_loss
-from realm_model.pretrain import Optimizer
+from realm_model.optimizer import StageOptimizer
 from realm_model.ragged import Ragged
 
 from . import marginal_loss_peers as peers
@@ -145,7 +145,7 @@ class Run:
         stage = StageConfig(
             steps=10_000, batch=setting.size.batch, retriever_lr=3e-5, reader_lr=3e-5, warmup=0.0
         )
-        self.optimizer, self.done = Optimizer(self.model, stage), 0
+        self.optimizer, self.done = StageOptimizer(self.model, stage), 0
 
     def step(self, batch: Batch) -> float:
         self.optimizer.zero_grad()

@@ -6,6 +6,7 @@ from .linear_marginal_loss import linear_marginal_loss
 from .marginal_loss import Posterior, marginal_loss, posterior
 from .mips_topk import ScanConfig, SearchCounters, TopK, mips_topk, search_counters, use_scan_config
 from .native import build_info
+from .ranks import LostRankError
 from .score_spans import score_spans
 from .span_marginal_loss import span_marginal_loss
 from .table import DistributedTable, ShardedTable, StreamedTable, TableEditor, TableRefresher, TableWriter
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DistributedTable",
+    "LostRankError",
     "Posterior",
     "ScanConfig",
     "SearchCounters",

@@ -14,12 +14,18 @@ from torch import Tensor
 from .validation import describe
 
 # First field of every header. Ranks that enter different calls find out there, instead of mixing their bytes.
-CALLS = ("from_local", "mips_topk", "rows", "marginal_loss", "linear_marginal_loss")
+CALLS = ("from_local", "mips_topk", "rows", "marginal_loss", "linear_marginal_loss", "refresh")
 FIELDS = 8  # of every header, so that headers of different calls have one size
 HEADER_BYTES = 8 * (2 + FIELDS)
 
 # torch 2.13 warns of all_gather_into_tensor, and older ones do not have its successor.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+class LostRankError(RuntimeError):
+    """A rank that this one works with died, hangs, or made another call. The job cannot go on: end all ranks
+    and start again from the last checkpoint.
+    """
 
 
 class Ranks:
@@ -119,7 +125,7 @@ class Ranks:
             collective()
         except RuntimeError as error:
             cause = str(error).splitlines()[0]
-            raise RuntimeError(
+            raise LostRankError(
                 f"{self.op}: rank {self.rank} of {self.size} lost another rank while it exchanged {what} "
                 f"over {self.backend}: that rank died, hangs, or made another call. The rank that failed "
                 "first tells why; end all ranks and start again from the last checkpoint (torchrun "

@@ -14,10 +14,12 @@ TIMEOUT = 15  # seconds that they give each other; both are far above what any t
 class Pool:
     """`run(function, size, *arguments)` calls function(rank, size, *arguments) on each rank of a group.
 
-    Returns what each rank returned, or its exception. timeout is the process group's, in seconds.
+    Returns what each rank returned, or its exception. timeout is the process group's, in seconds; wait: for
+    an answer.
     """
 
-    def __init__(self, size, folder):
+    def __init__(self, size, folder, wait=WAIT):
+        self.wait = wait
         self.folder, self.stores, self.group = Path(folder), 0, None
         # Forked from a process that has imported torch and has no threads: three imports are saved.
         context = multiprocessing.get_context("forkserver")
@@ -43,7 +45,7 @@ class Pool:
         return results
 
     def answer(self, pipe):
-        assert pipe.poll(WAIT), f"no answer from a rank within {WAIT} s"
+        assert pipe.poll(self.wait), f"no answer from a rank within {self.wait} s"
         try:
             return pipe.recv()
         except EOFError:

@@ -4,6 +4,7 @@ Each rank makes the problem of all ranks from one seed, and compares its part wi
 """
 
 import random
+import shutil
 import time
 
 import pytest
@@ -220,6 +221,89 @@ def refresh(rank, size):
             top = rk.mips_topk(queries, table, 1)
             versions.append((table.version, float(top.scores[0, 0])))
     return versions
+
+
+def refresh_together(rank, size, mode, folder, trouble):
+    """One refresher over the whole table: (version, value) after every search, and the failures.
+
+    trouble: "fails": the last rank fails at the snapshot of step 2, in both attempts. "disk": its commits
+    fail from step 2 on, so that versions on disk would drift apart.
+    """
+    table = rk.DistributedTable.from_local(torch.zeros(3 + rank, DIM))
+    queries, seen, last = torch.ones(2, DIM), [], rank == size - 1
+    path = None if folder is None else f"{folder}/{rank}"
+
+    def encode(snapshot):
+        time.sleep(0.02 * rank)  # one is slower
+        if trouble == "fails" and last and snapshot["value"] == 2:
+            raise OSError("no such document")
+        if trouble == "disk" and last and snapshot["value"] == 2:
+            shutil.rmtree(path)
+            open(path, "w").close()
+        yield torch.full((3 + rank, DIM), float(snapshot["value"] * (rank + 1)))
+
+    lag = 1 if mode == "fixed_lag" else None
+    with rk.TableRefresher(table, encode, mode=mode, every=2, lag=lag, path=path) as refresher:
+        refresher.build(0, lambda: {"value": 1})
+        for step in range(6 if mode == "fixed_lag" else 30):
+            refresher.step(step, lambda step=step: {"value": step})
+            top = rk.mips_topk(queries, table, 1)
+            seen.append((table.version, float(top.scores[0, 0]) / DIM))
+            if mode == "async":
+                time.sleep(0.01)
+        state = refresher.state_dict()
+        return seen, refresher.metrics.failures, state["table_step"]
+
+
+def resume_together(rank, size, folder):
+    """A refresher whose state is rank 0's, as in a checkpoint that one rank writes: each rank resumes."""
+    every = {"mode": "fixed_lag", "every": 2, "lag": 1}
+
+    def encode(snapshot):
+        yield torch.full((3 + rank, DIM), float(snapshot["value"] * (rank + 1)))
+
+    def run(refresher, table, steps):
+        seen = []
+        for step in steps:
+            refresher.step(step, lambda step=step: {"value": step})
+            top = rk.mips_topk(torch.ones(2, DIM), table, 1)
+            seen.append(float(top.scores[0, 0]) / DIM)
+        return seen
+
+    def made():
+        table = rk.DistributedTable.from_local(torch.zeros(3 + rank, DIM))
+        return table, rk.TableRefresher(table, encode, path=f"{folder}/{rank}", **every)
+
+    table, refresher = made()
+    with refresher:
+        whole = run(refresher, table, range(6))
+        states = [refresher.state_dict()]
+        dist.broadcast_object_list(states)
+        kept = shutil.copytree(f"{folder}/{rank}", f"{folder}/kept-{rank}")
+        whole += run(refresher, table, range(6, 10))
+    if rank == 0:  # as it was at the checkpoint: this rank reads its rows back, the others encode again
+        shutil.rmtree(f"{folder}/0")
+        shutil.move(kept, f"{folder}/0")
+    table, refresher = made()
+    with refresher:
+        refresher.load_state_dict(states[0])
+        return whole[6:] == run(refresher, table, range(6, 10)) and whole[-1] == 8.0 * size
+
+
+def refuse_to_build(rank, size):
+    """Of a first index that one rank cannot build: what each rank is told, and the table as it was."""
+    table = rk.DistributedTable.from_local(torch.zeros(2, DIM))
+
+    def encode(snapshot):
+        if rank == 1:
+            raise OSError("no such document")
+        yield torch.ones(2, DIM)
+
+    with rk.TableRefresher(table, encode, mode="async", every=2) as refresher:
+        try:
+            refresher.build(0, dict)
+        except (OSError, RuntimeError) as error:
+            return str(error), table.local.shards[0].sum().item()
 
 
 def bytes_of_a_search(rank, size, k, excluded, gradient):

@@ -13,6 +13,7 @@ import realm_kernels as rk
 ROOT = Path(__file__).parent.parent
 PUBLIC_NAMES = {
     "DistributedTable",
+    "LostRankError",
     "Posterior",
     "ScanConfig",
     "SearchCounters",

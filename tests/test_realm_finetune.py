@@ -95,7 +95,7 @@ def test_an_older_checkpoint_does_not_go_on(config, tmp_path):
     state = tmp_path / "checkpoints" / "000006" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text())["state"]))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"000006 must have format 2 .*, got 1: train into another folder"):
+    with pytest.raises(ValueError, match=r"000006 must have format 3 .*, got 1: train into another folder"):
         finetune(config, tmp_path, kill)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

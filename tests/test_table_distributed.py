@@ -87,6 +87,46 @@ def test_a_refresh_with_fixed_lag_swaps_on_all_ranks_at_one_step(pool):
     assert succeed(pool.run(cases.refresh, 3)) == [expected] * 3
 
 
+def test_one_refresher_over_the_ranks_swaps_with_fixed_lag(pool, tmp_path):
+    # The last rank's rows are best: 3 times the value. build() is version 1, the swaps at 3 and 5 come after.
+    seen, failures = [3.0, 3.0, 3.0, 6.0, 6.0, 12.0], [1, 1, 1, 2, 2, 3]
+    for folder in (None, str(tmp_path)):
+        results = succeed(pool.run(cases.refresh_together, 3, "fixed_lag", folder, None))
+        assert results == [(list(zip(failures, seen, strict=True)), 0, 4)] * 3
+
+
+def test_one_refresher_over_the_ranks_swaps_in_async_when_the_slowest_is_ready(pool):
+    results = succeed(pool.run(cases.refresh_together, 3, "async", None, None))
+    assert results[0] == results[1] == results[2]  # no search saw two versions, or it had raised
+    seen, failures, last = results[0]
+    assert failures == 0 and last > 2 and len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("mode", ["fixed_lag", "async"])
+def test_what_one_rank_cannot_encode_no_rank_swaps_in(pool, mode):
+    results = succeed(pool.run(cases.refresh_together, 3, mode, None, "fails"))
+    seen, _, last = results[0]
+    assert [(own, step) for own, _, step in results] == [(seen, last)] * 3
+    assert [failures for _, failures, _ in results] == [0, 0, 2]  # both attempts of the one that failed
+    assert all(value != 6.0 for _, value in seen) and last >= 4  # and the next snapshot is swapped in
+
+
+def test_a_commit_that_fails_on_one_rank_leaves_one_version_on_all(pool, tmp_path):
+    results = succeed(pool.run(cases.refresh_together, 3, "fixed_lag", str(tmp_path), "disk"))
+    assert results[0][0] == results[2][0] and [value for _, value in results[0][0]][-1] == 12.0
+    assert [failures for _, failures, _ in results] == [0, 0, 2]
+
+
+def test_ranks_resume_from_the_state_of_one(pool, tmp_path):
+    assert succeed(pool.run(cases.resume_together, 3, str(tmp_path))) == [True] * 3
+
+
+def test_a_first_index_that_one_rank_cannot_build_is_an_error_on_all(pool):
+    (told, rows), (own, _), *_ = succeed(pool.run(cases.refuse_to_build, 3))
+    assert told == "TableRefresher: rank 1 could not encode its rows; its own error says why" and rows == 0
+    assert own == "no such document"
+
+
 @pytest.mark.parametrize("gradient", [False, True], ids=["search", "gradient"])
 @pytest.mark.parametrize(("k", "excluded"), [(1, 0), (8, 2)])
 @pytest.mark.parametrize("size", [2, 4])

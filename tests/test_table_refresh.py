@@ -289,7 +289,11 @@ print("trained")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"table": torch.zeros(3, 2)}, TypeError, r"table must be a ShardedTable, got float32\[3, 2\]"),
+        (
+            {"table": torch.zeros(3, 2)},
+            TypeError,
+            r"table must be a ShardedTable or a DistributedTable, got float32\[3, 2\]",
+        ),
         (
             {"table": rk.ShardedTable.from_tensors([torch.zeros(3, 4)[:, ::2]])},
             ValueError,

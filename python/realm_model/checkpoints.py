@@ -18,14 +18,15 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .inputs import load_tokenizer
 
 STATE, TENSORS, TOKENIZER = "state.json", "state.safetensors", "tokenizer.json"
 # Raised whenever a run would go on otherwise from the same state. 1 was not written down: AdamW had all
 # parameters in the module's order, and fine-tuning drew dropout from a generator that was in the state.
-FORMAT = 2
+# 2: after the released warm-up the rate fell from its peak (optimizer.StageOptimizer).
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,19 @@ class Checkpoint:
     state: dict[str, Any]
     tokenizer: Tokenizer = field(compare=False)
     format: int = FORMAT
+    folder: Path | None = field(default=None, compare=False)  # where it was read
+
+    def fill(self, model: nn.Module) -> None:
+        """With the weights of a run of pre-training. Raises ValueError where these are of another model."""
+        weights, targets = self.state.get("model", {}), model.state_dict()
+        for name in sorted({*weights, *targets}):
+            pair = [list(tensors[name].shape) if name in tensors else None for tensors in (targets, weights)]
+            if pair[0] != pair[1]:
+                raise ValueError(
+                    f"checkpoint {self.folder} is not of the model of its config.json: {name} must be "
+                    f"{pair[0]}, got {pair[1]}"
+                )
+        model.load_state_dict(weights)
 
 
 def save(folder: Path, number: int, checkpoint: Checkpoint) -> None:
@@ -71,7 +85,8 @@ def load(folder: Path) -> Checkpoint | None:
         format, state = (plain["format"], plain["state"]) if "format" in plain else (1, plain)
         if format in range(1, FORMAT + 1):
             tensors = load_file(last / TENSORS)
-            return Checkpoint(_give_tensors(state, tensors), load_tokenizer(last / TOKENIZER), format)
+            tokenizer = load_tokenizer(last / TOKENIZER)
+            return Checkpoint(_give_tensors(state, tensors), tokenizer, format, last)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"checkpoint {last} is damaged: {error}") from error
     raise ValueError(

@@ -244,6 +244,15 @@ def _in_words(kind: Any) -> str:
     return names.get(kind, "an object")
 
 
+def with_masks(config: RunConfig, masks: Literal["salient", "token", "span"]) -> RunConfig:
+    """The ablations' masks. The copy start then alternates between them and objects, and is twice as long: so
+    it copies objects as often as any other, and the stage after it begins with a reader as good.
+    """
+    steps = config.reader.steps * (1 if masks == "salient" else 2)
+    reader, marginal = replace(config.reader, steps=steps), replace(config.marginal, masks=masks)
+    return replace(config, reader=reader, marginal=marginal)
+
+
 def to_json(config: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
@@ -251,6 +260,8 @@ def to_json(config: RunConfig) -> str:
 def from_json(text: str) -> RunConfig:
     """Raises ValueError or TypeError where the text is not the configuration of a run."""
     values: dict[str, Any] = json.loads(text)
+    if isinstance(values, dict) and "questions" in values:
+        raise ValueError("it is that of a run of fine-tuning")
     parts = {
         "world": WorldConfig,
         "text": TextConfig,
@@ -271,4 +282,4 @@ def read_config(run: Path) -> RunConfig:
     except OSError as error:
         raise ValueError(f"{run} is no run folder: cannot read {path.name}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
+        raise ValueError(f"{path} is not the configuration of a run of pre-training: {error}") from error

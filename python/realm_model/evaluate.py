@@ -46,9 +46,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model made of masked statements, by candidate."""
+    """What the model made of masked statements, by candidate; where the model is, but for the rows."""
 
-    rows: Tensor  # int64 [B, K], the null document first
+    rows: Tensor  # int64 [B, K] on the CPU, the null document first
     log_likelihood: Tensor  # [B, K, M]
     token_mask: Tensor  # bool [B, M]
     posterior: rk.Posterior
@@ -88,10 +88,11 @@ def read(
     rows, found = retrieve(queries, table, corpus.documents, config.candidates, exclude)
     scores = fresh_scores(model, corpus.documents, queries, rows)
     hidden = model.read(ids, positions, corpus.documents.read(rows))
+    found = found.to(hidden.device)
     log_p = (hidden @ model.reader.weight.T + model.reader.bias).log_softmax(-1)  # [B, K, M, V]
     prior = scores.masked_fill(~found, -torch.inf).softmax(-1)  # [B, K]
     predictions = torch.einsum("bk,bkmv->bmv", prior, log_p.exp()).argmax(-1)
-    targets = predictions if targets is None else targets
+    targets = predictions if targets is None else targets.to(hidden.device)
     token_mask = targets != IGNORE
     wanted = targets.masked_fill(~token_mask, 0)[:, None, :, None].expand(-1, rows.shape[1], -1, 1)
     log_likelihood = log_p.gather(3, wanted).squeeze(3)
@@ -120,15 +121,16 @@ def evaluate(model: Realm, corpus: Corpus, config: RealmConfig, statements: Stat
         exclude = trivial(corpus.documents, batch)
         copies = exclude.masked_fill(exclude == batch.fact[:, None], -1)
         queries = model.retriever.queries(masked[0])
-        top = rk.mips_topk(queries, table, min(max(RECALL_AT), table.num_rows), exclude=copies)
+        k = min(max(RECALL_AT), table.num_rows)
+        top = rk.mips_topk(queries, table, k, exclude=copies.to(queries.device)).indices.cpu()
         for k in RECALL_AT:
-            hits[k] += (top.indices[:, :k] == batch.fact[:, None]).any(1).sum().item()
+            hits[k] += (top[:, :k] == batch.fact[:, None]).any(1).sum().item()
         reading = read(model, corpus, table, masked, config, exclude=exclude)
-        log_top = (reading.log_likelihood[:, 1] * reading.token_mask).sum(1)
+        log_top = (reading.log_likelihood[:, 1] * reading.token_mask).sum(1).cpu()
         totals["utility"] += reading.posterior.utility[:, 1].sum().item()
         if corpus.objects_per_fact is not None:
             totals["gain"] += (log_top + corpus.objects_per_fact[batch.fact].log()).sum().item()
-        totals["right"] += (reading.predictions == masked[2]).sum().item()
+        totals["right"] += (reading.predictions.cpu() == masked[2]).sum().item()
         totals["tokens"] += reading.token_mask.sum().item()
         totals["log_marginal"] += reading.posterior.log_marginal.sum().item()
     model.train()

@@ -98,7 +98,11 @@ def world_tokenizer(world: World, size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(path))
+    """Raises ValueError where the file is missing or damaged."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no type of its own for what it finds wrong
+        raise ValueError(f"cannot read the tokenizer {path}: {error}") from error
 
 
 @dataclass(frozen=True)

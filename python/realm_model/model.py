@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .inputs import PAD, Documents, join, trim
 
 ENCODE_ROWS = 1024  # documents at a time, where all are embedded
-CHUNK_ROWS = 64  # sequences at a time; on the CPU their activations stay in the cache
+CHUNK_ROWS = 64  # sequences at a time on the CPU, where their activations so stay in the cache
 LAYER_NORM_EPS = 1e-12  # BERT's, and of the embedder's head in the released model
 
 
@@ -96,7 +96,7 @@ class KnowledgeAugmentedEncoder(nn.Module):
 
 
 class Realm(nn.Module):
-    """Retriever and reader, which share nothing but the vocabulary."""
+    """Retriever and reader, which share nothing but the vocabulary. They take wordpieces from the CPU."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -107,6 +107,10 @@ class Realm(nn.Module):
             embeddings = network.embeddings
             for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
                 nn.init.normal_(table.weight, std=config.position_initializer_range)
+
+    @property
+    def device(self) -> torch.device:
+        return self.reader.weight.device
 
     def relevance(self, queries: Tensor, documents: Tensor) -> Tensor:
         """f(x, z) of each query [B, D] and its own candidates [B, K, D]: [B, K]."""
@@ -134,21 +138,25 @@ class Realm(nn.Module):
 def encode(bert: BertModel, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
     """The last hidden states at positions [B, M] of padded inputs [B, L]: [B, M, H].
 
+    The inputs are on the CPU, where the corpus is; what comes back is where the weights are.
     In chunks of like lengths: little padding is computed, and a chunk's activations stay in the cache. Of the
     last layer only what stands at the positions is computed: with one layer, most of the work falls away.
     """
+    device = bert.embeddings.word_embeddings.weight.device
     order = (ids != PAD).sum(1).argsort(stable=True)
     parts = []
-    for rows in order.split(CHUNK_ROWS):
+    for rows in order.split(CHUNK_ROWS if device.type == "cpu" else ENCODE_ROWS):
         chunk = trim(ids[rows])
+        types, places = (t.to(device) for t in (segments[rows, : chunk.shape[1]], positions[rows]))
+        chunk = chunk.to(device)
         mask = (chunk != PAD)[:, None, None, :]  # [rows, 1, 1, L]
-        hidden = bert.embeddings(input_ids=chunk, token_type_ids=segments[rows, : chunk.shape[1]])
+        hidden = bert.embeddings(input_ids=chunk, token_type_ids=types)
         *lower, last = bert.encoder.layer
         for layer in lower:
             hidden = _layer(layer, hidden, hidden, mask)  # [rows, L, H]
-        asking = hidden.gather(1, positions[rows, :, None].expand(-1, -1, hidden.shape[-1]))
+        asking = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[-1]))
         parts.append(_layer(last, asking, hidden, mask))
-    return torch.cat(parts)[order.argsort()]
+    return torch.cat(parts)[order.argsort().to(device)]
 
 
 def _layer(layer: BertLayer, asking: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def ict_loss(
     queries = model.retriever.queries(query_inputs(spans[part].flatten(0, 1)))  # [B Q / W, D]
     contexts = model.retriever.documents(*documents.inputs(rows[part], rest[part]))  # [B / W, D]
     scores = model.relevance_of_all(queries, ranks.gather(contexts))  # [B Q / W, B]
-    return F.cross_entropy(scores, torch.arange(len(rows))[part].repeat_interleave(spans.shape[1]))
+    own = torch.arange(len(rows), device=scores.device)[part]
+    return F.cross_entropy(scores, own.repeat_interleave(spans.shape[1]))
 
 
 def reading_loss(model: Realm, ids: Tensor, positions: Tensor, targets: Tensor, bodies: Tensor) -> Tensor:
@@ -40,6 +41,7 @@ def reading_loss(model: Realm, ids: Tensor, positions: Tensor, targets: Tensor, 
     """
     hidden = model.read(ids, positions, bodies[:, None])  # [B, 1, M, H]
     scores = hidden.new_zeros(ids.shape[0], 1)
+    targets = targets.to(hidden.device)
     return rk.linear_marginal_loss(scores, hidden, model.reader.weight, targets, bias=model.reader.bias)
 
 
@@ -54,12 +56,13 @@ def retrieve(
     table.
 
     exclude: int64 [B, E] or None, trivial candidates: the documents the sentences were taken from; -1 pads.
-    Returns rows int64 [B, k] of `documents` and which of them are documents, bool [B, k].
+    Returns rows int64 [B, k] of `documents` and which of them are documents, bool [B, k], on the CPU.
     """
-    top = rk.mips_topk(queries.detach(), table, k - 1, exclude=exclude)
-    null = top.indices.new_full((queries.shape[0], 1), documents.null)
-    found = torch.cat([torch.ones_like(null, dtype=torch.bool), top.indices >= 0], dim=1)
-    return torch.cat([null, top.indices.masked_fill(top.indices < 0, documents.null)], dim=1), found
+    exclude = None if exclude is None else exclude.to(queries.device)
+    indices = rk.mips_topk(queries.detach(), table, k - 1, exclude=exclude).indices.cpu()
+    null = indices.new_full((queries.shape[0], 1), documents.null)
+    found = torch.cat([torch.ones_like(null, dtype=torch.bool), indices >= 0], dim=1)
+    return torch.cat([null, indices.masked_fill(indices < 0, documents.null)], dim=1), found
 
 
 def fresh_scores(model: Realm, documents: Documents, queries: Tensor, rows: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ def fresh_scores(model: Realm, documents: Documents, queries: Tensor, rows: Tens
     distinct, where = rows.unique(return_inverse=True)
     embeddings = model.retriever.documents(*documents.inputs(distinct))
     # As an embedding lookup: its gradient is summed in a fixed order, that of embeddings[where] is not.
-    return model.relevance(queries, F.embedding(where, embeddings))
+    return model.relevance(queries, F.embedding(where.to(queries.device), embeddings))
 
 
 def realm_loss(
@@ -96,9 +99,9 @@ def realm_loss(
         scores,
         hidden,
         model.reader.weight,
-        targets,
+        targets.to(hidden.device),
         bias=model.reader.bias,
-        doc_mask=found,
+        doc_mask=found.to(hidden.device),
         mode=config.mode,
         return_posterior=True,
     )

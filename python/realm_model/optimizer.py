@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from .config import StageConfig
+
+if TYPE_CHECKING:
+    from .model import Realm
 
 CLIP = 1.0  # of the gradient's norm; over all parameters in fine-tuning, for each network in pre-training
 WEIGHT_DECAY, EPS = 0.01, 1e-6
@@ -43,6 +48,41 @@ class ReleasedAdamW:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state})
+
+
+class StageOptimizer:
+    """AdamW for the networks a stage trains: each with its rate and its clip, linear warm-up and decay.
+
+    Where the configuration gives no warm-up the rate is the released one; else it falls from its peak at the
+    end of the warm-up.
+    """
+
+    def __init__(self, model: Realm, config: StageConfig) -> None:
+        self.config = config
+        given = max(1, round(config.warmup * config.steps))
+        self.warmup = given if config.warmup else released_warmup(config.steps)
+        self.falls_over = max(1, config.steps - given) if config.warmup else config.steps  # steps
+        trained = [
+            (net, lr)
+            for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
+            if lr > 0
+        ]
+        self.networks = [list(net.parameters()) for net, _ in trained]
+        groups = [group | {"lr": lr, "peak": lr} for net, lr in trained for group in parameter_groups(net)]
+        self.adamw = torch.optim.AdamW(groups, eps=EPS)
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad()
+
+    def step(self, step: int) -> None:
+        """Step number `step`, from 0, on the gradients as they are."""
+        up = (step + 1) / self.warmup
+        down = (self.config.steps - step) / self.falls_over
+        for group in self.adamw.param_groups:
+            group["lr"] = group["peak"] * min(up, down)
+        for parameters in self.networks:
+            nn.utils.clip_grad_norm_(parameters, CLIP)
+        self.adamw.step()
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

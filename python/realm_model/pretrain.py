@@ -7,7 +7,6 @@ bit.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,24 +15,25 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from . import checkpoints
-from .config import RunConfig, StageConfig, read_config, to_json
+from .builders import Job, Links
+from .config import RunConfig, read_config, to_json
 from .evaluate import Evaluation, evaluate
 from .inputs import Corpus, prepare, world_tokenizer
 from .lexical import log_idf, start_matching
+from .machine import CPU, Machine
 from .model import Realm
-from .optimizer import CLIP, EPS, parameter_groups, released_warmup
+from .optimizer import StageOptimizer
 from .ranks import Ranks
 from .reading import start_reading
+from .run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
 
 STAGES = ("ict", "reader", "realm")
-
-Record = dict[str, Any]  # one line of metrics.jsonl
+LOCAL = Machine()
 
 
 @dataclass(frozen=True)
@@ -68,43 +68,23 @@ def make_model(setting: Setting) -> Realm:
     return Realm(setting.config.model, setting.tokenizer.get_vocab_size())
 
 
-class Optimizer:
-    """AdamW for the networks a stage trains: each with its rate and its clip, linear warm-up and decay."""
-
-    def __init__(self, model: Realm, config: StageConfig) -> None:
-        self.config = config
-        given = max(1, round(config.warmup * config.steps))
-        self.warmup = given if config.warmup else released_warmup(config.steps)
-        trained = [
-            (net, lr)
-            for net, lr in ((model.retriever, config.retriever_lr), (model.reader, config.reader_lr))
-            if lr > 0
-        ]
-        self.networks = [list(net.parameters()) for net, _ in trained]
-        groups = [group | {"lr": lr, "peak": lr} for net, lr in trained for group in parameter_groups(net)]
-        self.adamw = torch.optim.AdamW(groups, eps=EPS)
-
-    def zero_grad(self) -> None:
-        self.adamw.zero_grad()
-
-    def step(self, step: int) -> None:
-        """Step number `step` on the gradients as they are."""
-        up = (step + 1) / self.warmup
-        down = (self.config.steps - step) / max(1, self.config.steps - self.warmup)
-        for group in self.adamw.param_groups:
-            group["lr"] = group["peak"] * min(up, down)
-        for parameters in self.networks:
-            nn.utils.clip_grad_norm_(parameters, CLIP)
-        self.adamw.step()
-
-
 class Trainer:
-    """A run in memory."""
+    """A run in memory, on one of the ranks that train it."""
 
-    def __init__(self, setting: Setting, index: Path | None = None, fresh: bool = True) -> None:
-        """fresh: begin as the configuration says; a state_dict to be loaded needs no such start."""
+    def __init__(
+        self,
+        setting: Setting,
+        index: Path | None = None,
+        fresh: bool = True,
+        links: Links | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        """index: where this rank keeps its part of the index. fresh: begin as the configuration says; a
+        state_dict to be loaded needs no such start. links: to the other ranks; None: all of them train.
+        """
         torch.set_num_threads(setting.config.threads)
-        self.setting, self.index, self.ranks = setting, index, Ranks.current()
+        self.links = Links(Ranks.current()) if links is None else links
+        self.setting, self.index, self.ranks = setting, index, self.links.trainers
         _check_batches(setting.config, self.ranks)
         self.model = make_model(setting)
         if fresh and setting.config.start is not None:
@@ -113,6 +93,7 @@ class Trainer:
             idf = log_idf(setting.corpus.documents, setting.tokenizer)
             start_matching(self.model.retriever, idf)
             start_reading(self.model.reader, idf)
+        self.model.to(device)
         self.generator = torch.Generator().manual_seed(setting.config.seed)  # draws all batches
         self.enter(0)
 
@@ -123,10 +104,10 @@ class Trainer:
             number += 1
         self.number, self.step = number, 0
         self.stage: Stage | None = None
-        self.optimizer: Optimizer | None = None
+        self.optimizer: StageOptimizer | None = None
         if not self.done:
             self.stage = self._make_stage()
-            self.optimizer = Optimizer(self.model, self.stage.config)
+            self.optimizer = StageOptimizer(self.model, self.stage.config)
 
     @property
     def done(self) -> bool:
@@ -140,6 +121,7 @@ class Trainer:
         """One step of training."""
         assert self.stage is not None and self.optimizer is not None
         config = self.setting.config
+        self.links.beat()
         # What the networks draw (dropout) depends on the step and the rank, not on what was drawn before.
         place = (config.seed * len(STAGES) + self.number) * 10**8 + self.step
         torch.manual_seed((place * self.ranks.size + self.ranks.rank) % 2**63)
@@ -147,7 +129,7 @@ class Trainer:
         self.optimizer.zero_grad()
         total, batches = 0.0, self.stage.config.accumulate
         for _ in range(batches):
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=config.bfloat16):
                 loss, metrics = self.stage.loss(self.generator)
             (loss / batches).backward()
             total += loss.item() / batches
@@ -199,39 +181,67 @@ class Trainer:
             return IctStage(config, self.model, corpus, self.ranks)
         if self.name == "reader":
             return ReaderStage(config, self.model, corpus, self.ranks)
-        return RealmStage(config, self.model, corpus, self.index, self.ranks)
+        return RealmStage(config, self.model, corpus, self.index, self.ranks, self.links.encoder)
 
 
 def pretrain(
-    config: RunConfig, out: Path, report: Callable[[Record], object], last: str = STAGES[-1]
+    config: RunConfig,
+    out: Path,
+    report: Callable[[Record], object],
+    last: str = STAGES[-1],
+    fresh: bool = False,
+    machine: Machine = LOCAL,
 ) -> None:
     """Train into the run folder `out` to the end of stage `last`, from its last checkpoint where it has one.
+    fresh: drop the run that it holds, once this one can begin.
 
     Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
-    sees each line. In a process group all ranks call it: they train together, and rank 0 alone evaluates,
-    writes and reports. Raises ValueError for data that are missing, batches that the ranks cannot share, a
-    folder that is another run's or a damaged checkpoint, OSError where the folder cannot be written.
+    sees each line. In a process group all ranks call it: they train together, but for those that embed the
+    documents (builders.py), and rank 0 alone evaluates, writes and reports.
+
+    Raises ValueError for data that are missing, batches that the ranks cannot share, a folder that is another
+    run's or a damaged checkpoint, OSError where the folder cannot be written, and LostRankError.
     """
-    checkpoint = checkpoints.resume(out / "checkpoints")
-    setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
-    ranks = Ranks.current()
-    index = out / ("index" if ranks.size == 1 else f"index-{ranks.rank}")
-    trainer = Trainer(setting, index, fresh=checkpoint is None)
+    job = Job.of(machine.refresh_ranks)
+    everyone = job.ranks
+    setting, checkpoint = everyone.together(lambda: _open(config, out, fresh))
+    links = job.connect(setting.corpus.documents.num_documents, machine.timeout)
+    if job.builds:
+        everyone.together(lambda: None)  # while the others make a trainer
+        everyone.together(lambda: None)  # and rank 0 its folder
+        links.serve(make_model(setting).retriever.to(machine.device), setting.corpus.documents)
+        return
+    index = out / ("index" if links.trainers.size == 1 else f"index-{everyone.rank}")
+    trainer = everyone.together(lambda: Trainer(setting, index, checkpoint is None, links, machine.device))
     log = None
     try:
-        if checkpoint is not None:
-            _check_corpus(setting, checkpoint, out)
-        if ranks.rank == 0:
-            _claim(config, out)
-            log = MetricsLog(out / "metrics.jsonl")
-            log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+        log = everyone.together(
+            lambda: _claim(config, out, checkpoint, fresh) if everyone.rank == 0 else None
+        )
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.state)
         _run(trainer, out, log, report, STAGES.index(last))
+        trainer.close()
+        links.end()
     finally:
+        links.drop()
         trainer.close()
         if log is not None:
             log.close()
+
+
+def _open(config: RunConfig, out: Path, fresh: bool) -> tuple[Setting, checkpoints.Checkpoint | None]:
+    _check_numbers(config)
+    require_own(out, fresh)
+    if not fresh and (out / CONFIG).exists() and read_config(out) != config:
+        raise ValueError(
+            f"{out} holds a run with another configuration: choose another folder, or start afresh (--fresh)"
+        )
+    checkpoint = None if fresh else checkpoints.resume(out / CHECKPOINTS)
+    setting = make_setting(config, checkpoint.tokenizer if checkpoint else None)
+    if checkpoint is not None:
+        _check_corpus(setting, checkpoint, out)
+    return setting, checkpoint
 
 
 def _run(
@@ -255,7 +265,7 @@ def _run(
         state = trainer.state_dict() | {"metrics_bytes": log.size()}
         number = sum(stage_steps(config)[: trainer.number]) + trainer.number + trainer.step
         checkpoint = checkpoints.Checkpoint(state, trainer.setting.tokenizer)
-        checkpoints.save(out / "checkpoints", number, checkpoint)
+        checkpoints.save(out / CHECKPOINTS, number, checkpoint)
 
     started = time.monotonic()
     while not trainer.done and trainer.number <= last:
@@ -277,39 +287,29 @@ def _evaluation_record(trainer: Trainer, started: float) -> Record:
     return {"evaluation": values, "stage": trainer.name, "step": trainer.step, "seconds": round(seconds, 1)}
 
 
-class MetricsLog:
-    """metrics.jsonl: appended line by line, cut back to the last checkpoint on resume."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("ab")
-
-    def write(self, record: Record) -> None:
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
-
-    def size(self) -> int:
-        return self.file.tell()
-
-    def cut(self, size: int) -> None:
-        self.file.truncate(min(size, self.size()))
-        self.file.seek(0, 2)
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def load_run(run: Path) -> tuple[Setting, Realm]:
+def load_run(run: Path, device: torch.device = CPU) -> tuple[Setting, Realm]:
     """The world and the model of the last checkpoint of a run folder. ValueError where there is none."""
     config = read_config(run)
-    checkpoint = checkpoints.load(run / "checkpoints")
+    checkpoint = checkpoints.load(run / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint yet")
     torch.set_num_threads(config.threads)
     setting = make_setting(config, checkpoint.tokenizer)
     _check_corpus(setting, checkpoint, run)
     model = make_model(setting)
-    model.load_state_dict(checkpoint.state["model"])
-    return setting, model.eval()
+    checkpoint.fill(model)
+    return setting, model.eval().to(device)
+
+
+def _check_numbers(config: RunConfig) -> None:
+    stages = zip(STAGES, (config.ict, config.reader, config.realm), strict=True)
+    values = [("threads", config.threads, 1)]
+    for name, stage in stages:
+        values.append((f"{name}: steps", stage.steps, 0))
+        values += [(f"{name}: {what}", getattr(stage, what), 1) for what in ("batch", "accumulate")]
+    for name, value, least in values:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _check_batches(config: RunConfig, ranks: Ranks) -> None:
@@ -320,19 +320,15 @@ def _check_batches(config: RunConfig, ranks: Ranks) -> None:
             )
 
 
-def _claim(config: RunConfig, out: Path) -> None:
-    """Write config.json; where one is, it must be the same."""
-    path = out / "config.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write the run folder {out}: {error.strerror}") from error
-    if not path.exists():
-        path.write_text(to_json(config) + "\n", encoding="utf-8")
-    elif read_config(out) != config:
-        raise ValueError(
-            f"{out} holds a run with another configuration: choose another folder, or start afresh"
-        )
+def _claim(
+    config: RunConfig, out: Path, checkpoint: checkpoints.Checkpoint | None, fresh: bool
+) -> MetricsLog:
+    """Make the folder and write config.json. The metrics, as they were at the checkpoint."""
+    begin(out, fresh)
+    (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+    log = MetricsLog(out / METRICS)
+    log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+    return log
 
 
 def _check_corpus(setting: Setting, checkpoint: checkpoints.Checkpoint, run: Path) -> None:

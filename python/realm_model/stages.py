@@ -7,7 +7,7 @@ checkpoint holds: made again from the same model, it is the same.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,7 +139,7 @@ class ReaderStage(_Stateless):
         self.model.eval()
         unused = torch.Generator()  # salient masks draw nothing
         ids, _, _ = mask_statements(statements, "salient", unused)
-        found = rk.mips_topk(self.model.retriever.queries(ids), self.table, RETRIEVED).indices
+        found = rk.mips_topk(self.model.retriever.queries(ids), self.table, RETRIEVED).indices.cpu()
         self.model.train()
         return found.gather(1, column[:, None]).squeeze(1)
 
@@ -156,22 +156,21 @@ class RealmStage:
         corpus: Corpus,
         index: Path | None = None,
         ranks: Ranks = ALONE,
+        builders: rk.table.RanksEncoder | None = None,
     ) -> None:
+        """index: the folder of this rank's part of the index. builders: embed it in the place of a thread."""
         self.config, self.marginal, self.model, self.corpus = config.realm, config.marginal, model, corpus
-        self.ranks = ranks
-        if ranks.size > 1 and config.marginal.refresh == "async":
-            raise ValueError(
-                f"refresh must be fixed_lag on {ranks.size} ranks, which swap their parts of the index at "
-                "one step, got async"
-            )
+        self.ranks, self.builders = ranks, builders
         # Each rank holds, refreshes and searches its part of the index.
         self.rows = torch.arange(corpus.documents.num_documents)[ranks.part(corpus.documents.num_documents)]
-        local = rk.ShardedTable.from_tensors([torch.zeros(len(self.rows), config.model.projection)])
-        self.table = local if ranks.size == 1 else rk.DistributedTable.from_local(local)
+        empty = torch.zeros(len(self.rows), config.model.projection, device=model.device)
+        local = rk.ShardedTable.from_tensors([empty])
+        self.table = local if ranks.size == 1 else rk.DistributedTable.from_local(local, ranks.group)
         lag = config.marginal.refresh_lag if config.marginal.refresh == "fixed_lag" else None
         self.refresher = rk.TableRefresher(
-            local,
-            self._encoder(),
+            self.table,
+            # Called, not given: builders serve on when this stage is closed.
+            self._encoder() if builders is None else builders.__call__,
             mode=config.marginal.refresh,
             every=config.marginal.refresh_every,
             lag=lag,
@@ -182,6 +181,8 @@ class RealmStage:
         if step == 0:
             self.refresher.build(0, self.model.retriever.state_dict)
         self.refresher.step(step, self.model.retriever.state_dict)
+        if self.builders is not None and self.builders.lost is not None:
+            raise rk.LostRankError(self.builders.lost)
 
     def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         from_corpus = round(self.marginal.corpus_share * self.config.batch)
@@ -215,7 +216,7 @@ class RealmStage:
     def close(self) -> None:
         self.refresher.close()
 
-    def _encoder(self) -> Any:
+    def _encoder(self) -> Callable[[dict[str, Tensor]], Iterator[Tensor]]:
         """What the refresher's thread runs: a twin of the embedder, which it alone touches."""
         twin, documents = copy.deepcopy(self.model.retriever).eval(), self.corpus.documents
         mine = self.rows

@@ -21,6 +21,7 @@ from .config import RunConfig, read_config
 from .model import LAYER_NORM_EPS, Realm
 from .published.files import read_weights
 from .published.tokenizer import read_tokenizer, vocabulary_rows
+from .run_folder import CHECKPOINTS, is_run
 
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
 MLM_HEAD = "cls.predictions."
@@ -31,7 +32,7 @@ def start_from(config: RunConfig, directory: Path) -> RunConfig:
 
     Raises ValueError where the directory is neither or cannot serve.
     """
-    if _is_run(directory):
+    if is_run(directory):
         run = read_config(directory)
         return replace(config, start=str(directory), model=run.model, ict=replace(config.ict, steps=0))
     values = _read_config(directory)
@@ -63,7 +64,7 @@ def load_start(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
     Raises ValueError for a checkpoint that lacks words or weights, or has another shape, and for a run with
     another vocabulary.
     """
-    if _is_run(directory):
+    if is_run(directory):
         _load_run(model, directory, tokenizer)
         return
     values = _read_config(directory)
@@ -91,19 +92,15 @@ def load_start(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
         _copy(target, weights.get(name), path, name)
 
 
-def _is_run(directory: Path) -> bool:
-    return (directory / "checkpoints").is_dir()
-
-
 def _load_run(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
-    checkpoint = checkpoints.load(directory / "checkpoints")
+    checkpoint = checkpoints.load(directory / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{directory} has no checkpoint yet")
     if checkpoint.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"{directory} and the corpus have different vocabularies: build the corpus with its own"
         )
-    model.load_state_dict(checkpoint.state["model"])
+    checkpoint.fill(model)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..ranks import LostRankError
 from ..validation import FLOAT_DTYPES, check_tensor, describe
 from .shard_file import raw_bytes
 from .writer import check_count
@@ -31,7 +32,12 @@ Encode = Callable[[Any], Iterable[Tensor]]
 
 
 class Encoder:
-    """An encode with something to give back: interrupt() ends a call under way, close() all of it."""
+    """An encode with something to give back: interrupt() ends a call under way, close() all of it.
+
+    lost: why no later call can succeed; None as long as one may.
+    """
+
+    lost: str | None = None
 
     def __call__(self, snapshot: Any) -> Iterator[Tensor]:
         raise NotImplementedError
@@ -141,11 +147,13 @@ class RanksEncoder(Encoder):
 
     group: a gloo group for this alone, of this process, its rank 0, and of the ranks that encode, which call
         serve_encoder(encode, group) with an encode of their own part. Its timeout is how long they wait for
-        each other: longer than the time between two refreshes.
-    timeout: seconds to wait for a chunk before a rank counts as lost; None is the group's.
+        each other: longer than the time between two refreshes, unless serve_encoder is given one.
+    timeout: seconds to wait for a chunk, or for a snapshot to be taken, before a rank counts as lost; None is
+        the group's.
 
-    A rank that fails is an error of that call; one that is lost is an error of every later call, and the
-    table stays as it is. Snapshots may hold tensors, numbers, strings, lists and dictionaries of them.
+    A rank that fails is an error of that call; one that is lost is a LostRankError of every later call, and
+    the table stays as it is: `lost` then says why, for a trainer that will not go on so. Snapshots may hold
+    tensors, numbers, strings, lists and dictionaries of them.
 
     >>> group = torch.distributed.new_group([0, 2, 3], backend="gloo")                # doctest: +SKIP
     >>> refresher = rk.TableRefresher(table, rk.table.RanksEncoder(group), ...)       # doctest: +SKIP
@@ -158,12 +166,11 @@ class RanksEncoder(Encoder):
             raise ValueError(
                 f"{type(self).__name__}: group must have this process as its rank 0, got {self._peers.rank}"
             )
-        self._lost: str | None = None
         self._closed = False
 
     def __call__(self, snapshot: Any) -> Iterator[Tensor]:
-        if self._lost is not None:
-            raise RuntimeError(self._lost)
+        if self.lost is not None:
+            raise LostRankError(self.lost)
         waiting = list(range(1, self._peers.size))
         errors: list[str] = []
         try:
@@ -190,14 +197,14 @@ class RanksEncoder(Encoder):
         """Let the ranks that encode return from serve_encoder."""
         if not self._closed:
             self._closed = True
-            self._lost = "RanksEncoder: this encoder is closed"
+            self.lost = "RanksEncoder: this encoder is closed"
             for rank in range(1, self._peers.size):
                 with suppress(RuntimeError):  # it is gone already
                     self._peers.send(rank, [_STOP, 0, 0, 0])
 
     def _drain(self, waiting: list[int], first_is_done: bool) -> None:
         """Take what is still under way, so that the next call begins at a snapshot."""
-        if self._lost is not None:
+        if self.lost is not None:
             return
         try:
             for rank in waiting[1:] if first_is_done else waiting:
@@ -208,21 +215,33 @@ class RanksEncoder(Encoder):
 
     def _lose(self, error: RuntimeError) -> None:
         cause = str(error).splitlines()[0]
-        self._lost = (
+        self.lost = (
             "RanksEncoder: lost a rank that encodes; the table stays as it is until the job is started "
             f"again. gloo says: {cause}"
         )
-        raise RuntimeError(self._lost) from None
+        raise LostRankError(self.lost) from None
 
 
-def serve_encoder(encode: Encode, group: ProcessGroup) -> None:
+def serve_encoder(encode: Encode, group: ProcessGroup, *, timeout: float | None = None) -> None:
     """Encode on this rank whenever the refresher of `group`'s rank 0 asks; return when it is closed.
 
     encode: called with a snapshot, without gradients; yields this rank's part of the rows, [n, D]. An
         exception is told to the refresher, and the rank goes on.
-    Raises RuntimeError where rank 0 was lost.
+    timeout: seconds to wait for the next snapshot; None is the group's.
+    Raises LostRankError where rank 0 was lost.
     """
-    peers = Peers("serve_encoder", group)
+    check_timeout("serve_encoder", timeout)
+    peers = Peers("serve_encoder", group, timeout)
+    try:
+        _serve_peers(encode, peers)
+    except RuntimeError as error:  # of encode none comes through: the refresher is told
+        cause = str(error).splitlines()[0]
+        raise LostRankError(
+            f"serve_encoder: lost the rank whose table it encodes. gloo says: {cause}"
+        ) from None
+
+
+def _serve_peers(encode: Encode, peers: Peers) -> None:
     while True:
         kind, message = peers.receive(0)
         if kind == _STOP:
@@ -263,7 +282,7 @@ class Peers:
 
     def send(self, rank: int, header: list[int], message: Tensor | None = None) -> None:
         for work, _ in self._begin(rank, header, message):
-            work.wait()
+            self._wait(work)
 
     def begin(self, rank: int, kind: int, chunk: Tensor | None = None) -> list[tuple[Any, Tensor]]:
         """Send without waiting: the works, each with the tensor that must live as long."""
@@ -300,6 +319,9 @@ class Peers:
         dist = torch.distributed
         work = dist.irecv(tensor, dist.get_global_rank(self.group, rank), group=self.group)
         assert work is not None  # as for a rank outside of the group
+        self._wait(work)
+
+    def _wait(self, work: Any) -> None:
         if self.timeout is None:
             work.wait()
         else:

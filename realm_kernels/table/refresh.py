@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..validation import check_choice, describe
 from . import manifest, quantized
+from .distributed import DistributedTable
 from .sharded import ShardedTable
 from .worker import OP, Refresh, RowCursor, Worker
 
@@ -38,12 +39,14 @@ class RefreshMetrics:
 class TableRefresher:
     """Keep a table fresh: every `every` steps a snapshot of the encoder re-encodes the corpus in background.
 
-    table: ShardedTable in contiguous memory. A swap copies the new rows into these same tensors, at a step
-        boundary and in stream order, so captured graphs and compiled code stay valid.
+    table: ShardedTable in contiguous memory, or the DistributedTable that holds one on each rank. A swap
+        copies the new rows into these same tensors, at a step boundary and in stream order, so captured
+        graphs and compiled code stay valid. Across ranks step(), build() and load_state_dict() are
+        collective: all swap at one boundary, or none does.
     encode: called in the thread, without gradients, with a snapshot; yields row chunks [n, D] of a float
         dtype, in the order of the row ids, N rows in all. It must use a model of its own, in eval mode, and
-        draw no random numbers: torch's CPU generator is shared by all threads. A ProcessEncoder or a
-        RanksEncoder runs it elsewhere.
+        draw no random numbers: torch's CPU generator is shared by all threads. N are the rows of this rank.
+        A ProcessEncoder or a RanksEncoder runs it elsewhere.
     mode: "async": a finished refresh is swapped in at the next boundary; the trainer never waits, and the
         step of the swap depends on the clock. "fixed_lag": the swap comes exactly `lag` steps after the
         snapshot; the trainer waits if it must, and a resumed run has the losses of an undisturbed one.
@@ -58,9 +61,10 @@ class TableRefresher:
     fails is counted and logged, and the rows are used all the same. Close it, or use it as a context manager:
     that joins the thread. Not for use from several threads.
 
-    Rows that are not finite are a failure too.
+    Rows that are not finite are a failure too. What one rank gives up, all do.
 
-    Raises TypeError or ValueError for bad arguments.
+    Raises TypeError or ValueError for bad arguments; step(), build() and load_state_dict() raise
+    LostRankError where another rank is lost.
 
     >>> import torch, realm_kernels as rk
     >>> table = rk.ShardedTable.from_tensors([torch.zeros(100, 8)])
@@ -74,7 +78,7 @@ class TableRefresher:
 
     def __init__(
         self,
-        table: ShardedTable,
+        table: ShardedTable | DistributedTable,
         encode: Callable[[Any], Iterable[Tensor]],
         *,
         mode: str,
@@ -83,10 +87,12 @@ class TableRefresher:
         path: str | os.PathLike[str] | None = None,
         attempts: int = 2,
     ) -> None:
-        _check_arguments(table, encode, mode, every, lag, attempts)
+        self._local = _local_part(table)
+        _check_arguments(self._local, encode, mode, every, lag, attempts)
+        self._ranks = table.ranks.serving(OP) if isinstance(table, DistributedTable) else None
         self.table, self.mode, self.every, self.lag = table, mode, every, lag
         self.path = None if path is None else Path(path)
-        self._worker = Worker(table, encode, path, attempts)
+        self._worker = Worker(self._local, encode, path, attempts)
         self._pending: Refresh | None = None
         self._current: Any = None  # snapshot that the table was encoded from; None: it came from elsewhere
         self._checksums: list[str] = []  # of the current table's commit
@@ -174,13 +180,10 @@ class TableRefresher:
                 f"{OP}: state must be a TableRefresher's state_dict(), got the keys {sorted(state)}"
             )
         self._drop()
-        if state["current"] is not None and not self._read_back(state["checksums"]):
-            self._begin(state["table_step"], state["current"])
-            error = self._finish()
-            if error is not None:
-                raise error
-            state = state | {"checksums": self._checksums}
-        self._current, self._checksums = state["current"], list(state["checksums"])
+        checksums = list(state["checksums"])
+        if state["current"] is not None:
+            checksums = self._restore(state["table_step"], state["current"], checksums)
+        self._current, self._checksums = state["current"], checksums
         self._step, self._table_step = state["step"], state["table_step"]
         self._refreshes, self._failures, self._late = state["refreshes"], state["failures"], state["late"]
         self._rows_per_second = state["rows_per_second"]
@@ -206,7 +209,7 @@ class TableRefresher:
         self._pending = Refresh(step, snapshot)
         self._snapshot_step = step
         self._pending_is_late = False
-        self._worker.start(self._pending, self.table.version + 1)
+        self._worker.start(self._pending, self._local.version + 1)
 
     def _collect(self, step: int) -> bool:
         """Swap where the pending refresh is due; True where it was."""
@@ -214,7 +217,7 @@ class TableRefresher:
         if pending is None:
             return False
         if self.mode == "async":
-            return pending.done.is_set() and self._finish() is None
+            return self._is_done(pending) and self._finish() is None
         assert self.lag is not None
         if step < pending.step + self.lag:
             return False
@@ -224,32 +227,73 @@ class TableRefresher:
 
     def _finish(self) -> BaseException | None:
         """Wait for the pending refresh and swap; where it failed, the error, with the table as it was."""
+        pending = self._await()
+        error, version = self._agreed(pending.error, pending.version or self._local.version + 1)
+        if error is not None:
+            logger.error(
+                "refresh of step %d is given up, the table of step %s stays in use: %s: %s",
+                pending.step, self._table_step, type(error).__name__, error,
+            )  # fmt: skip
+            return error
+        self._copy_in(self._worker.buffer, version)
+        self._current, self._checksums, self._table_step = pending.snapshot, pending.checksums, pending.step
+        self._refreshes += 1
+        self._rows_per_second = self._local.num_rows / max(pending.seconds, 1e-9)
+        logger.info("table of step %d in use, %.0f rows/s", pending.step, self._rows_per_second)
+        return None
+
+    def _await(self) -> Refresh:
+        """The pending refresh, when it is done."""
         pending = self._pending
         assert pending is not None
         self._worker.join()
         self._pending = None
         self._failures += pending.failures
-        if pending.error is not None:
-            logger.error(
-                "refresh of step %d is given up, the table of step %s stays in use: %s: %s",
-                pending.step, self._table_step, type(pending.error).__name__, pending.error,
-            )  # fmt: skip
-            return pending.error
-        self._copy_in(self._worker.buffer, pending.version or self.table.version + 1)
-        self._current, self._checksums, self._table_step = pending.snapshot, pending.checksums, pending.step
-        self._refreshes += 1
-        self._rows_per_second = self.table.num_rows / max(pending.seconds, 1e-9)
-        logger.info("table of step %d in use, %.0f rows/s", pending.step, self._rows_per_second)
-        return None
+        return pending
+
+    def _is_done(self, pending: Refresh) -> bool:
+        """On all ranks: no rank swaps before the slowest can."""
+        done = pending.done.is_set()
+        if self._ranks is not None:
+            done = all(flag for (flag,) in self._ranks.agree("refresh", [int(done)]))
+        return done
+
+    def _agreed(self, error: BaseException | None, version: int) -> tuple[BaseException | None, int]:
+        """An error where any rank has one, and one version for all: a search compares the versions."""
+        if self._ranks is None:
+            return error, version
+        headers = self._ranks.agree("refresh", [int(error is None), version])
+        for rank, (fine, _) in enumerate(headers):
+            if not fine and error is None:
+                error = RuntimeError(f"{OP}: rank {rank} could not encode its rows; its own error says why")
+        return error, max(version for _, version in headers)
+
+    def _restore(self, step: int, snapshot: Any, checksums: list[str]) -> list[str]:
+        """The table of a snapshot, read back where its commit is on disk and encoded again otherwise.
+
+        Returns the checksums of its commit.
+        """
+        error: BaseException | None = None
+        if not self._read_back(checksums):
+            self._begin(step, snapshot)
+            again = self._await()
+            error, checksums = again.error, again.checksums
+            if error is None:
+                self._copy_in(self._worker.buffer, again.version or self._local.version + 1)
+        error, version = self._agreed(error, self._local.version)
+        if error is not None:
+            raise error
+        self._local.version = version
+        return checksums
 
     def _copy_in(self, shards: Sequence[Tensor], version: int) -> None:
-        target = RowCursor(self.table.shards)
+        target = RowCursor(self._local.shards)
         for shard in shards:
             target.write(shard)
-        if self.table.codes is not None:
-            quantized.refresh(self.table.shards, self.table.codes.tensors())
-        self.table.version = version
-        self.table.hold = None  # no row comes from the files any more that it was opened from
+        if self._local.codes is not None:
+            quantized.refresh(self._local.shards, self._local.codes.tensors())
+        self._local.version = version
+        self._local.hold = None  # no row comes from the files any more that it was opened from
 
     def _read_back(self, checksums: list[str]) -> bool:
         """Fill the table from `path` if the very rows with these checksums are committed there."""
@@ -263,7 +307,7 @@ class TableRefresher:
         except (OSError, ValueError) as error:
             logger.warning("the table is encoded again, it cannot be read back: %s", error)
             return False
-        table = self.table
+        table = self._local
         same_kind = (stored.num_rows, stored.dim, stored.dtype) == (table.num_rows, table.dim, table.dtype)
         if stored.version != committed.version or not same_kind:
             return False
@@ -302,11 +346,17 @@ class TableRefresher:
             )
 
 
+def _local_part(table: object) -> ShardedTable:
+    if isinstance(table, DistributedTable):
+        return table.local
+    if not isinstance(table, ShardedTable):
+        raise TypeError(f"{OP}: table must be a ShardedTable or a DistributedTable, got {describe(table)}")
+    return table
+
+
 def _check_arguments(
     table: ShardedTable, encode: object, mode: str, every: int, lag: int | None, attempts: int
 ) -> None:
-    if not isinstance(table, ShardedTable):
-        raise TypeError(f"{OP}: table must be a ShardedTable, got {describe(table)}")
     for number, shard in enumerate(table.shards):
         if not shard.is_contiguous():
             raise ValueError(

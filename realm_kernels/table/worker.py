@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranks import LostRankError
 from ..validation import FLOAT_DTYPES, check_tensor
 from .encoders import Encoder
 from .sharded import ShardedTable
@@ -108,6 +109,9 @@ class Worker:
                 refresh.seconds = time.monotonic() - started
                 return
             except Cancelled:
+                raise
+            except LostRankError:  # it will not come back
+                refresh.failures += 1
                 raise
             except Exception as error:
                 if refresh.cancelled.is_set():

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ..config import RunConfig, override
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 console = Console()
 errors = Console(stderr=True)
@@ -23,10 +29,23 @@ def one_clear_line() -> Iterator[None]:
     """Errors a user can mend are one line, not a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        lost = isinstance(error, RuntimeError)
+        if lost and not _is_lost_rank(error):
+            raise
         said = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         errors.print(f"realm-model: {said}", style="red", markup=False, soft_wrap=True)
+        if lost:
+            # Threads may still wait for that rank: Python's own end would wait for them, or abort in them.
+            sys.stdout.flush()
+            os._exit(1)
         raise typer.Exit(1) from None
+
+
+def _is_lost_rank(error: Exception) -> bool:
+    import realm_kernels as rk  # with torch, which takes seconds
+
+    return isinstance(error, rk.LostRankError)
 
 
 def _read_options(context: typer.Context, path: Path | None) -> Path | None:
@@ -77,6 +96,30 @@ def _take(context: typer.Context, path: Path, parts: list[str]) -> None:
         else:
             known = ", ".join(sorted({*options, *parts}))
             raise ValueError(f"{path}: {context.info_name} has no option {name!r}: {known}")
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceName = Annotated[Device, typer.Option("--device", help="auto: a GPU where there is one.")]
+Timeout = Annotated[
+    float, typer.Option(help="Seconds that a rank of torchrun waits for another before it counts as lost.")
+]
+
+
+def join(device: Device, timeout: float, refresh_ranks: int = 0) -> Machine:
+    """The machine of a command that trains, in its place in the job where torchrun started it."""
+    from ..machine import Machine, device_named
+    from ..ranks import Ranks
+
+    if not timeout > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, got {timeout:g}")
+    machine = Machine(device_named(device.value), refresh_ranks, timeout)
+    console.quiet = Ranks.join(machine.device, timeout).rank > 0
+    return machine
 
 
 ConfigFile = Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import ConfigFile, console, one_clear_line
+from .common import ConfigFile, Device, DeviceName, Timeout, console, join, one_clear_line
 from .progress import bars
 from .prompt import ask, readable
 from .published import Index
@@ -59,6 +59,7 @@ def index(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder of the index; one that is there is replaced whole.")],
     dtype: Annotated[Index, typer.Option(help="Of the index's rows; bfloat16 halves it.")] = Index.float32,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
@@ -71,16 +72,16 @@ def index(
         realm-model index --corpus wiki --model realm --out index
     """
     with one_clear_line():
-        import torch
-
         from ..corpus import BlockStore
+        from ..machine import device_named, use_threads
         from ..openqa.folder import load_embedder, with_words, words_in
         from ..openqa.index import build_index
         from ..published.conversion import DTYPES
 
-        torch.set_num_threads(threads)
+        place = device_named(device.value)
+        use_threads(threads)
         store, embedder = BlockStore.open(corpus), load_embedder(model)
-        embedder = with_words(embedder, words_in(model, store, embedder.config))
+        embedder = with_words(embedder, words_in(model, store, embedder.config)).to(place)
         with bars(console) as add:
             see = add("encoding", len(store), "blocks")
             identity = build_index(embedder, store, out, dtype=DTYPES[dtype.value], report=see)
@@ -142,11 +143,14 @@ def finetune(
     length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
     precision: Annotated[Precision, typer.Option(help="bfloat16 is autocast.")] = Precision.float32,
     seed: Annotated[int, typer.Option(help="Draws the span head, the batches and dropout.")] = 0,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
+    timeout: Timeout = 1800,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 100,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write its files beside metrics.jsonl.")
     ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
     config: ConfigFile = None,
 ) -> None:
     r"""Fine-tune the embedder of questions and the reader; the index is fixed.
@@ -166,9 +170,8 @@ def finetune(
         from ..ranks import Ranks
         from ..report import tensorboard_of
 
-        ranks = Ranks.join()
-        console.quiet = ranks.rank > 0
-
+        place = join(device, timeout).device
+        ranks = Ranks.current()
         settings = FinetuneConfig(
             model=str(model),
             corpus=str(corpus),
@@ -194,7 +197,7 @@ def finetune(
                 sinks = [lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}")]
                 if tensorboard and ranks.rank == 0:
                     sinks.append(stack.enter_context(tensorboard_of(out / "tensorboard", {"finetune": 0})))
-                run(settings, out, lambda record: [sink(record) for sink in sinks])
+                run(settings, out, lambda record: [sink(record) for sink in sinks], fresh, place)
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
             raise typer.Exit(130) from None
@@ -220,6 +223,7 @@ def evaluate(
     regex: Regex = False,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
     length: Length = None,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
@@ -234,20 +238,20 @@ def evaluate(
             --bm25 --out tuned.json
     """
     with one_clear_line():
-        import torch
-
+        from ..machine import device_named, use_threads
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
         from ..openqa.evaluate import evaluate as evaluate_model
         from ..openqa.evaluate import evaluate_bm25
         from ..openqa.questions import read_questions
 
-        torch.set_num_threads(threads)
+        use_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
         asked: list[Question] = list(read_questions(questions, is_regex=regex))
         if not out.parent.is_dir():
             raise ValueError(f"cannot write {out}: {out.parent} is no folder")
-        parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
+        beams = Beams(reader=reader_beam, length=length)
+        parts = open_openqa(model, corpus, index, beams, device_named(device.value))
         own: list[dict[str, Any]] = []
         if bm25:
             if parts.store is None:
@@ -268,6 +272,7 @@ def answer(
     index: MaybeIndex = None,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
     length: Length = None,
+    device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
@@ -281,13 +286,13 @@ def answer(
         realm-model answer "Who wrote Hamlet?" --model tuned
     """
     with one_clear_line():
-        import torch
-
+        from ..machine import device_named, use_threads
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
 
-        torch.set_num_threads(threads)
-        parts = open_openqa(model, corpus, index, Beams(reader=reader_beam, length=length))
+        use_threads(threads)
+        beams = Beams(reader=reader_beam, length=length)
+        parts = open_openqa(model, corpus, index, beams, device_named(device.value))
         if not parts.can_read:
             raise ValueError(f"{model} has no reader that was trained to answer: fine-tune it first")
 

@@ -11,9 +11,9 @@ import typer
 
 from ..config import RunConfig, StageConfig
 from ..config import preset as preset_named
-from .common import ConfigFile, RunFile, console, one_clear_line, with_file
+from .common import ConfigFile, Device, DeviceName, RunFile, Timeout, console, join, one_clear_line, with_file
 from .progress import Bars, See, bars
-from .training import MaybeMasks, MaybeMode, MaybeRefresh, drop_run, train, with_choices
+from .training import MaybeMasks, MaybeMode, MaybeRefresh, RefreshRanks, train, with_choices
 
 
 class Preset(str, Enum):
@@ -89,8 +89,10 @@ def ict(
     steps: Steps = None,
     batch: Batch = None,
     bfloat16: Bfloat16 = False,
+    device: DeviceName = Device.auto,
     seed: Seed = 0,
     threads: Threads = 2,
+    timeout: Timeout = 1800,
     tensorboard: TensorBoard = False,
     fresh: Fresh = False,
     config: RunFile = None,
@@ -106,9 +108,7 @@ def ict(
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
         run = replace(run, ict=_stage(run.ict, steps, batch))
-        if fresh:
-            drop_run(out)
-        train(run, out, last="ict", tensorboard=tensorboard)
+        train(run, out, join(device, timeout), "ict", tensorboard, fresh)
 
 
 def pretrain(
@@ -123,9 +123,12 @@ def pretrain(
     mode: MaybeMode = None,
     masks: MaybeMasks = None,
     refresh: MaybeRefresh = None,
+    refresh_ranks: RefreshRanks = 0,
     bfloat16: Bfloat16 = False,
+    device: DeviceName = Device.auto,
     seed: Seed = 0,
     threads: Threads = 2,
+    timeout: Timeout = 1800,
     tensorboard: TensorBoard = False,
     fresh: Fresh = False,
     config: RunFile = None,
@@ -134,7 +137,8 @@ def pretrain(
     an index refreshed in the background. --steps, --batch and --accumulate are of the last.
 
     Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
-    run that was stopped.
+    run that was stopped. Under torchrun the ranks share every batch, and --refresh-ranks of them embed the
+    documents instead: `torchrun --nproc-per-node 4 -m realm_model pretrain --refresh-ranks 2 ...`
 
     Example:
 
@@ -142,12 +146,12 @@ def pretrain(
     """
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
-        marginal = with_choices(run.marginal, mode, masks, refresh)
+        run = with_choices(run, mode, masks, refresh)
         realm = _stage(run.realm, steps, batch)
-        realm = replace(realm, accumulate=accumulate or realm.accumulate)
-        if fresh:
-            drop_run(out)
-        train(replace(run, marginal=marginal, realm=realm), out, tensorboard=tensorboard)
+        run = replace(
+            run, realm=replace(realm, accumulate=realm.accumulate if accumulate is None else accumulate)
+        )
+        train(run, out, join(device, timeout, refresh_ranks), "realm", tensorboard, fresh)
 
 
 class _Reading:
@@ -201,4 +205,7 @@ def _configure(
 
 
 def _stage(config: StageConfig, steps: int | None, batch: int | None) -> StageConfig:
-    return replace(config, steps=steps or config.steps, batch=batch or config.batch)
+    steps, batch = (
+        own if given is None else given for given, own in ((steps, config.steps), (batch, config.batch))
+    )
+    return replace(config, steps=steps, batch=batch)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
 
-from ..config import RealmConfig, RunConfig
+from ..config import RunConfig, with_masks
 from .common import console
 from .progress import Bars, See, bars
+
+if TYPE_CHECKING:
+    from ..machine import Machine
 
 
 class Mode(str, Enum):
@@ -35,6 +37,11 @@ class Refresh(str, Enum):
     asynchronous = "async"
 
 
+RefreshRanks = Annotated[
+    int, typer.Option(help="Ranks of the torchrun job, its last ones, that embed documents and do not train.")
+]
+
+
 # None leaves what the preset or the configuration file says.
 MaybeMode = Annotated[
     Mode | None, typer.Option(help="The marginal of the paper (the default), or of the released code.")
@@ -46,20 +53,28 @@ MaybeRefresh = Annotated[
 
 
 def with_choices(
-    config: RealmConfig, mode: Mode | None, masks: Masks | None, refresh: Refresh | None
-) -> RealmConfig:
-    given = {"mode": mode, "masks": masks, "refresh": refresh}
-    return replace(config, **{name: choice.value for name, choice in given.items() if choice is not None})
+    config: RunConfig, mode: Mode | None, masks: Masks | None, refresh: Refresh | None
+) -> RunConfig:
+    given = {"mode": mode, "refresh": refresh}
+    chosen = {name: choice.value for name, choice in given.items() if choice is not None}
+    config = replace(config, marginal=replace(config.marginal, **chosen))
+    return config if masks is None else with_masks(config, masks.value)
 
 
-def train(config: RunConfig, out: Path, last: str = "realm", tensorboard: bool = False) -> None:
+def train(
+    config: RunConfig,
+    out: Path,
+    machine: Machine,
+    last: str = "realm",
+    tensorboard: bool = False,
+    fresh: bool = False,
+) -> None:
     """Pre-train into a run folder up to stage `last`, with progress; write the plots."""
     from .. import report
     from ..pretrain import pretrain
     from ..ranks import Ranks
 
-    ranks = Ranks.join()
-    console.quiet = ranks.rank > 0
+    ranks = Ranks.current()
     # A refresh that fails is the refresher's to log; the run goes on with the index it has.
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console)])
     try:
@@ -67,7 +82,7 @@ def train(config: RunConfig, out: Path, last: str = "realm", tensorboard: bool =
             sinks = [_progress(stack.enter_context(bars(console)), config)]
             if tensorboard and ranks.rank == 0:
                 sinks.append(stack.enter_context(report.tensorboard(out / "tensorboard", config)))
-            pretrain(config, out, lambda record: [sink(record) for sink in sinks], last)
+            pretrain(config, out, lambda record: [sink(record) for sink in sinks], last, fresh, machine)
     except KeyboardInterrupt:
         console.print(f"stopped; the same command goes on from the last checkpoint in {out}")
         raise typer.Exit(130) from None
@@ -104,12 +119,3 @@ def _progress(add: Bars, config: RunConfig) -> Callable[[dict[str, Any]], None]:
         stages[stage](record["step"] + 1, f"loss {losses[stage]:.3f}{age}")
 
     return see
-
-
-def drop_run(out: Path) -> None:
-    """Remove a run folder; nothing that is not one."""
-    if not out.exists():
-        return
-    if any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(f"{out} is not a run folder: it has no config.json, so --fresh leaves it alone")
-    shutil.rmtree(out)

@@ -11,9 +11,19 @@ from typing import Annotated
 import typer
 
 from ..config import preset
-from .common import ConfigFile, RunFile, console, one_clear_line, with_file
+from .common import (
+    ConfigFile,
+    Device,
+    DeviceName,
+    RunFile,
+    Timeout,
+    console,
+    join,
+    one_clear_line,
+    with_file,
+)
 from .prompt import ask, readable
-from .training import MaybeMasks, MaybeMode, MaybeRefresh, drop_run, train, with_choices
+from .training import MaybeMasks, MaybeMode, MaybeRefresh, RefreshRanks, train, with_choices
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -38,7 +48,17 @@ def pretrain(
     mode: MaybeMode = None,
     masks: MaybeMasks = None,
     refresh: MaybeRefresh = None,
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps; with more than the run has, the index stays as it began."),
+    ] = None,
+    frozen_retriever: Annotated[
+        bool, typer.Option("--frozen-retriever", help="REALM trains the reader alone: an ablation.")
+    ] = False,
+    refresh_ranks: RefreshRanks = 0,
+    device: DeviceName = Device.auto,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    timeout: Timeout = 1800,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
     config: RunFile = None,
 ) -> None:
@@ -56,14 +76,17 @@ def pretrain(
         run = with_file(context, preset(world.value, None if data is None else str(data)))
         if data is not None:
             run = replace(run, world=replace(run.world, data=str(data)))
-        marginal = with_choices(run.marginal, mode, masks, refresh)
-        if fresh:
-            drop_run(out)
-        train(replace(run, seed=seed, threads=threads, marginal=marginal), out)
+        run = with_choices(run, mode, masks, refresh)
+        if refresh_every is not None:
+            run = replace(run, marginal=replace(run.marginal, refresh_every=refresh_every))
+        if frozen_retriever:
+            run = replace(run, realm=replace(run.realm, retriever_lr=0.0))
+        run = replace(run, seed=seed, threads=threads)
+        train(run, out, join(device, timeout, refresh_ranks), fresh=fresh)
 
 
 @app.command()
-def evaluate(run: RunFolder, config: ConfigFile = None) -> None:
+def evaluate(run: RunFolder, device: DeviceName = Device.auto, config: ConfigFile = None) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
@@ -77,9 +100,10 @@ def evaluate(run: RunFolder, config: ConfigFile = None) -> None:
     with one_clear_line():
         from .. import report
         from ..evaluate import evaluate as evaluate_model
+        from ..machine import device_named
         from ..pretrain import load_run
 
-        setting, model = load_run(run)
+        setting, model = load_run(run, device_named(device.value))
         with console.status("evaluating"):
             result = evaluate_model(model, setting.corpus, setting.config.marginal, setting.corpus.held_out)
         (run / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -95,6 +119,7 @@ def evaluate(run: RunFolder, config: ConfigFile = None) -> None:
 def swap(
     run: RunFolder,
     seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1,
+    device: DeviceName = Device.auto,
     config: ConfigFile = None,
 ) -> None:
     """Swap the facts of the corpus, make the index again, train nothing: do the answers follow (Appendix C)?
@@ -107,10 +132,11 @@ def swap(
     """
     with one_clear_line():
         from .. import report
+        from ..machine import device_named
         from ..pretrain import load_run
         from ..swap import corpus_swap
 
-        setting, model = load_run(run)
+        setting, model = load_run(run, device_named(device.value))
         with console.status("evaluating"):
             swaps = corpus_swap(setting, model, seed)
         values = {
@@ -128,6 +154,7 @@ def answer(
         typer.Argument(help="A sentence with [MASK] for the answer. Without one the command is a prompt."),
     ] = None,
     run: RunFolder = Path("runs/demo"),
+    device: DeviceName = Device.auto,
     config: ConfigFile = None,
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
@@ -142,9 +169,10 @@ def answer(
         from .. import report
         from ..answer import answer as answer_question
         from ..evaluate import build_table
+        from ..machine import device_named
         from ..pretrain import load_run
 
-        setting, model = load_run(run)
+        setting, model = load_run(run, device_named(device.value))
         with console.status("building the index"):
             table = build_table(model, setting.corpus.documents)
 

@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
+import torch
+
 from ..corpus.store import BlockStore
+from ..machine import CPU
 from ..published import OpenQA
+from ..run_folder import is_run
 from .folder import (
     has_reader,
     index_identity,
@@ -95,7 +99,14 @@ class BlockTexts(Sequence[bytes]):
         return self.store.text(index)
 
 
-def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, seed: int = 0) -> Parts:
+def assemble(
+    model: Path,
+    corpus: Path,
+    index: Path,
+    beams: Beams = RELEASED,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> Parts:
     """Open the three folders and make sure that they belong together.
 
     A model without a reader gets a fresh one by the seed, on its encoder where it has one. Raises ValueError
@@ -106,7 +117,7 @@ def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, se
     reader = load_reader(model, seed, embedder.config)
     words = words_in(model, store, embedder.config)
     embedder, reader = with_words(embedder, words), with_words(reader, words)
-    table, identity = open_index(index)
+    table, identity = open_index(index, device=device)
     identity.require(index, index_identity(model, store, embedder), corpus, model)
     for name in _SHARED:
         own, other = getattr(embedder.config, name), getattr(reader.config, name)
@@ -126,10 +137,16 @@ def assemble(model: Path, corpus: Path, index: Path, beams: Beams = RELEASED, se
     qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
     # A twin embedder serves as the published one does.
     qa.embedder, qa.reader = embedder, reader
-    return Parts(qa.eval(), has_reader(model), identity, store)
+    return Parts(qa.eval().to(device), has_reader(model), identity, store)
 
 
-def open_openqa(model: Path, corpus: Path | None, index: Path | None, beams: Beams = RELEASED) -> Parts:
+def open_openqa(
+    model: Path,
+    corpus: Path | None,
+    index: Path | None,
+    beams: Beams = RELEASED,
+    device: torch.device = CPU,
+) -> Parts:
     """assemble(). Where neither is given, the corpus and the index of a run of fine-tuning, or the blocks and
     the index of a whole published Open-QA.
     """
@@ -138,5 +155,7 @@ def open_openqa(model: Path, corpus: Path | None, index: Path | None, beams: Bea
     if corpus is None or index is None:
         corpus, index = tuned_with(model)
     if corpus is None or index is None:
-        return Parts(OpenQA.from_pretrained(model), can_read=True)
-    return assemble(model, corpus, index, beams)
+        if is_run(model):
+            raise ValueError(f"{model} is a run without a corpus and an index: name --corpus and --index")
+        return Parts(OpenQA.from_pretrained(model).to(device), can_read=True)
+    return assemble(model, corpus, index, beams, device=device)

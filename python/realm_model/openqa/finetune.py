@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 
 from .. import checkpoints
+from ..machine import CPU
 from ..optimizer import ReleasedAdamW
-from ..pretrain import MetricsLog, Record
 from ..published.openqa import HasAnswer
 from ..ranks import Ranks
 from ..reader import Form
+from ..run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own
 from .assemble import Beams, Parts, assemble
 from .folder import save_tuned
 from .questions import Question, read_questions
@@ -138,27 +139,29 @@ class Finetuner:
         return torch.randperm(len(self.questions), generator=generator).tolist()
 
 
-def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], object]) -> None:
+def finetune(
+    config: FinetuneConfig,
+    out: Path,
+    report: Callable[[Record], object],
+    fresh: bool = False,
+    device: torch.device = CPU,
+) -> None:
     """Fine-tune into the run folder `out`, from its last checkpoint where it has one.
+
+    fresh: drop the run that it holds, once this one can begin.
 
     Writes config.json, metrics.jsonl, checkpoints/ and, at the end, the model: embedder/, reader/ and
     index.json. In a process group all ranks call it: they train together, and rank 0 alone writes and
     reports. Raises ValueError for bad options, folders that do not belong together, a run folder that is
-    another run's, and damaged files, before anything is written.
+    another run's, and damaged files, before anything is written; LostRankError where another rank is lost.
     """
-    config.check()
-    questions = list(read_questions(config.questions))
-    beams = Beams(config.searcher_beam, config.reader_beam, config.length)
-    parts = assemble(Path(config.model), Path(config.corpus), Path(config.index), beams, config.seed)
-    parts.check(questions)
-    checkpoint = checkpoints.resume(out / "checkpoints")
-    tuner = Finetuner(config, parts, questions)
+    ranks = Ranks.current()
+    tuner, checkpoint = ranks.together(lambda: _open(config, out, fresh, device))
     log = None
     try:
-        if tuner.ranks.rank == 0:
-            _claim(config, parts, out)
-            log = MetricsLog(out / "metrics.jsonl")
-            log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+        log = ranks.together(
+            lambda: _claim(config, tuner.parts, out, checkpoint, fresh) if ranks.rank == 0 else None
+        )
         if checkpoint is not None:
             tuner.load_state_dict(checkpoint.state)
         while tuner.step < config.steps:
@@ -169,28 +172,49 @@ def finetune(config: FinetuneConfig, out: Path, report: Callable[[Record], objec
             report(record)
             if tuner.step % config.checkpoint_every == 0 or tuner.step == config.steps:
                 state = tuner.state_dict() | {"metrics_bytes": log.size()}
-                saved = checkpoints.Checkpoint(state, parts.model.tokenizer)
-                checkpoints.save(out / "checkpoints", tuner.step, saved)
+                saved = checkpoints.Checkpoint(state, tuner.model.tokenizer)
+                checkpoints.save(out / CHECKPOINTS, tuner.step, saved)
     finally:
         if log is not None:
             log.close()
-    if tuner.ranks.rank == 0:
-        assert parts.identity is not None
-        save_tuned(parts.model, parts.identity, out)
+    if ranks.rank == 0:
+        assert tuner.parts.identity is not None
+        save_tuned(tuner.model, tuner.parts.identity, out)
 
 
-def _claim(config: FinetuneConfig, parts: Parts, out: Path) -> None:
-    """Write config.json; where one is, it must be the same, of the same index."""
+def _open(
+    config: FinetuneConfig, out: Path, fresh: bool, device: torch.device
+) -> tuple[Finetuner, checkpoints.Checkpoint | None]:
+    config.check()
+    require_own(out, fresh)
+    questions = list(read_questions(config.questions))
+    beams = Beams(config.searcher_beam, config.reader_beam, config.length)
+    model, corpus, index = (Path(path) for path in (config.model, config.corpus, config.index))
+    parts = assemble(model, corpus, index, beams, config.seed, device)
+    parts.check(questions)
+    if not fresh and (out / CONFIG).exists():
+        _require_same(_values(config, parts), out / CONFIG)
+    return Finetuner(config, parts, questions), None if fresh else checkpoints.resume(out / CHECKPOINTS)
+
+
+def _values(config: FinetuneConfig, parts: Parts) -> dict[str, Any]:
+    """What config.json holds: the configuration, and of which index it is."""
     assert parts.identity is not None
-    values = asdict(config) | {"fingerprints": asdict(parts.identity)}
-    path = out / "config.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write the run folder {out}: {error.strerror}") from error
-    if not path.exists():
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        return
+    return asdict(config) | {"fingerprints": asdict(parts.identity)}
+
+
+def _claim(
+    config: FinetuneConfig, parts: Parts, out: Path, checkpoint: checkpoints.Checkpoint | None, fresh: bool
+) -> MetricsLog:
+    """Make the folder and write config.json. The metrics, as they were at the checkpoint."""
+    begin(out, fresh)
+    (out / CONFIG).write_text(json.dumps(_values(config, parts), indent=2) + "\n", encoding="utf-8")
+    log = MetricsLog(out / METRICS)
+    log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+    return log
+
+
+def _require_same(values: dict[str, Any], path: Path) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -198,6 +222,6 @@ def _claim(config: FinetuneConfig, parts: Parts, out: Path) -> None:
     different = [name for name in values if not isinstance(found, dict) or found.get(name) != values[name]]
     if different:
         raise ValueError(
-            f"{out} holds a run with another configuration ({', '.join(different)}): choose another "
-            f"folder, or start afresh"
+            f"{path.parent} holds a run with another configuration ({', '.join(different)}): choose another "
+            f"folder, or start afresh (--fresh)"
         )

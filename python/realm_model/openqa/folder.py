@@ -26,6 +26,7 @@ from ..published.config import CONFIG
 from ..published.files import fill, read_weights
 from ..published.models import Published
 from ..published.tokenizer import TOKENIZER, VOCABULARY, read_tokenizer, vocabulary_rows, write_tokenizer
+from ..run_folder import CHECKPOINTS, is_run
 from .index import AnyEmbedder, Identity, fingerprint, require_vocabulary
 from .twin import TwinEmbedder, published_config
 
@@ -41,7 +42,7 @@ _BY_WORD = (".word_embeddings.weight", ".predictions.decoder.weight", ".predicti
 
 def load_embedder(directory: Path) -> AnyEmbedder:
     """In evaluation mode. Raises ValueError where the directory has none."""
-    if _is_run(directory):
+    if is_run(directory):
         realm, tokenizer = _load_run(directory)
         model = read_config(directory).model
         return TwinEmbedder.of(realm, model, tokenizer.get_vocab_size()).eval()
@@ -57,7 +58,7 @@ def load_reader(directory: Path, seed: int, otherwise: PublishedConfig) -> Reade
     """In evaluation mode. Of a knowledge-augmented encoder, with a fresh span head by the seed; where the
     directory has neither, a fresh reader by the seed and the sizes of `otherwise`.
     """
-    if _is_run(directory):
+    if is_run(directory):
         realm, tokenizer = _load_run(directory)
         config = published_config(read_config(directory).model, tokenizer.get_vocab_size(), of_reader=True)
         weights = {
@@ -79,7 +80,7 @@ def load_reader(directory: Path, seed: int, otherwise: PublishedConfig) -> Reade
 
 def has_reader(directory: Path) -> bool:
     """Whether load_reader gives one that was trained to read answers."""
-    if _is_run(directory):
+    if is_run(directory):
         return False
     if any((directory / name).is_dir() for name in (EMBEDDER, ENCODER, READER)):
         return (directory / READER).is_dir()
@@ -136,7 +137,7 @@ def words_in(directory: Path, store: BlockStore, config: PublishedConfig) -> Ten
     Raises ValueError where the model lacks words, or where its embedder and its reader have different ones.
     """
     require_vocabulary(config.vocab_size, store)
-    own = [_load_run(directory)[1]] if _is_run(directory) else []
+    own = [_load_run(directory)[1]] if is_run(directory) else []
     for folder in (directory, *(directory / name for name in (EMBEDDER, ENCODER, READER))):
         if (folder / VOCABULARY).is_file() or (folder / TOKENIZER).is_file():
             own.append(read_tokenizer(folder, config.vocab_size))
@@ -157,18 +158,13 @@ def with_words(model: P, rows: Tensor | None) -> P:
     return other.train(model.training)
 
 
-def _is_run(directory: Path) -> bool:
-    """A run folder of pre-training."""
-    return (directory / "checkpoints").is_dir() and not (directory / EMBEDDER).is_dir()
-
-
 def _load_run(directory: Path) -> tuple[Realm, Tokenizer]:
     """The model of a run's last checkpoint and its vocabulary; its corpus is not opened."""
-    config, checkpoint = read_config(directory), checkpoints.load(directory / "checkpoints")
+    config, checkpoint = read_config(directory), checkpoints.load(directory / CHECKPOINTS)
     if checkpoint is None:
         raise ValueError(f"{directory} has no checkpoint yet")
     realm = Realm(config.model, checkpoint.tokenizer.get_vocab_size())
-    realm.load_state_dict(checkpoint.state["model"])
+    checkpoint.fill(realm)
     return realm, checkpoint.tokenizer
 
 

@@ -92,9 +92,10 @@ def build_index(
     report sees the number of blocks encoded so far. Blocks longer than the embedder's document_length
     lose their end.
     An index that is there already is replaced. Raises ValueError where the vocabulary is larger than the
-    embedder's, OSError where the disk is full.
+    embedder's or `out` holds something else, OSError where the disk is full.
     """
     require_vocabulary(embedder.config.vocab_size, store)
+    _require_own(out)
     identity = Identity(store.fingerprint, fingerprint(embedder))
     was_training = embedder.training
     embedder.eval()
@@ -115,7 +116,7 @@ def build_index(
     return identity
 
 
-def open_index(path: Path, *, device: str = "cpu") -> tuple[rk.ShardedTable, Identity]:
+def open_index(path: Path, *, device: str | torch.device = "cpu") -> tuple[rk.ShardedTable, Identity]:
     """The table and whose it is. Raises ValueError or OSError where one of them is missing or damaged."""
     table = rk.ShardedTable.open(path, device=device)
     return table, Identity.read(_identity_path(path, table.version))
@@ -140,6 +141,16 @@ def require_vocabulary(size: int, store: BlockStore) -> None:
         raise ValueError(
             f"the corpus {store.directory} has a vocabulary of {found} wordpieces, the model only {size}"
         )
+
+
+def _require_own(out: Path) -> None:
+    """Raise ValueError where `out` is a folder of something else than an index."""
+    if not out.is_dir():
+        return
+    ours = ("shard-", "identity-", "manifest.json", ".")
+    other = next((path.name for path in sorted(out.iterdir()) if not path.name.startswith(ours)), None)
+    if other is not None:
+        raise ValueError(f"{out} is not an index: it holds {other}, so it is left alone: choose a new folder")
 
 
 def _identity_path(index: Path, version: int) -> Path:
