@@ -38,8 +38,8 @@ def call(monkeypatch):
     )
     runner = CliRunner()
 
-    def invoke(*arguments):
-        return runner.invoke(app, [str(argument) for argument in arguments])
+    def invoke(*arguments, **more):
+        return runner.invoke(app, [str(argument) for argument in arguments], **more)
 
     return invoke
 
@@ -49,15 +49,6 @@ def one_line(result):
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
-
-
-@pytest.mark.parametrize(
-    "command", ["world pretrain", "world evaluate", "world swap", "world answer", "convert"]
-)
-def test_every_command_shows_an_example(call, command):
-    result = call(*command.split(), "--help")
-    assert result.exit_code == 0
-    assert f"realm-model {command}" in re.sub(r"\s+", " ", result.stdout)
 
 
 def test_a_run_from_pretrain_to_answer(call, tmp_path):
@@ -82,8 +73,53 @@ def test_a_run_from_pretrain_to_answer(call, tmp_path):
     assert "after: the new object" in result.stdout
     assert 0 <= json.loads((run / "swap.json").read_text())["held-out subjects"]["stays"]["accuracy"] <= 1
 
+    result = call("world", "answer", "--run", run, input=f"\nno mask here\n{question}\n")
+    assert result.exit_code == 0 and result.stdout.count("(null document)") == 1
+    assert "must hold [MASK]" in result.stderr
+
     assert "must hold [MASK]" in one_line(call("world", "answer", "no mask here", "--run", run))
     assert "another configuration" in one_line(call("world", "pretrain", "--out", run, "--seed", 5))
+
+
+def test_the_configuration_of_a_run_makes_another_one_like_it_but_for_the_flags(call, tmp_path):
+    given = tmp_path / "given.json"
+    parts = {"seed": 3, "world": {"subjects": 9}, "model": {"hidden": 24}, "marginal": {"mode": "token"}}
+    given.write_text(json.dumps(parts | {"checkpoint_every": 2}))
+    result = call("world", "pretrain", "--config", given, "--out", tmp_path / "a", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["seed"], config["world"]["subjects"], config["model"]["hidden"]) == (3, 9, 24)
+    assert config["marginal"]["mode"] == "token" and config["checkpoint_every"] == 2
+    again = ["world", "pretrain", "--config", tmp_path / "a" / "config.json"]
+    assert call(*again, "--out", tmp_path / "b").exit_code == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == config
+    assert call(*again, "--out", tmp_path / "c", "--mode", "sequence", "--seed", 4).exit_code == 0
+    other = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert other["marginal"].pop("mode") == "sequence" and other.pop("seed") == 4
+    del config["marginal"]["mode"], config["seed"]
+    assert other == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "pretrain has no option 'stepz': "),
+        ({"model": {"hiden": 3}}, "model has no 'hiden': it has vocab_size, hidden, "),
+        ({"model": {"hidden": "3"}}, "model: hidden must be an integer, got '3'"),
+        ({"model": {"hidden": True}}, "model: hidden must be an integer, got True"),
+        ({"model": 3}, "model must be an object, got 3"),
+        ({"realm": {"warmup": "long"}}, "realm: warmup must be a number, got 'long'"),
+        ({"marginal": {"mode": "x"}}, "marginal: mode must be 'sequence' or 'token', got 'x'"),
+        ({"world": {"data": 1}}, "world: data must be a text or null, got 1"),
+        ([], "must hold a JSON object, got a list"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_one_line(call, tmp_path, values, message):
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps(values))
+    line = one_line(call("world", "pretrain", "--config", path, "--out", tmp_path / "run"))
+    assert message in line and str(path) in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_data_folder_is_one_line_and_leaves_nothing_behind(call, tmp_path):

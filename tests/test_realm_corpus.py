@@ -1,6 +1,8 @@
 """Laws of a corpus: read, split, tagged, packed, stored; and one clear line for whatever is wrong with it."""
 
+import gzip
 import json
+import sys
 import tracemalloc
 
 import numpy as np
@@ -13,7 +15,7 @@ from realm_model.config import ModelConfig, TextConfig
 from realm_model.corpus import BlockStore, Document, build_corpus, read_documents
 from realm_model.corpus.build import pack_sentences
 from realm_model.corpus.documents import MAX_LINE_BYTES, read_files
-from realm_model.corpus.sentences import capitalised, salient_spans, sentences
+from realm_model.corpus.sentences import capitalised, salient_spans, sentences, tagger_named
 from realm_model.corpus.statements import prepare_text
 from realm_model.ragged import Ragged
 
@@ -122,6 +124,28 @@ def test_given_spans_go_before_the_tagger(tmp_path):
     assert len(store.spans(0)) == 1
 
 
+def test_a_pipeline_of_spacy_names_the_entities(tmp_path):
+    spacy = pytest.importorskip("spacy")
+    pipeline = spacy.blank("en")
+    patterns = (("PERSON", "Ada Lovelace"), ("CARDINAL", "three"), ("DATE", "May 1843"))
+    ruler = pipeline.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": label, "pattern": pattern} for label, pattern in patterns])
+    pipeline.to_disk(tmp_path / "pipeline")
+    tagger = tagger_named(f"spacy:{tmp_path / 'pipeline'}")
+    text = "Ada Lovelace wrote three notes in London in May 1843."
+    assert words(text, salient_spans(text, tagger)) == ["Ada Lovelace", "May 1843"]
+    with pytest.raises(ValueError, match="the tagger spacy:nowhere needs that pipeline: .*nowhere"):
+        tagger_named("spacy:nowhere")
+
+
+def test_a_tagger_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match="spacy:en needs spaCy, which is not installed"):
+        tagger_named("spacy:en")
+    with pytest.raises(ValueError, match="tagger must be rules, dates or spacy:PIPELINE, got 'none'"):
+        tagger_named("none")
+
+
 def test_equal_documents_make_equal_stores_and_other_text_another_fingerprint(tmp_path):
     one, two, other = (
         build_corpus([document(0, text)], tmp_path / name, vocabulary_size=90)
@@ -134,14 +158,16 @@ def test_equal_documents_make_equal_stores_and_other_text_another_fingerprint(tm
 
 def test_the_three_forms_of_files_are_read(tmp_path):
     (tmp_path / "a.tsv").write_text('id\ttext\ttitle\n1\t"A ""big"" cat."\tCats\n', encoding="utf-8")
+    (tmp_path / "psgs_w100.tsv.gz").write_bytes(gzip.compress((tmp_path / "a.tsv").read_bytes()))
     (tmp_path / "b.tsv").write_text('1\tCats\t"Big," he said.\r\n', encoding="utf-8")
     squad = {"data": [{"title": "Big_cats", "paragraphs": [{"context": "One."}, {"context": "Two."}]}]}
     (tmp_path / "c.json").write_text(json.dumps(squad))
     found = [
         [(d.id, d.title, d.text) for d in read_documents(tmp_path / name)]
-        for name in ("a.tsv", "b.tsv", "c.json")
+        for name in ("a.tsv", "psgs_w100.tsv.gz", "b.tsv", "c.json")
     ]
     assert found == [
+        [("1", "Cats", 'A "big" cat.')],
         [("1", "Cats", 'A "big" cat.')],
         [("1", "Cats", '"Big," he said.')],
         [("Big cats#0", "Big cats", "One."), ("Big cats#1", "Big cats", "Two.")],
@@ -177,6 +203,8 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         ("a.jsonl", b"", "there must be at least one document, got none"),
         ("a.tsv", b"1\tRome\n", "line 1: must have 3 columns, id, title, text, got 2"),
         ("a.json", b'{"data": [{"title": "x"}]}', "must be SQuAD's data, title, paragraphs, context"),
+        ("a.jsonl.gz", gzip.compress(GOOD)[:-9], "cannot read .*a.jsonl.gz: Compressed file ended"),
+        ("a.jsonl.gz", GOOD, "cannot read .*a.jsonl.gz: Not a gzipped file"),
         ("a.txt", GOOD, r"must end in .jsonl, .tsv, .json"),
     ],
     ids=[
@@ -191,6 +219,8 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         "none",
         "tsv",
         "squad",
+        "gzip",
+        "no gzip",
         "suffix",
     ],
 )

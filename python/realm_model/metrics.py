@@ -41,15 +41,18 @@ def f1(prediction: str, references: Sequence[str]) -> float:
     )
 
 
-def regex_match(prediction: str, patterns: Sequence[str]) -> bool:
-    """CuratedTREC: whether a pattern matches at the prediction's start; nothing is normalised.
+def regex_match(text: str, patterns: Sequence[str], *, anchored: bool = True) -> bool:
+    """CuratedTREC: whether a pattern matches at the text's start, or, not anchored, anywhere; nothing is
+    normalised.
 
-    Case is ignored and ^ and $ match at each line, as in the released code, where a pattern that is no
-    regular expression never matches. Here it is a ValueError: such a data set is damaged.
+    Case is ignored and ^ and $ match at each line, as in the released code, where predictions are matched at
+    the start, and where a pattern that is no regular expression never matches. Here it is a ValueError: such
+    a data set is damaged.
     """
+    match = re.match if anchored else re.search
     for pattern in patterns:
         try:
-            if re.match(pattern, prediction, re.IGNORECASE | re.MULTILINE):
+            if match(pattern, text, re.IGNORECASE | re.MULTILINE):
                 return True
         except re.error as error:
             raise ValueError(f"regex_match: {pattern!r} is no regular expression: {error}") from error

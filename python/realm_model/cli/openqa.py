@@ -32,6 +32,10 @@ Questions = Annotated[
     Path, typer.Option("--questions", help="JSON lines (question, answers or answer), or a SQuAD file.")
 ]
 Regex = Annotated[bool, typer.Option("--regex", help="Answers are regular expressions, as CuratedTREC's.")]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Of question and block together, in wordpieces; else as it was tuned, or 320."),
+]
 Threads = Annotated[int, typer.Option(help="Of torch.")]
 
 
@@ -63,7 +67,9 @@ def index(
 
     The index knows by fingerprint whose it is; another corpus or another model is refused.
 
-    Example: `realm-model index --corpus runs/squad/corpus --model runs/squad/ict --out runs/squad/ict-index`
+    Example:
+
+        realm-model index --corpus wiki --model realm --out index
     """
     with one_clear_line():
         from ..corpus import BlockStore
@@ -96,7 +102,11 @@ def split(
 ) -> None:
     """Split questions by the article (the title of their document) that they are about.
 
-    Example: `realm-model split --corpus runs/squad/corpus --questions questions.jsonl --out runs/squad`
+    No article gives questions to both sides: what is held out was not seen in training.
+
+    Example:
+
+        realm-model split --corpus wiki --questions questions.jsonl --out .
     """
     with one_clear_line():
         from ..corpus import BlockStore
@@ -143,13 +153,15 @@ def finetune(
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
     config: ConfigFile = None,
 ) -> None:
-    """Fine-tune the embedder of questions and the reader; the index is fixed.
+    r"""Fine-tune the embedder of questions and the reader; the index is fixed.
 
     Writes config.json, metrics.jsonl, checkpoints and at the end the model and plots into the run folder. The
     same command continues a run that was stopped. Under torchrun the ranks share every batch.
 
-    Example: `realm-model finetune --corpus runs/squad/corpus --model runs/squad/pretrained
-    --index runs/squad/index --questions runs/squad/train.jsonl --out runs/squad/tuned`
+    Example:
+
+        realm-model finetune --corpus wiki --model realm --index index \
+            --questions train.jsonl --out tuned --lr 5e-4 --steps 150
     """
     with one_clear_line():
         from ..openqa import report
@@ -210,15 +222,20 @@ def evaluate(
     bm25: Annotated[bool, typer.Option("--bm25", help="BM25's recall too (needs bm25s).")] = False,
     regex: Regex = False,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
-    length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
+    length: Length = None,
     device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
-    """Recall@1, 5, 20 and 100, and exact match and F1 where the model was fine-tuned: a table and JSON.
+    r"""Recall@1, 5, 20 and 100, and exact match and F1 where the model was fine-tuned: a table and JSON.
 
-    Example: `realm-model evaluate --corpus runs/squad/corpus --model runs/squad/tuned --index
-    runs/squad/index --questions runs/squad/held_out.jsonl --bm25 --out runs/squad/tuned.json`
+    recall@k: one of the top k blocks holds an answer, byte by byte. doc.@k: one of them is of the document
+    that the question names.
+
+    Example:
+
+        realm-model evaluate --model tuned --questions held_out.jsonl \
+            --bm25 --out tuned.json
     """
     with one_clear_line():
         from ..machine import device_named, use_threads
@@ -231,6 +248,8 @@ def evaluate(
         use_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
         asked: list[Question] = list(read_questions(questions, is_regex=regex))
+        if not out.parent.is_dir():
+            raise ValueError(f"cannot write {out}: {out.parent} is no folder")
         beams = Beams(reader=reader_beam, length=length)
         parts = open_openqa(model, corpus, index, beams, device_named(device.value))
         own: list[dict[str, Any]] = []
@@ -252,14 +271,19 @@ def answer(
     corpus: MaybeCorpus = None,
     index: MaybeIndex = None,
     reader_beam: Annotated[int, typer.Option(help="Blocks that are read.")] = 5,
-    length: Annotated[int, typer.Option(help="Of question and block together, in wordpieces.")] = 320,
+    length: Length = None,
     device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
 ) -> None:
     """Answer a question and show why: what was read, and what each document was worth for the answer.
 
-    Example: `realm-model answer "Who wrote Hamlet?" --model runs/squad/tuned`
+    Each has its relevance f(x,z), prior, likelihood and posterior, and its utility,
+    log p(y|z,x) - log p(y|x): above 0 it says the answer better than all that was read does.
+
+    Example:
+
+        realm-model answer "Who wrote Hamlet?" --model tuned
     """
     with one_clear_line():
         from ..machine import device_named, use_threads

@@ -67,31 +67,33 @@ def bars(console: Console) -> Iterator[Bars]:
 class _Lines:
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self.console, self.title, self.total, self.unit = console, title, total, unit
-        self.began = self.told = time.monotonic()  # told: when the last line was printed
-        self.first = self.told_done = 0
-        self.done: int | None = None
-        self.shown = ""
+        self.began = time.monotonic()
+        self.first: tuple[int, float] | None = None  # how many were done, and when: a run may go on
+        self.told = (0, 0.0)  # the same, when the last line was printed
+        self.done, self.shown = 0, ""
 
     def see(self, done: int, shown: str = "") -> None:
-        if self.done is None:
-            self.first = self.told_done = done  # a run that goes on begins here
-        self.done, self.shown = done, shown
         now = time.monotonic()
-        if now - self.told < LINE_EVERY or done == self.total:
+        if self.first is None:
+            self.first = self.told = (done, now)
+        self.done, self.shown = done, shown
+        if now - self.told[1] < LINE_EVERY or done == self.total:
             return
-        speed = (done - self.told_done) / (now - self.told)
-        left = f"{_clock((self.total - done) / speed)} left" if speed > 0 else ""
-        self._print(_rate(speed, self.unit), left)
-        self.told, self.told_done = now, done
+        speed = self._speed(self.told, now)
+        self._print(speed, f"{_clock((self.total - done) / speed)} left" if speed > 0 else "")
+        self.told = (done, now)
 
     def end(self) -> None:
-        if self.done is not None:
-            seconds = time.monotonic() - self.began
-            speed = (self.done - self.first) / max(seconds, 1e-3)
-            self._print(_rate(speed, self.unit), f"after {_clock(seconds)}")
+        if self.first is not None:
+            now = time.monotonic()
+            self._print(self._speed(self.first, now), f"after {_clock(now - self.began)}")
 
-    def _print(self, *parts: str) -> None:
-        words = [f"{self.title}: {self.done}/{self.total}", *parts[:1], self.shown, *parts[1:]]
+    def _speed(self, since: tuple[int, float], now: float) -> float:
+        return (self.done - since[0]) / max(now - since[1], 1e-3)
+
+    def _print(self, speed: float, clock: str) -> None:
+        rate = _rate(speed, self.unit) if speed > 0 else ""
+        words = (f"{self.title}: {self.done}/{self.total}", rate, self.shown, clock)
         line = "  ".join(word for word in words if word)
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

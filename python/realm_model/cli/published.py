@@ -27,7 +27,12 @@ def convert(
     """Write a published checkpoint as safetensors, its Open-QA index as a sharded table, without loading
     either.
 
-    Example: `realm-model convert realm-orqa-nq-openqa --out nq --dtype bfloat16`
+    What it writes opens by `from_pretrained` of the class that is printed; an Open-QA also in `answer` and
+    `evaluate`.
+
+    Example:
+
+        realm-model convert realm-orqa-nq-openqa --out nq --dtype bfloat16
     """
     with one_clear_line():
         from ..published import PublishedConfig

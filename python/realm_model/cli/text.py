@@ -43,7 +43,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Drop what the run folder h
 
 
 def corpus(
-    files: Annotated[list[Path], typer.Argument(help=".jsonl, .tsv or SQuAD's .json; see below.")],
+    files: Annotated[list[Path], typer.Argument(help=".jsonl, .tsv (also .gz) or SQuAD's .json; see below.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
     vocabulary: Annotated[
         Path | None, typer.Option(help="A vocab.txt or a checkpoint with one; else learned from the text.")
@@ -60,7 +60,9 @@ def corpus(
     JSON lines hold id, title, text (and spans, characters of the text, in the place of the tagger's); TSV has
     these columns, or those of its header, as psgs_w100.tsv. A bad line is named, and nothing is written.
 
-    Example: `realm-model corpus paragraphs.jsonl --out runs/squad/corpus --block 128`
+    Example:
+
+        realm-model corpus paragraphs.jsonl --out wiki --block 128
     """
     with one_clear_line():
         from ..corpus import build_corpus
@@ -99,7 +101,9 @@ def ict(
 
     The run folder serves `index` as it is, and `pretrain --from` it leaves this stage out.
 
-    Example: `realm-model ict --corpus runs/squad/corpus --out runs/squad/ict`
+    Example:
+
+        realm-model ict --corpus wiki --out ict
     """
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
@@ -136,7 +140,9 @@ def pretrain(
     run that was stopped. Under torchrun the ranks share every batch, and --refresh-ranks of them embed the
     documents instead: `torchrun --nproc-per-node 4 -m realm_model pretrain --refresh-ranks 2 ...`
 
-    Example: `realm-model pretrain --corpus runs/squad/corpus --out runs/squad/realm`
+    Example:
+
+        realm-model pretrain --corpus wiki --from ict --out realm
     """
     with one_clear_line():
         run = _configure(context, corpus, preset, start, bfloat16, seed, threads)

@@ -68,7 +68,9 @@ def pretrain(
     Writes config.json, metrics.jsonl, checkpoints and plots into the run folder. The same command continues a
     run that was stopped.
 
-    Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
+    Example:
+
+        realm-model world pretrain --out runs/demo --world easy --seed 0
     """
     with one_clear_line():
         run = with_file(context, preset(world.value, None if data is None else str(data)))
@@ -88,7 +90,12 @@ def evaluate(run: RunFolder, device: DeviceName = Device.auto, config: ConfigFil
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
-    Example: `realm-model world evaluate --run runs/demo`
+    Recall is over all documents; the utility of the top one, and its gain on the prior over the objects, are
+    in nats.
+
+    Example:
+
+        realm-model world evaluate --run runs/demo
     """
     with one_clear_line():
         from .. import report
@@ -119,7 +126,9 @@ def swap(
 
     Prints a table and writes swap.json.
 
-    Example: `realm-model world swap --run runs/demo`
+    Example:
+
+        realm-model world swap --run runs/demo
     """
     with one_clear_line():
         from .. import report
@@ -150,7 +159,11 @@ def answer(
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
 
-    Example: `realm-model world answer "Fene Zaband works as a [MASK]." --run runs/demo`
+    Utility is log p(y|z,x) - log p(y|null,x). Runs of `realm-model pretrain` on text answer too.
+
+    Example:
+
+        realm-model world answer "Fene Zaband learned [MASK] as a child."
     """
     with one_clear_line():
         from .. import report

@@ -4,11 +4,15 @@
          text, may give its salient spans
 .tsv     id, title, text; or in the order of a header, as DPR's psgs_w100.tsv has one (id, text, title)
 .json    {"data": [{"title": ..., "paragraphs": [{"context": ...}]}]}, as SQuAD's
+
+The first two may be gzipped and end in .gz.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +58,21 @@ def read_documents(path: str | Path, see: See = _unseen) -> Iterator[Document]:
     UTF-8, a line longer than 8 MiB, a field that lacks, an empty id or text, and spans outside of the text.
     """
     path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".tsv": _read_tsv, ".json": _read_squad}
-    if path.suffix not in readers:
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".tsv": _read_tsv,
+        ".json": _read_squad,
+        ".jsonl.gz": _read_jsonl,
+        ".tsv.gz": _read_tsv,
+    }
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    if suffix not in readers:
         raise ValueError(f"{path} must end in {', '.join(readers)}: the suffix tells the form")
     try:
-        yield from readers[path.suffix](path, see)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+        yield from readers[suffix](path, see)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 def read_lines(path: Path, see: See = _unseen) -> Iterator[tuple[str, str]]:
@@ -68,12 +80,12 @@ def read_lines(path: Path, see: See = _unseen) -> Iterator[tuple[str, str]]:
 
     Raises ValueError for invalid UTF-8 and for lines longer than 8 MiB.
     """
-    with path.open("rb") as file:
-        number = read = 0
+    with path.open("rb") as stored:
+        file = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
+        number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            read += len(line)
-            see(read)
+            see(stored.tell())
             where = f"{path}, line {number}"
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{where}: a line may have {MAX_LINE_BYTES} bytes, got more")

@@ -47,6 +47,7 @@ these they this those though three through throughout thus to today two under un
 we were what when where whether which while who whose why will with within without would yet you
 your
 """
+_AMOUNTS = {"CARDINAL", "ORDINAL", "QUANTITY", "PERCENT", "MONEY", "TIME"}  # labels of OntoNotes
 _NAMELESS = frozenset(_FUNCTION_WORDS.split())
 
 
@@ -102,7 +103,9 @@ def no_entities(text: str) -> list[Span]:
 
 
 def spacy_tagger(model: str) -> Tagger:
-    """Named entities by a pipeline of spaCy. Raises ValueError where it or the pipeline is not installed."""
+    """Named entities by a pipeline of spaCy, but for those that only count or measure, which the paper's
+    tagger (CoNLL-2003) does not know. Raises ValueError where it or the pipeline is not installed.
+    """
     try:
         import spacy
 
@@ -111,7 +114,11 @@ def spacy_tagger(model: str) -> Tagger:
         raise ValueError(f"the tagger spacy:{model} needs spaCy, which is not installed") from error
     except OSError as error:
         raise ValueError(f"the tagger spacy:{model} needs that pipeline: {error}".splitlines()[0]) from error
-    return lambda text: [(entity.start_char, entity.end_char) for entity in pipeline(text).ents]
+    return lambda text: [
+        (entity.start_char, entity.end_char)
+        for entity in pipeline(text).ents
+        if entity.label_ not in _AMOUNTS
+    ]
 
 
 def tagger_named(name: str) -> Tagger:

@@ -18,6 +18,7 @@ from .folder import (
     index_identity,
     load_embedder,
     load_reader,
+    tuned_length,
     tuned_with,
     with_words,
     words_in,
@@ -40,14 +41,17 @@ _SHARED = (
 class Beams:
     """How many blocks are retrieved in fine-tuning and how many are read, and how long a join may be: the
     defaults are the released ones. Each is cut to what the corpus and the model have.
+
+    length: None is that of the run of fine-tuning, or 320.
     """
 
     searcher: int = 5000
     reader: int = 5
-    length: int = 320
+    length: int | None = None
 
 
 RELEASED = Beams()
+LENGTH = 320  # of a join, as released
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,9 @@ def assemble(
         num_block_records=len(store),
         searcher_beam_size=min(beams.searcher, len(store)),
         reader_beam_size=min(beams.reader, len(store)),
-        reader_seq_len=min(beams.length, embedder.config.max_position_embeddings),
+        reader_seq_len=min(
+            beams.length or tuned_length(model) or LENGTH, embedder.config.max_position_embeddings
+        ),
     )
     qa = OpenQA(config, table, BlockTexts(store), store.tokenizer)
     # A twin embedder serves as the published one does.

@@ -24,26 +24,29 @@ class Evaluation:
     questions: int
     recall: dict[int, float]  # at k: one of the top k blocks holds an answer, byte by byte, as released
     gold: dict[int, float] | None  # at k: one of the top k is of the document that the question is about
-    exact_match: float | None
-    f1: float | None
+    exact_match: float | None  # of regular expressions, those that match at the start, as released
+    f1: float | None  # None for regular expressions
+    regex_found: float | None = None  # anywhere in the prediction, for regular expressions
 
     def as_dict(self) -> dict[str, float | int | None]:
         values: dict[str, float | int | None] = {"questions": self.questions}
         values |= {f"recall@{k}": value for k, value in self.recall.items()}
         values |= {f"document@{k}": self.gold[k] if self.gold else None for k in self.recall}
-        return values | {"exact_match": self.exact_match, "f1": self.f1}
+        values |= {"exact_match": self.exact_match, "f1": self.f1}
+        return values if self.regex_found is None else values | {"regex_found": self.regex_found}
 
 
 def evaluate(parts: Parts, questions: Sequence[Question], report: Report = lambda done: None) -> Evaluation:
     """Recall of the retriever; exact match and F1 where the model has a reader that was trained to answer.
 
-    F1 is None for regular expressions. Raises ValueError for a question that is too long.
+    Raises ValueError for a question that is too long.
     """
     parts.check(questions)
     k = min(max(RECALL_AT), len(parts.model.records))
     rows: list[np.ndarray] = []
     matches: list[bool] = []
-    overlaps: list[float | None] = []
+    overlaps: list[float] = []
+    searches: list[bool] = []
     for first in range(0, len(questions), AT_ONCE):
         batch = questions[first : first + AT_ONCE]
         texts = [question.question for question in batch]
@@ -51,16 +54,18 @@ def evaluate(parts: Parts, questions: Sequence[Question], report: Report = lambd
         if parts.can_read:
             for question, answer in zip(batch, parts.model.answer(texts), strict=True):
                 matches.append(question.exact_match(answer.text))
-                overlaps.append(question.f1(answer.text))
+                overlap, is_found = question.f1(answer.text), question.regex_found(answer.text)
+                overlaps += [] if overlap is None else [overlap]
+                searches += [] if is_found is None else [is_found]
         report(first + len(batch))
-    found = [overlap for overlap in overlaps if overlap is not None]
     recall, gold = recalls(np.concatenate(rows), questions, parts.model.records, parts.store)
     return Evaluation(
         questions=len(questions),
         recall=recall,
         gold=gold,
-        exact_match=sum(matches) / len(matches) if matches else None,
-        f1=sum(found) / len(found) if found else None,
+        exact_match=_mean(matches),
+        f1=_mean(overlaps),
+        regex_found=_mean(searches),
     )
 
 
@@ -109,3 +114,7 @@ def recalls(
     gold = {k: count / n for k, count in documents.items()}
     known = store is not None and all(question.document_id is not None for question in questions)
     return {k: count / n for k, count in answered.items()}, gold if known else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -99,14 +99,25 @@ def index_identity(directory: Path, store: BlockStore, embedder: AnyEmbedder) ->
 
 def tuned_with(directory: Path) -> tuple[Path | None, Path | None]:
     """The corpus and the index of a run of fine-tuning, as its config.json names them; else None twice."""
+    corpus, index, _ = _tuned(directory) or (None, None, None)
+    return corpus, index
+
+
+def tuned_length(directory: Path) -> int | None:
+    """The length of a join in a run of fine-tuning, where its config.json is at hand; else None."""
+    tuned = _tuned(directory) if (directory / CONFIG).is_file() else None
+    return None if tuned is None else tuned[2]
+
+
+def _tuned(directory: Path) -> tuple[Path, Path, int] | None:
     if not (directory / INDEX).is_file():
-        return None, None
+        return None
     path = directory / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Path(values["corpus"]), Path(values["index"])
+        return Path(values["corpus"]), Path(values["index"]), int(values["length"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must name the corpus and the index of the run: {error!r}") from error
+        raise ValueError(f"{path} must name the corpus, the index and the length: {error!r}") from error
 
 
 def save_tuned(model: OpenQA, identity: Identity, out: Path) -> None:

@@ -39,6 +39,10 @@ class Question:
         judge = regex_match if self.is_regex else exact_match
         return judge(prediction, self.answers)
 
+    def regex_found(self, prediction: str) -> bool | None:
+        """Whether a regular expression is found anywhere in the prediction; None for other answers."""
+        return regex_match(prediction, self.answers, anchored=False) if self.is_regex else None
+
     def f1(self, prediction: str) -> float | None:
         """None for regular expressions, which have no words to share."""
         return None if self.is_regex else f1(prediction, self.answers)
@@ -47,8 +51,7 @@ class Question:
         """Whether a block holds an answer: byte by byte, as released; a regular expression anywhere."""
         if not self.is_regex:
             return holds_answer(block, self.answers)
-        text = block.decode("utf-8", "replace")
-        return any(re.search(pattern, text, re.IGNORECASE | re.MULTILINE) for pattern in self.answers)
+        return regex_match(block.decode("utf-8", "replace"), self.answers, anchored=False)
 
 
 def read_questions(path: str | Path, *, is_regex: bool = False) -> Iterator[Question]:

@@ -22,7 +22,11 @@ _PLOTTED = {
 
 def evaluations_table(rows: list[dict[str, Any]]) -> Table:
     """Of rows as `evaluate` writes them; evaluate.Evaluation explains the columns."""
-    shown = [f"recall@{k}" for k in RECALL_AT] + [f"document@{k}" for k in RECALL_AT] + ["exact_match", "f1"]
+    shown = (
+        [f"recall@{k}" for k in RECALL_AT]
+        + [f"document@{k}" for k in RECALL_AT]
+        + ["exact_match", "f1", "regex_found"]
+    )
     shown = [name for name in shown if any(row.get(name) is not None for row in rows)]
     counts = sorted({row["questions"] for row in rows})
     title = f"{' or '.join(map(str, counts))} questions"
