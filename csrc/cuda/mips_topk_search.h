@@ -3,6 +3,8 @@
 // launches are in mips_topk_search.cu, and tests/cuda_model runs the bodies on a CPU.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/mips_topk_top.h"
 
 namespace realm_kernels {
@@ -12,7 +14,7 @@ namespace cuda {
 struct SearchArguments : MipsTopkParams {
   // Bound of |s~ - q^.x| / (|q^| |x|); with codes, of what a float64 sum of D products may lose.
   double relative;
-  int group, num_groups, norm_rows;
+  int group, num_groups;
   int64_t pitch;          // of group_max, in groups
   int selected;           // m
   int visit_step;         // order of the groups: coprime to how many rounds select makes
@@ -20,22 +22,24 @@ struct SearchArguments : MipsTopkParams {
   int64_t scanned_pitch;  // of the scanned queries, in elements
 
   // In the workspace.
-  void* scanned;        // [B, scanned_pitch] queries in scan precision, zero beyond D
-  QueryBound* bounds;   // [B]
-  void* group_max;      // [B, pitch] float32, with codes int32
-  float* group_norm;    // [N / norm_rows], unused with codes
-  int32_t* chosen;      // [B, m] groups, -1 where there are fewer
-  int64_t* left_out;    // [B] key of (U, group) of the best group not chosen
-  int64_t* candidates;  // [B, m * G] keys of (score, row)
-  int64_t* kth;         // [B] key of the k-th row
-  int64_t* repaired;    // [B, parts, k] keys
-  int32_t* flagged;     // [B], the first num_flagged are queries to repair
-  int32_t* arrived;     // [B + 1] blocks that are done with a query; the last one is num_flagged
+  void* scanned;         // [B, scanned_pitch] queries in scan precision, zero beyond D
+  QueryBound* bounds;    // [B]
+  QuadBound* coarse;     // [B] the same for quads
+  void* group_max;       // [B, pitch] float32, with codes int32
+  float* quad_norm;      // [N / 4 G] largest norm of the rows of four groups; unused with codes
+  CodeQuad* quad_codes;  // [N / 4 G] with codes
+  int32_t* chosen;       // [B, m] groups, -1 where there are fewer
+  int64_t* left_out;     // [B] key of (U, group) of the best group not chosen
+  int64_t* candidates;   // [B, m * G] keys of (score, row)
+  int64_t* kth;          // [B] key of the k-th row
+  int64_t* repaired;     // [B, parts, k] keys
+  int32_t* flagged;      // [B], the first num_flagged are queries to repair
+  int32_t* arrived;      // [B + 1] blocks that are done with a query; the last one is num_flagged
 };
 
 // Shared memory of rescore and repair: the query in float64 behind the keys, and the groups a repair found.
 RK_BOTH constexpr int64_t scoring_bytes(int threads, int dim) {
-  return top_keys_bytes(threads) + 8 * int64_t{dim} + 4 * (int64_t{threads} + 4);
+  return top_keys_bytes(threads, kRowKeys) + 8 * int64_t{dim} + 4 * (int64_t{threads} + 4);
 }
 
 template <class T, class Combine>
@@ -67,8 +71,31 @@ constexpr double kSmallest = 0x1p-126;  // below it hardware may flush
 constexpr double kSmallestStep = 0x1p-60;
 constexpr double kUp = 1 + 0x1p-40;  // what the float64 sums and products below may have lost
 
-// A block rounds one query to scan precision and bounds what that costs. Reads B D, writes as much.
+// Quads are made ready for the scan: norms at 0, which it raises, or what select needs of the codes.
+RK_DEVICE void prepare_quads(const SearchArguments& a) {
+  const int quads = ceil_div(a.num_groups, kQuad), step = static_cast<int>(gridDim.x * blockDim.x);
+  for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < quads; i += step) {
+    if (a.mean == nullptr) {
+      a.quad_norm[i] = 0.0f;
+      continue;
+    }
+    CodeQuad quad{infinity(), 0.0f, 0.0f, 0.0f};
+    for (int group = kQuad * i; group < kQuad * (i + 1) && group < a.num_groups; ++group) {
+      const float* of_codes = a.code_bounds + 3 * (static_cast<int64_t>(group) * a.group / a.code_group);
+      quad = {fminf(quad.least_step, of_codes[0]), fmaxf(quad.step, of_codes[0]),
+              fmaxf(quad.norm, of_codes[2]), fmaxf(quad.residual, of_codes[1])};
+    }
+    a.quad_codes[i] = quad;
+  }
+}
+
+// A block rounds one query to scan precision and bounds what that costs, where there is one for it, and takes
+// its share of the quads. Reads B D, writes as much.
 RK_DEVICE void prepare(const SearchArguments& a, bool is_float16) {
+  prepare_quads(a);
+  if (static_cast<int>(blockIdx.x) >= a.batch) {
+    return;
+  }
   auto* partial = reinterpret_cast<double*>(dynamic_shared_memory());
   auto* partial_float = reinterpret_cast<float*>(partial + kMaxWarps);
   const int b = static_cast<int>(blockIdx.x);
@@ -134,6 +161,7 @@ RK_DEVICE void prepare(const SearchArguments& a, bool is_float16) {
                (scanned_norm * flushed + 2 * flushed) * kUp};
     }
     a.bounds[b] = bound;
+    a.coarse[b] = QuadBound::of(bound);
     a.arrived[b] = 0;
     if (b == 0) {
       a.arrived[a.batch] = 0;
@@ -150,48 +178,86 @@ RK_DEVICE float group_bound(const SearchArguments& a, const QueryBound& q, int b
     return upper_bound(q, product, product != INT32_MIN, of_codes[0], of_codes[2], of_codes[1]);
   }
   const float product = static_cast<const float*>(a.group_max)[place];
-  float norm;
-  if (a.group == a.norm_rows) {
-    norm = a.group_norm[group];
-  } else {  // two norms a group, of which the last group may have one
-    const int last = ceil_div(a.num_rows, a.norm_rows) - 1, first = 2 * group;
-    norm = fmaxf(a.group_norm[first], a.group_norm[first < last ? first + 1 : last]);
-  }
-  const bool has_row = product != -infinity();
-  return upper_bound(q, product, has_row, 1.0, norm, 0.0);
+  return upper_bound(q, product, product != -infinity(), 1.0, a.quad_norm[group / kQuad], 0.0);
 }
 
-// A block chooses the m groups of one query with the largest U; ties go to the smaller group. Runs of groups
-// come in a scattered order, so that a sorted table does not fill the buffer run after run. Reads 4 N / G
-// bytes.
-RK_DEVICE void select(const SearchArguments& a) {
-  const int b = static_cast<int>(blockIdx.x);
-  TopKeys top(dynamic_shared_memory(), a.selected);
-  const QueryBound q = a.bounds[b];
-  const int run = kOffersPerRound * static_cast<int>(blockDim.x), runs = ceil_div(a.num_groups, run);
-  int at = 0;
-  for (int r = 0; r < runs; ++r) {
-    float bounds[kOffersPerRound];
-#pragma unroll
-    for (int i = 0; i < kOffersPerRound; ++i) {
-      const int group = at * run + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      bounds[i] = group < a.num_groups ? group_bound(a, q, b, group) : -infinity();
+RK_DEVICE int largest(int a, int b) { return a > b ? a : b; }
+
+// What select reads of a quad: four maxima, as bits, and what bounds their error.
+template <bool kCodes>
+struct Quad {
+  Vector16 maxima;
+  std::conditional_t<kCodes, CodeQuad, float> of_rows;
+
+  RK_DEVICE void load(const SearchArguments& a, int b, int quad) {
+    maxima = static_cast<const Vector16*>(a.group_max)[b * (a.pitch / kQuad) + quad];
+    if constexpr (kCodes) {
+      of_rows = a.quad_codes[quad];
+    } else {
+      of_rows = a.quad_norm[quad];
     }
-#pragma unroll
-    for (int i = 0; i < kOffersPerRound; ++i) {
-      const int group = at * run + i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
-      top.offer(bounds[i] > -infinity() ? key_of(bounds[i], group) : kNothing);
-    }
-    top.end_round();
-    at = (at + a.visit_step) % runs;
   }
-  int64_t dropped;
-  const int count = top.finish(&dropped);
-  for (int i = static_cast<int>(threadIdx.x); i < a.selected; i += static_cast<int>(blockDim.x)) {
-    a.chosen[static_cast<int64_t>(b) * a.selected + i] = i < count ? index_of(top.keys()[i]) : -1;
+  RK_DEVICE float bound(const QuadBound& q) const {
+    const uint32_t* m = maxima.words;
+    if constexpr (kCodes) {
+      return q.of_codes(largest(largest(m[0], m[1]), largest(m[2], m[3])), of_rows);
+    } else {
+      return q.of_rows(fmaxf(fmaxf(__uint_as_float(m[0]), __uint_as_float(m[1])),
+                             fmaxf(__uint_as_float(m[2]), __uint_as_float(m[3]))),
+                       of_rows);
+    }
+  }
+};
+
+// A block chooses the m groups of one query with the largest U; ties go to the smaller group. Few quads reach
+// the floor: of the others nothing more is computed. Visits come in a scattered order, so that a sorted table
+// does not fill the buffer visit after visit. Reads 5 N / G bytes, with codes 8.
+template <bool kCodes>
+RK_DEVICE void select(const SearchArguments& a) {
+  constexpr int kVisits = kCodes ? 2 : 4;  // of quads whose maxima a thread has under way at once
+  const int b = static_cast<int>(blockIdx.x), threads = static_cast<int>(blockDim.x);
+  TopKeys<kGroupKeys> top(dynamic_shared_memory(), a.selected + 1);  // and the best of those left out
+  const QueryBound q = a.bounds[b];
+  const QuadBound coarse = a.coarse[b];
+  const int quads = ceil_div(a.num_groups, kQuad);
+  const int visits = q.of_norm == q.of_norm ? ceil_div(quads, threads) : 0;  // none for a NaN query
+  int at = 0;
+  for (int first = 0; first < visits; first += kVisits) {
+    Quad<kCodes> found[kVisits];
+    int quad[kVisits];
+#pragma unroll
+    for (int i = 0; i < kVisits; ++i) {
+      quad[i] = first + i < visits ? at * threads + static_cast<int>(threadIdx.x) : quads;
+      at += a.visit_step;
+      at -= at >= visits ? visits : 0;
+      if (quad[i] < quads) {
+        found[i].load(a, b, quad[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVisits; ++i) {
+      const bool may_enter = quad[i] < quads && !(found[i].bound(coarse) < top.least_value());
+      if (__any_sync(0xFFFFFFFFu, may_enter)) {
+#pragma unroll 1
+        for (int j = 0; j < kQuad; ++j) {
+          const int group = quad[i] * kQuad + j;
+          const float bound = may_enter && group < a.num_groups ? group_bound(a, q, b, group) : -infinity();
+          top.offer(bound > -infinity() ? key_of(bound, group) : kNothing);
+        }
+      }
+      top.end_round();
+    }
+  }
+  const int count = top.finish();
+  const int64_t left = count > a.selected ? top.smallest(count) : kNothing;
+  for (int i = static_cast<int>(threadIdx.x); i < a.selected; i += threads) {
+    const int64_t key = i >= count              ? kNothing
+                        : top.keys()[i] != left ? top.keys()[i]
+                                                : top.keys()[a.selected];
+    a.chosen[static_cast<int64_t>(b) * a.selected + i] = key != kNothing ? index_of(key) : -1;
   }
   if (threadIdx.x == 0) {
-    a.left_out[b] = dropped;
+    a.left_out[b] = left;
   }
 }
 
@@ -237,7 +303,7 @@ RK_DEVICE bool is_last_block(const SearchArguments& a, int b, int blocks, int* t
 }
 
 // The k first of `count` keys that blocks wrote, in order, as the query's result; returns the k-th key.
-RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys& top, int b, const int64_t* keys,
+RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys<kRowKeys>& top, int b, const int64_t* keys,
                               int64_t count) {
   top.clear();
   const auto threads = static_cast<int64_t>(blockDim.x);
@@ -267,8 +333,8 @@ RK_DEVICE void rescore(const SearchArguments& a) {
   const int width = a.selected * a.group, blocks = ceil_div(width, threads);
   const int b = static_cast<int>(blockIdx.x) / blocks, part = static_cast<int>(blockIdx.x) % blocks;
   unsigned char* memory = dynamic_shared_memory();
-  TopKeys top(memory, a.k);
-  auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads));
+  TopKeys<kRowKeys> top(memory, a.k);
+  auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads, kRowKeys));
   auto* told = reinterpret_cast<int*>(query + a.dim);
   load_query(a, b, query);
   int64_t* keys = a.candidates + static_cast<int64_t>(b) * width;
@@ -304,8 +370,8 @@ RK_DEVICE void repair(const SearchArguments& a) {
   const int tasks = a.arrived[a.batch] * a.parts;
   const auto threads = static_cast<int>(blockDim.x);
   unsigned char* memory = dynamic_shared_memory();
-  TopKeys top(memory, a.k);
-  auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads));
+  TopKeys<kRowKeys> top(memory, a.k);
+  auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads, kRowKeys));
   auto* told = reinterpret_cast<int*>(query + a.dim);
   int* found = told + 1;
   int* groups = told + 4;  // [threads]
