@@ -300,3 +300,27 @@ def test_int8_codes_of_awkward_rows(model):
 def test_int8_codes_in_adversarial_orders(model, order):
     queries, rows = cases.ordered_table(order, 327)
     check(model, queries, rows, 7, codes=cases.encode(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_their_codes_rule_out_are_not_read(model, dtype):
+    query, table = torch.randn(1, 40), torch.randn(330, 40).to(dtype)
+    expected = reference.forward(query, [table], 5, None, None)
+    codes = cases.encode(table)
+    scores = (query @ table.float().T)[0]
+    table[scores < scores.median()] = INF  # were one of them read it would come first, or as NaN
+    found = model.search(query, table, 5, codes=codes, selected=11)  # every group
+    assert_same_topk((found.scores, found.indices), expected)
+    assert found.repairs == 0
+
+
+def test_a_floor_that_too_few_rows_reach_is_noticed(model):
+    """Codes of a row with NaN are those of the mean, which promises a row that is never returned."""
+    table = torch.full((640, 8), NAN)
+    table[::64] = torch.randn(10, 8) * 0.1
+    table[::64, 0] = torch.tensor([9.0, 8.0, 7.0] + [-5.0] * 7)
+    queries = torch.zeros(2, 8)
+    queries[:, 0] = torch.tensor([1.0, -1.0])
+    found = check(model, queries, table, 5, codes=cases.encode(table))
+    assert found.repairs >= 1
+    check(model, queries, table, 5, torch.tensor([[0, 64, -1], [128, 192, 0]]), codes=cases.encode(table))

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "cuda/mips_topk_search.h"
+#include "cuda/mips_topk_rescore.h"
 #include "cuda/sm90/scan_parts.h"
 
 namespace realm_kernels {
@@ -20,8 +20,8 @@ constexpr double kTensorCoreRoundoff = 0x1p-22;  // of an addition; it truncates
 
 // Offsets in the workspace, in the order of SearchArguments.
 struct Workspace {
-  int64_t scanned, bounds, coarse, group_max, quads, chosen, left_out, candidates, kth, repaired, flagged,
-      arrived;
+  int64_t scanned, bounds, coarse, group_max, quads, chosen, left_out, floor, candidates, kth, repaired,
+      flagged, arrived;
   int64_t bytes;
 };
 
@@ -42,10 +42,10 @@ struct SearchPlan {
 inline int bytes_of(Scanned scanned) { return scanned == Scanned::kInt8 ? 1 : 2; }
 
 // Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore;
-// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes). Codes bound the rows they stand for, which have
-// two bytes an element or more, and a group of codes is the largest that a bound is known for.
+// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes). Over codes it is these that are read again, and a
+// group of codes is the largest that a bound is known for.
 inline int group_rows(const SearchShape& s, int64_t selected) {
-  const int64_t square = 8 * s.num_rows / (selected * s.dim * 2);
+  const int64_t square = 8 * s.num_rows / (selected * s.dim * bytes_of(s.scanned));
   const int group = square < 32 * 64 ? 32 : square < 64 * 128 ? 64 : 128;
   return s.code_group > 0 && s.code_group < group ? s.code_group : group;
 }
@@ -87,6 +87,7 @@ inline Workspace lay_out(const SearchPlan& p, const SearchShape& s, int64_t batc
       take(ceil_div(p.num_groups, kQuad) * static_cast<int64_t>(s.code_group > 0 ? sizeof(CodeQuad) : 4));
   w.chosen = take(batch * p.selected * 4);
   w.left_out = take(batch * 8);
+  w.floor = take(s.code_group > 0 ? batch * 4 : 0);
   w.candidates = take(batch * p.selected * p.group * 8);
   w.kth = take(batch * 8);
   w.repaired = take(batch * p.parts * s.k * 8);
@@ -197,6 +198,7 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
   a.quad_codes = reinterpret_cast<CodeQuad*>(w + p.at.quads);
   a.chosen = reinterpret_cast<int32_t*>(w + p.at.chosen);
   a.left_out = reinterpret_cast<int64_t*>(w + p.at.left_out);
+  a.floor = reinterpret_cast<float*>(w + p.at.floor);
   a.candidates = reinterpret_cast<int64_t*>(w + p.at.candidates);
   a.kth = reinterpret_cast<int64_t*>(w + p.at.kth);
   a.repaired = reinterpret_cast<int64_t*>(w + p.at.repaired);
@@ -245,9 +247,9 @@ inline int prepare_blocks(const SearchArguments& a, int multiprocessors) {
   return a.batch > multiprocessors ? a.batch : multiprocessors;
 }
 
-// Blocks of rescore: every query's rows, one a thread.
+// Blocks of rescore: every query's rows.
 inline int rescore_blocks(const SearchArguments& a, int threads) {
-  return a.batch * ceil_div(a.selected * a.group, threads);
+  return a.batch * ceil_div(a.selected * a.group, rows_of_block(threads, a.codes != nullptr));
 }
 
 }  // namespace cuda

@@ -1,6 +1,7 @@
 // The kernels around the scan of mips_topk: prepare, select, rescore, repair. Launched in this order with the
 // scan second, five launches whatever the sizes; nothing is allocated and nobody waits. Bodies only: the
-// launches are in mips_topk_search.cu, and tests/cuda_model runs the bodies on a CPU.
+// launches are in mips_topk.cu, and tests/cuda_model runs the bodies on a CPU. The last two are in
+// mips_topk_rescore.h.
 #pragma once
 
 #include <type_traits>
@@ -30,17 +31,13 @@ struct SearchArguments : MipsTopkParams {
   CodeQuad* quad_codes;  // [N / 4 G] with codes
   int32_t* chosen;       // [B, m] groups, -1 where there are fewer
   int64_t* left_out;     // [B] key of (U, group) of the best group not chosen
+  float* floor;          // [B] with codes: what k rows score at least, as far as the chosen groups tell
   int64_t* candidates;   // [B, m * G] keys of (score, row)
   int64_t* kth;          // [B] key of the k-th row
   int64_t* repaired;     // [B, parts, k] keys
   int32_t* flagged;      // [B], the first num_flagged are queries to repair
   int32_t* arrived;      // [B + 1] blocks that are done with a query; the last one is num_flagged
 };
-
-// Shared memory of rescore and repair: the query in float64 behind the keys, and the groups a repair found.
-RK_BOTH constexpr int64_t scoring_bytes(int threads, int dim) {
-  return top_keys_bytes(threads, kRowKeys) + 8 * int64_t{dim} + 4 * (int64_t{threads} + 4);
-}
 
 template <class T, class Combine>
 RK_DEVICE T block_reduce(T x, T* partial, Combine combine) {
@@ -209,12 +206,41 @@ struct Quad {
   }
 };
 
+// What the best row of a group scores at least, if it may be returned; -inf where that is not known.
+RK_DEVICE float lower_bound(const SearchArguments& a, const QueryBound& q, int b, int group) {
+  const int32_t product = static_cast<const int32_t*>(a.group_max)[b * a.pitch + group];
+  const float* of_codes = a.code_bounds + 3 * (static_cast<int64_t>(group) * a.group / a.code_group);
+  const double error = q.of_norm * of_codes[2] + q.of_residual * of_codes[1] + q.own;
+  const double score = q.shift + q.factor * of_codes[0] * product;
+  return product != INT32_MIN && error < kOverflow ? round_down_to_float(score - error) + 0.0f : -infinity();
+}
+
+// The floor of a query: of the chosen groups, the least of the k + E best lower bounds. Rows that cannot
+// reach it need not be read; whether k rows did reach it rescore sees for itself.
+RK_DEVICE void find_floor(const SearchArguments& a, const QueryBound& q, int b, int chosen) {
+  const int threads = static_cast<int>(blockDim.x), keep = a.k + a.num_excluded;
+  __syncthreads();  // the keys of the selection are no longer read
+  TopKeys<kGroupKeys> top(dynamic_shared_memory(), keep < a.selected ? keep : a.selected);
+  for (int first = 0; first < a.selected; first += threads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int group = i < a.selected ? a.chosen[static_cast<int64_t>(b) * a.selected + i] : -1;
+    const float bound = group >= 0 ? lower_bound(a, q, b, group) : -infinity();
+    top.offer(bound > -infinity() ? key_of(bound, group) : kNothing);
+    top.end_round();
+  }
+  const int found = top.finish();
+  const int64_t least = top.smallest(found);
+  if (threadIdx.x == 0) {
+    a.floor[b] = found == keep && keep <= chosen ? value_of(least) : -infinity();
+  }
+}
+
 // A block chooses the m groups of one query with the largest U; ties go to the smaller group. Few quads reach
 // the floor: of the others nothing more is computed. Visits come in a scattered order, so that a sorted table
 // does not fill the buffer visit after visit. Reads 5 N / G bytes, with codes 8.
 template <bool kCodes>
 RK_DEVICE void select(const SearchArguments& a) {
-  constexpr int kVisits = kCodes ? 2 : 4;  // of quads whose maxima a thread has under way at once
+  constexpr int kVisits = 4;  // of quads whose maxima a thread has under way at once
   const int b = static_cast<int>(blockIdx.x), threads = static_cast<int>(blockDim.x);
   TopKeys<kGroupKeys> top(dynamic_shared_memory(), a.selected + 1);  // and the best of those left out
   const QueryBound q = a.bounds[b];
@@ -259,164 +285,8 @@ RK_DEVICE void select(const SearchArguments& a) {
   if (threadIdx.x == 0) {
     a.left_out[b] = left;
   }
-}
-
-RK_DEVICE void load_query(const SearchArguments& a, int b, double* query) {
-  for (int d = static_cast<int>(threadIdx.x); d < a.dim; d += static_cast<int>(blockDim.x)) {
-    query[d] = load_number(a.queries, a.query_type, b * a.query_stride + d * a.query_stride_d);
-  }
-  __syncthreads();
-}
-
-// The key of a row, kNothing where it may not be returned.
-RK_DEVICE int64_t row_key(const SearchArguments& a, const double* query, int b, int row) {
-  if (row < 0 || row >= a.num_rows || (a.row_mask != nullptr && !a.row_mask[row])) {
-    return kNothing;
-  }
-  for (int e = 0; e < a.num_excluded; ++e) {
-    if (a.exclude[b * a.exclude_stride + e * a.exclude_stride_e] == a.first_row + row) {
-      return kNothing;
-    }
-  }
-  const float score =
-      a.row_type == Number::kFloat32
-          ? canonical_score<Number::kFloat32>(query, a.rows, row, a.row_stride, a.dim, a.aligned)
-      : a.row_type == Number::kBFloat16
-          ? canonical_score<Number::kBFloat16>(query, a.rows, row, a.row_stride, a.dim, a.aligned)
-          : canonical_score<Number::kFloat16>(query, a.rows, row, a.row_stride, a.dim, a.aligned);
-  return score == score ? key_of(score, row) : kNothing;
-}
-
-// Whether this block is the last of `blocks` to be done with a query: then what the others wrote is visible.
-RK_DEVICE bool is_last_block(const SearchArguments& a, int b, int blocks, int* told) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *told = atomicAdd(a.arrived + b, 1) == blocks - 1;
-    if (*told) {
-      a.arrived[b] = 0;  // for the repair, and the next search
-    }
-  }
-  __syncthreads();
-  __threadfence();
-  return *told != 0;
-}
-
-// The k first of `count` keys that blocks wrote, in order, as the query's result; returns the k-th key.
-RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys<kRowKeys>& top, int b, const int64_t* keys,
-                              int64_t count) {
-  top.clear();
-  const auto threads = static_cast<int64_t>(blockDim.x);
-  for (int64_t first = 0; first < count; first += kOffersPerRound * threads) {
-#pragma unroll
-    for (int i = 0; i < kOffersPerRound; ++i) {
-      const int64_t place = first + i * threads + static_cast<int64_t>(threadIdx.x);
-      top.offer(place < count ? load_from_others(keys + place) : kNothing);
-    }
-    top.end_round();
-  }
-  const int found = top.finish();
-  top.sort(found);
-  for (int i = static_cast<int>(threadIdx.x); i < a.k; i += static_cast<int>(blockDim.x)) {
-    const int64_t key = i < found ? top.keys()[i] : kNothing;
-    a.scores[static_cast<int64_t>(b) * a.k + i] = value_of(key);
-    a.indices[static_cast<int64_t>(b) * a.k + i] = key == kNothing ? -1 : a.first_row + index_of(key);
-  }
-  return found == a.k ? top.keys()[a.k - 1] : kNothing;
-}
-
-// Blocks score the rows of a query's chosen groups, a row a thread; the last of them orders the keys, and
-// certifies that no group left out can change the result, or flags the query. Reads B m G D row bytes: the
-// gather bounds it.
-RK_DEVICE void rescore(const SearchArguments& a) {
-  const auto threads = static_cast<int>(blockDim.x);
-  const int width = a.selected * a.group, blocks = ceil_div(width, threads);
-  const int b = static_cast<int>(blockIdx.x) / blocks, part = static_cast<int>(blockIdx.x) % blocks;
-  unsigned char* memory = dynamic_shared_memory();
-  TopKeys<kRowKeys> top(memory, a.k);
-  auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads, kRowKeys));
-  auto* told = reinterpret_cast<int*>(query + a.dim);
-  load_query(a, b, query);
-  int64_t* keys = a.candidates + static_cast<int64_t>(b) * width;
-  const int position = part * threads + static_cast<int>(threadIdx.x);
-  if (position < width) {
-    const int group = a.chosen[static_cast<int64_t>(b) * a.selected + position / a.group];
-    const int64_t row = group < 0 ? -1 : static_cast<int64_t>(group) * a.group + position % a.group;
-    keys[position] = row < a.num_rows ? row_key(a, query, b, static_cast<int>(row)) : kNothing;
-  }
-  if (!is_last_block(a, b, blocks, told)) {
-    return;
-  }
-  const int64_t last = write_first(a, top, b, keys, width);
-  if (threadIdx.x == 0) {
-    const int64_t left = a.left_out[b];
-    // A group cannot matter if U < tau, or if U = tau and all its ids are larger. The high half of kNothing
-    // is below every value: too few rows were found, and any group left out may hold one.
-    const bool above = high_of(left) > high_of(last);
-    const bool before =
-        high_of(left) == high_of(last) && static_cast<int64_t>(index_of(left)) * a.group < index_of(last);
-    a.kth[b] = last;
-    if (left != kNothing && (above || before)) {
-      a.flagged[atomicAdd(a.arrived + a.batch, 1)] = b;
-      atomicAdd(a.repairs, 1ull);
-    }
-  }
-}
-
-// Every group whose U reaches the k-th score so far, for the queries that were flagged; without one a block
-// reads four bytes and leaves. Blocks take (query, run of groups) in turn; the last one done with a query
-// writes it anew.
-RK_DEVICE void repair(const SearchArguments& a) {
-  const int tasks = a.arrived[a.batch] * a.parts;
-  const auto threads = static_cast<int>(blockDim.x);
-  unsigned char* memory = dynamic_shared_memory();
-  TopKeys<kRowKeys> top(memory, a.k);
-  auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads, kRowKeys));
-  auto* told = reinterpret_cast<int*>(query + a.dim);
-  int* found = told + 1;
-  int* groups = told + 4;  // [threads]
-  for (int task = static_cast<int>(blockIdx.x); task < tasks; task += static_cast<int>(gridDim.x)) {
-    const int b = a.flagged[task / a.parts], part = task % a.parts;
-    __syncthreads();  // the query of the task before is no longer read
-    load_query(a, b, query);
-    top.clear();
-    const QueryBound q = a.bounds[b];
-    const int64_t last = a.kth[b];
-    const float tau = value_of(last);
-    const int run = ceil_div(a.num_groups, a.parts);
-    const int end = (part + 1) * run < a.num_groups ? (part + 1) * run : a.num_groups;
-    for (int first = part * run; first < end; first += threads) {
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        *found = 0;
-      }
-      __syncthreads();
-      const int group = first + static_cast<int>(threadIdx.x);
-      const float bound = group < end ? group_bound(a, q, b, group) : -infinity();
-      if (bound >= tau && bound > -infinity()) {
-        groups[atomicAdd(found, 1)] = group;
-      }
-      __syncthreads();
-      const int64_t rows = static_cast<int64_t>(*found) * a.group;
-      for (int64_t start = 0; start < rows; start += threads) {
-        const int64_t place = start + static_cast<int64_t>(threadIdx.x);
-        int64_t key = kNothing;
-        if (place < rows) {
-          const int64_t row = static_cast<int64_t>(groups[place / a.group]) * a.group + place % a.group;
-          key = row < a.num_rows ? row_key(a, query, b, static_cast<int>(row)) : kNothing;
-        }
-        top.offer(key >= last ? key : kNothing);  // behind the k-th so far nothing can come in
-        top.end_round();
-      }
-    }
-    const int count = top.finish();
-    int64_t* keys = a.repaired + static_cast<int64_t>(b) * a.parts * a.k;
-    for (int i = static_cast<int>(threadIdx.x); i < a.k; i += threads) {
-      keys[static_cast<int64_t>(part) * a.k + i] = i < count ? top.keys()[i] : kNothing;
-    }
-    if (is_last_block(a, b, a.parts, told)) {
-      write_first(a, top, b, keys, static_cast<int64_t>(a.parts) * a.k);
-    }
+  if constexpr (kCodes) {
+    find_floor(a, q, b, count);
   }
 }
 

@@ -321,6 +321,12 @@ inline int __reduce_add_sync(uint32_t, int value) {
   }
   return value;
 }
+inline int __dp4a(int a, int b, int c) {
+  for (int byte = 0; byte < 32; byte += 8) {
+    c += static_cast<int8_t>(a >> byte) * static_cast<int8_t>(b >> byte);
+  }
+  return c;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(uint32_t bits) { return realm_kernels::cuda_model::from_bits<float>(bits); }
 inline int __float_as_int(float value) { return static_cast<int>(realm_kernels::cuda_model::to_bits(value)); }

@@ -171,7 +171,8 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
     run_scan(shape.scanned, p.shape, scan_arguments(p, a), rows, queries, p.scan_blocks, seed);
     launch(a.batch, top_keys_bytes(block, kGroupKeys),
            [&] { a.codes != nullptr ? select<true>(a) : select<false>(a); });
-    launch(rescore_blocks(a, block), scoring_bytes(block, a.dim), [&] { rescore(a); });
+    launch(rescore_blocks(a, block), scoring_bytes(block, a.dim, a.codes != nullptr ? a.code_pitch : 0),
+           [&] { a.codes != nullptr ? rescore<true>(a) : rescore<false>(a); });
     launch(3, scoring_bytes(block, a.dim), [&] { repair(a); });
   });
 }
