@@ -19,6 +19,7 @@ namespace {
 
 void check(cudaError_t status) {
   if (status != cudaSuccess) {
+    cudaGetLastError();  // the runtime remembers it too, and the next launch must not be blamed for it
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
   }
 }

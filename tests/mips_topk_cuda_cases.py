@@ -56,7 +56,7 @@ class Model:
             maxima = torch.full((B, groups), 2**31 - 1, dtype=torch.int32)
         else:
             maxima = torch.full((B, groups), NAN)
-        norms = torch.full((-(-N // min(group, 64)),), NAN)
+        norms = torch.zeros(-(-N // (4 * group)))
         error = self._library.model_scan(
             *(SCANNED[rows.dtype], SHAPES[shape], pointer(queries), pointer(rows), B, N, D),
             *(ctypes.c_int64(rows.stride(0)), pointer(row_mask), group, blocks, workers),

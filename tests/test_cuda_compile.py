@@ -37,8 +37,8 @@ KERNELS = {
         "wide, deep and narrow shapes of bfloat16, float16 and int8; five without maxima, for the benchmark",
         ("HGMMA", "IGMMA"),
     ),
-    "mips_topk_select_kernel": Kernel(1, ""),
-    "mips_topk_rescore_kernel": Kernel(1, ""),
+    "mips_topk_select_kernel": Kernel(2, "of maxima of rows, and of codes"),
+    "mips_topk_rescore_kernel": Kernel(2, "of rows, and of those that their codes leave possible"),
     "mips_topk_repair_kernel": Kernel(1, ""),
 }
 

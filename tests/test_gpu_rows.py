@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 import realm_kernels as rk
-from benchmarks import report, roofline
+from benchmarks import hopper_scan, report, roofline
 from benchmarks.gpu import mips_topk, rows, sanitize, served, summary, targets, tests, timing
 from benchmarks.gpu.processes import Outcome
 from benchmarks.gpu.served import forced_backends
+from realm_kernels import native
 from realm_kernels.backends import Backend
+from realm_kernels.mips_topk import cuda
 
 OPS = list(rows.MODULES)
 
@@ -180,3 +182,32 @@ def test_whatever_is_wrong_is_the_exit_status(parts, tmp_path):
 
 def test_plain_tables_keep_their_columns():
     assert report.plain_of((["a", "bb"], [["ccc", "1"], ["d", "22"]])) == "a    bb\n---  --\nccc   1\nd    22"
+
+
+@pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
+def test_the_hopper_scan_is_told_line_by_line(cpu_for_gpu, monkeypatch, capsys):
+    """All but the launches themselves, on the CPU: plans, workspaces, passes, codes, the table."""
+    launched = []
+
+    def launch(queries, piece, exclude, scores, indices, workspace, batch, *, with_maxima, whole):
+        plan = cuda.plan_for(batch, piece, piece.rows.shape[1], scores.shape[1], 0, queries.dtype, 132)
+        assert queries.shape[0] == scores.shape[0] == indices.shape[0] <= plan["batch"]
+        assert workspace.numel() == plan["bytes"]
+        launched.append((piece.scanned(), queries.shape[0], with_maxima, whole))
+
+    monkeypatch.setattr(hopper_scan, "time_calls", timing.time_calls)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(roofline, "measure_bandwidth", lambda device: 4.3e12)
+    monkeypatch.setattr(roofline, "measure_matrix_rate", lambda dtype, device: 7.9e14)
+    hopper_scan.measure(shrink=10_000, device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    calls = sum(len(calls) for _, _, _, calls in hopper_scan.TABLES)
+    assert len(lines) == 2 + calls and all("shape=" in line for line in lines[2:])
+    assert {line.split("shape=")[1].split()[0] for line in lines[2:]} == {"wide", "deep", "narrow"}
+    assert {scanned for scanned, *_ in launched} == {"bfloat16", "int8"}
+    assert {parts for *_, with_maxima, whole in launched for parts in [(with_maxima, whole)]} == {
+        (False, True),
+        (True, False),
+        (True, True),
+    }

@@ -82,13 +82,15 @@ def test_nothing_spills_and_no_product_waits_for_another(compiled):
 
 @needs_nvcc
 def test_the_budget_of_instantiations(compiled):
-    """The table in mips_topk_scan.cu: three types in three shapes, and five empty epilogues."""
+    """Of mips_topk_scan.cu: three types in three shapes, five empty epilogues. And what codes change."""
     scan, search, _ = compiled
     assert len(scan.sass) == 9 + 5
     assert sorted(re.findall(r"mips_topk_([a-z]+)_kernel", " ".join(search.sass))) == [
         "prepare",
         "repair",
         "rescore",
+        "rescore",
+        "select",
         "select",
     ]
 
@@ -113,12 +115,24 @@ def test_the_scan_is_made_of_wgmma_and_tma(compiled):
 
 
 @needs_nvcc
+def test_rows_and_maxima_are_read_sixteen_bytes_at_a_time(compiled):
+    for name, sass in compiled[1].sass.items():
+        wide = len(re.findall(r"LDG\.E\.128", sass))
+        if "select" in name:
+            assert wide >= 4, name  # of as many quads, before the first of them is looked at
+        elif "rescore" in name or "repair" in name:
+            assert wide >= 2 * (4 + 1) + 2 * (2 + 1), (
+                name
+            )  # an unrolled loop and its rest for each type of rows
+
+
+@needs_nvcc
 def test_registers_are_as_designed(compiled):
     scan, search, _ = compiled
     for name, registers in scan.registers.items():
         assert registers * SCAN_THREADS <= REGISTERS, name
     for name, registers in search.registers.items():
-        blocks = 2 if "select" in name or "rescore" in name else 1
+        blocks = 2 if "select_kernelILb0" in name or "rescore_kernelILb0" in name else 1
         assert registers * SEARCH_THREADS * blocks <= REGISTERS, name
 
 
@@ -164,7 +178,7 @@ def test_every_plan_keeps_to_its_budgets():
                         assert 1 <= found["batch"] <= B
                         assert found["bytes"] <= 256 << 20 or found["batch"] == 1
                         assert found["stages"] >= 3
-                        assert found["selected"] * found["group"] >= min(k, N) or found["selected"] == 2048
+                        assert found["selected"] * found["group"] >= min(k, N)
 
 
 @needs_module

@@ -39,6 +39,7 @@ SCANS = [
     pytest.param("deep", torch.int8, 70, 300, 1040, 32, 3, 1, True, id="deep-int8-three-blocks"),
     pytest.param("narrow", torch.bfloat16, 5, 700, 128, 128, 1, 2, False, id="narrow-B5"),
     pytest.param("narrow", torch.bfloat16, 64, 400, 768, 64, 1, 1, True, id="narrow-more-panels-than-stages"),
+    pytest.param("narrow", torch.bfloat16, 9, 900, 320, 128, 1, 1, False, id="narrow-stages-of-either-group"),
     pytest.param("narrow", torch.float16, 33, 500, 64, 32, 1, 1, True, id="narrow-float16"),
     pytest.param("narrow", torch.int8, 33, 500, 64, 32, 1, 2, True, id="narrow-int8"),
 ]
@@ -54,7 +55,7 @@ def check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked, see
     scores = queries.double() @ rows.double().T  # [B, N]
     # What is not there scores 0, the zeros that TMA fills in, or nothing where a mask looks at it.
     scores = torch.nn.functional.pad(scores, (0, -N % group), value=lowest if masked else 0.0)
-    lengths = torch.nn.functional.pad(rows.double().norm(dim=1), (0, -N % min(group, 64)))
+    lengths = torch.nn.functional.pad(rows.double().norm(dim=1), (0, -N % (4 * group)))
     if masked:
         scores[:, :N][:, ~row_mask] = lowest
         lengths[:N][~row_mask] = 0.0
@@ -68,7 +69,7 @@ def check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked, see
     )
     assert ((maxima.double() - best).abs().nan_to_num(0.0) <= bound).all()  # -inf in the same places
     assert torch.equal(maxima == -INF, best == -INF)
-    longest = lengths.view(-1, min(group, 64)).amax(1)
+    longest = lengths.view(-1, 4 * group).amax(1)
     assert ((norms.double() - longest).abs() <= (D + 8) * 2.0**-23 * longest).all()
 
 
@@ -79,19 +80,28 @@ def test_the_scan_finds_the_maximum_of_every_group(
     check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked)
 
 
-@pytest.mark.parametrize("shape,blocks", [("wide", 2), ("deep", 2), ("narrow", 1)])
+@pytest.mark.parametrize(
+    "shape,blocks,N,D",
+    [
+        ("wide", 2, 128 * 14, 64),
+        ("deep", 2, 128 * 14, 64),
+        ("narrow", 1, 128 * 14, 64),
+        ("narrow", 1, 640, 768),
+    ],
+    ids=["wide", "deep", "narrow", "narrow-768"],
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_no_order_of_threads_and_transfers_matters(model, shape, blocks, seed):
-    """More tiles than stages, so that every stage is used again, in orders that chance makes."""
-    check_scan(model, shape, torch.bfloat16, 40, 128 * 14, 64, 128, blocks, 1, False, seed)
+def test_no_order_of_threads_and_transfers_matters(model, shape, blocks, N, D, seed):
+    """More panels than stages: each is used again, in orders that chance makes, memory quick or slow."""
+    check_scan(model, shape, torch.bfloat16, 40, N, D, 128, blocks, 1, False, seed)
 
 
 # Mistakes that such kernels are prone to. The model must notice each: by wrong numbers or a deadlock.
 MISTAKES = {
     "a stage is not waited for": (
         "sm90/scan.h",
-        "        barrier_wait(ring.full + at.stage, at.parity);\n      }\n    }\n    wgmma_fence();",
-        "      }\n    }\n    wgmma_fence();",
+        "        barrier_wait(ring.full + item.at.stage + p, item.at.parity);\n",
+        "",
     ),
     "the producer does not wait": (
         "sm90/scan_parts.h",
@@ -119,6 +129,11 @@ MISTAKES = {
         "if (item.block + kConsumerGroups >= a.plan.blocks) {\n#",
         "if (item.block == group) {\n#",
     ),
+    "a group lets a tile pass unseen": (
+        "sm90/scan.h",
+        "      barrier_wait(ring.full + at.stage, at.parity);\n      arrive_warp(ring.empty + at.stage);\n",
+        "      arrive_warp(ring.empty + at.stage);\n",
+    ),
     "fragments lie otherwise": (
         "sm90/layout.h",
         "2 * (thread % 4) + i % 2;",
@@ -130,9 +145,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.replace(" ", "-"))
 def test_the_model_notices_mistakes(tmp_path, mistake):
     broken = cases.build(tmp_path, MISTAKES[mistake])
-    for seed in range(3):
+    wide = ("wide", torch.bfloat16, 250, 128 * 9, 128, 64, 4)
+    narrow = ("narrow", torch.bfloat16, 5, 128 * 5, 768, 64, 1)  # more panels than stages
+    for seed in range(10):
         try:
-            check_scan(broken, "wide", torch.bfloat16, 250, 128 * 9, 128, 64, 4, 1, False, seed)
+            check_scan(broken, *(narrow if "pass" in mistake else wide), 1, False, seed)
         except (AssertionError, RuntimeError):
             return
     pytest.fail("every run was right")
@@ -240,7 +257,7 @@ def test_a_repair_is_made_where_the_certificate_fails_and_only_there(model):
 
 
 def test_more_keys_than_the_buffer_holds(model):
-    """Thirty-two threads keep 256 keys: the buffer is cut again and again."""
+    """Thirty-two threads keep 288 keys: the buffer is cut again and again."""
     check(model, torch.randn(2, 8), torch.randn(5000, 8).bfloat16(), 100, group=32, selected=110)
     queries, rows = cases.ordered_table("ascending", 5000)
     check(model, queries, rows, 100, group=32, selected=110)
@@ -283,3 +300,27 @@ def test_int8_codes_of_awkward_rows(model):
 def test_int8_codes_in_adversarial_orders(model, order):
     queries, rows = cases.ordered_table(order, 327)
     check(model, queries, rows, 7, codes=cases.encode(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_their_codes_rule_out_are_not_read(model, dtype):
+    query, table = torch.randn(1, 40), torch.randn(330, 40).to(dtype)
+    expected = reference.forward(query, [table], 5, None, None)
+    codes = cases.encode(table)
+    scores = (query @ table.float().T)[0]
+    table[scores < scores.median()] = INF  # were one of them read it would come first, or as NaN
+    found = model.search(query, table, 5, codes=codes, selected=11)  # every group
+    assert_same_topk((found.scores, found.indices), expected)
+    assert found.repairs == 0
+
+
+def test_a_floor_that_too_few_rows_reach_is_noticed(model):
+    """Codes of a row with NaN are those of the mean, which promises a row that is never returned."""
+    table = torch.full((640, 8), NAN)
+    table[::64] = torch.randn(10, 8) * 0.1
+    table[::64, 0] = torch.tensor([9.0, 8.0, 7.0] + [-5.0] * 7)
+    queries = torch.zeros(2, 8)
+    queries[:, 0] = torch.tensor([1.0, -1.0])
+    found = check(model, queries, table, 5, codes=cases.encode(table))
+    assert found.repairs >= 1
+    check(model, queries, table, 5, torch.tensor([[0, 64, -1], [128, 192, 0]]), codes=cases.encode(table))

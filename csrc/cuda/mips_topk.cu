@@ -8,20 +8,23 @@ namespace realm_kernels {
 namespace cuda {
 namespace {
 
-// Of 512 threads: they leave 64 registers a thread.
-constexpr int kBlocksPerMultiprocessor = 2;
+// Of 512 threads: two leave a thread 64 registers. Over codes more is held at once, and one block has as many
+// loads under way.
+constexpr int blocks_per_multiprocessor(bool codes) { return codes ? 1 : 2; }
 
 __global__ void __launch_bounds__(kPrepareThreads)
     mips_topk_prepare_kernel(const __grid_constant__ SearchArguments a, bool is_float16) {
   prepare(a, is_float16);
 }
-__global__ void __launch_bounds__(kSearchThreads, kBlocksPerMultiprocessor)
+template <bool kCodes>
+__global__ void __launch_bounds__(kSearchThreads, blocks_per_multiprocessor(kCodes))
     mips_topk_select_kernel(const __grid_constant__ SearchArguments a) {
-  select(a);
+  select<kCodes>(a);
 }
-__global__ void __launch_bounds__(kSearchThreads, kBlocksPerMultiprocessor)
+template <bool kCodes>
+__global__ void __launch_bounds__(kSearchThreads, blocks_per_multiprocessor(kCodes))
     mips_topk_rescore_kernel(const __grid_constant__ SearchArguments a) {
-  rescore(a);
+  rescore<kCodes>(a);
 }
 __global__ void __launch_bounds__(kSearchThreads)  // rare, and it holds more at once
     mips_topk_repair_kernel(const __grid_constant__ SearchArguments a) {
@@ -64,17 +67,22 @@ cudaError_t launch_mips_topk(const MipsTopkLaunch& launch, cudaStream_t stream) 
   plan_scan(p, launch.shape, a.batch);
   constexpr int kThreads = kSearchThreads;
   const int64_t scoring = scoring_bytes(kThreads, a.dim);
-  cudaError_t status = run(mips_topk_prepare_kernel, a.batch, kPrepareThreads, 512, stream, a,
+  const int preparing = prepare_blocks(a, launch.shape.multiprocessors);
+  cudaError_t status = run(mips_topk_prepare_kernel, preparing, kPrepareThreads, 512, stream, a,
                            launch.shape.scanned == Scanned::kFloat16);
   status = status == cudaSuccess ? sm90::launch_scan(p, a, launch.with_maxima, stream) : status;
   if (!launch.whole || !launch.with_maxima) {
     return status;
   }
   if (status == cudaSuccess) {
-    status = run(mips_topk_select_kernel, a.batch, kThreads, top_keys_bytes(kThreads), stream, a);
+    const auto select = a.codes != nullptr ? mips_topk_select_kernel<true> : mips_topk_select_kernel<false>;
+    status = run(select, a.batch, kThreads, top_keys_bytes(kThreads, kGroupKeys), stream, a);
   }
   if (status == cudaSuccess) {
-    status = run(mips_topk_rescore_kernel, rescore_blocks(a, kThreads), kThreads, scoring, stream, a);
+    const auto rescore =
+        a.codes != nullptr ? mips_topk_rescore_kernel<true> : mips_topk_rescore_kernel<false>;
+    const int64_t shared = scoring_bytes(kThreads, a.dim, a.codes != nullptr ? a.code_pitch : 0);
+    status = run(rescore, rescore_blocks(a, kThreads), kThreads, shared, stream, a);
   }
   if (status == cudaSuccess) {
     status = run(mips_topk_repair_kernel, launch.shape.multiprocessors, kThreads, scoring, stream, a);

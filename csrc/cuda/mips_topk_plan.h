@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstddef>
 
-#include "cuda/mips_topk_search.h"
+#include "cuda/mips_topk_rescore.h"
 #include "cuda/sm90/scan_parts.h"
 
 namespace realm_kernels {
@@ -20,8 +20,8 @@ constexpr double kTensorCoreRoundoff = 0x1p-22;  // of an addition; it truncates
 
 // Offsets in the workspace, in the order of SearchArguments.
 struct Workspace {
-  int64_t scanned, bounds, group_max, group_norm, chosen, left_out, candidates, kth, repaired, flagged,
-      arrived;
+  int64_t scanned, bounds, coarse, group_max, quads, chosen, left_out, floor, candidates, kth, repaired,
+      flagged, arrived;
   int64_t bytes;
 };
 
@@ -31,7 +31,7 @@ struct SearchPlan {
   int64_t batch;  // queries of a pass; the caller loops
   int query_blocks;
   int scan_blocks;
-  int group, num_groups, norm_rows;
+  int group, num_groups;
   int64_t pitch;
   int selected, parts, visit_step;
   int64_t scanned_pitch;
@@ -42,13 +42,12 @@ struct SearchPlan {
 inline int bytes_of(Scanned scanned) { return scanned == Scanned::kInt8 ? 1 : 2; }
 
 // Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore;
-// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes).
+// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes). Over codes it is these that are read again, and a
+// group of codes is the largest that a bound is known for.
 inline int group_rows(const SearchShape& s, int64_t selected) {
-  if (s.code_group > 0) {
-    return s.code_group < sm90::kTileRows ? s.code_group : sm90::kTileRows;
-  }
   const int64_t square = 8 * s.num_rows / (selected * s.dim * bytes_of(s.scanned));
-  return square < 32 * 64 ? 32 : square < 64 * 128 ? 64 : 128;
+  const int group = square < 32 * 64 ? 32 : square < 64 * 128 ? 64 : 128;
+  return s.code_group > 0 && s.code_group < group ? s.code_group : group;
 }
 
 // k + E groups hold every row that may be returned, were U exact. Unrounded operands leave an error of a few
@@ -59,7 +58,7 @@ inline int64_t selected_groups(const SearchShape& s) {
   if (s.code_group > 0) {
     slack = std::round(s.k * (std::exp(4.5 * 0.01 * std::sqrt(static_cast<double>(s.dim)) * 1.8) - 1)) + 16;
   }
-  const auto most = static_cast<int64_t>(most_kept(kSearchThreads));
+  const auto most = static_cast<int64_t>(most_kept(kSearchThreads, kGroupKeys) - 1);  // select keeps one more
   const auto wanted = s.k + s.num_excluded + static_cast<int64_t>(std::fmin(slack, 1e6));
   return wanted < most ? wanted : most;
 }
@@ -82,10 +81,13 @@ inline Workspace lay_out(const SearchPlan& p, const SearchShape& s, int64_t batc
   };
   w.scanned = take(batch * p.scanned_pitch * bytes_of(s.scanned));
   w.bounds = take(batch * static_cast<int64_t>(sizeof(QueryBound)));
+  w.coarse = take(batch * static_cast<int64_t>(sizeof(QuadBound)));
   w.group_max = take(batch * p.pitch * 4);
-  w.group_norm = take(s.code_group > 0 ? 0 : ceil_div<int64_t>(s.num_rows, p.norm_rows) * 4);
+  w.quads =
+      take(ceil_div(p.num_groups, kQuad) * static_cast<int64_t>(s.code_group > 0 ? sizeof(CodeQuad) : 4));
   w.chosen = take(batch * p.selected * 4);
   w.left_out = take(batch * 8);
+  w.floor = take(s.code_group > 0 ? batch * 4 : 0);
   w.candidates = take(batch * p.selected * p.group * 8);
   w.kth = take(batch * 8);
   w.repaired = take(batch * p.parts * s.k * 8);
@@ -144,8 +146,7 @@ inline void plan_pass(SearchPlan& p, const SearchShape& s, int group) {
   const int64_t wanted = selected_groups(s);
   p.group = group;
   p.num_groups = static_cast<int>(ceil_div<int64_t>(s.num_rows, group));
-  p.norm_rows = sm90::norm_rows(group);
-  p.pitch = ceil_div(p.num_groups, 4) * 4;
+  p.pitch = ceil_div(p.num_groups, kQuad) * kQuad;
   p.selected = static_cast<int>(wanted < p.num_groups ? wanted : p.num_groups);
   p.visit_step = scattered_step(ceil_div(p.num_groups, kOffersPerRound * kSearchThreads));
   // One flagged query should still spread over the device; their keys, over all queries, stay below 16 MiB.
@@ -170,7 +171,8 @@ inline SearchPlan search_plan(const SearchShape& s) {
   plan_pass(p, s, group_rows(s, selected_groups(s)));
   // With fewer queries a pass would wait for memory, and larger groups cost less than more passes.
   constexpr int64_t kEnough = 256;
-  while (p.batch < kEnough && p.batch < s.batch && p.group < sm90::kTileRows && s.code_group == 0) {
+  const int largest = s.code_group > 0 && s.code_group < sm90::kTileRows ? s.code_group : sm90::kTileRows;
+  while (p.batch < kEnough && p.batch < s.batch && p.group < largest) {
     plan_pass(p, s, 2 * p.group);
   }
   plan_scan(p, s, p.batch);
@@ -183,7 +185,6 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
   a.relative = p.relative;
   a.group = p.group;
   a.num_groups = p.num_groups;
-  a.norm_rows = p.norm_rows;
   a.pitch = p.pitch;
   a.selected = p.selected;
   a.visit_step = p.visit_step;
@@ -191,10 +192,13 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
   a.scanned_pitch = p.scanned_pitch;
   a.scanned = w + p.at.scanned;
   a.bounds = reinterpret_cast<QueryBound*>(w + p.at.bounds);
+  a.coarse = reinterpret_cast<QuadBound*>(w + p.at.coarse);
   a.group_max = w + p.at.group_max;
-  a.group_norm = reinterpret_cast<float*>(w + p.at.group_norm);
+  a.quad_norm = reinterpret_cast<float*>(w + p.at.quads);
+  a.quad_codes = reinterpret_cast<CodeQuad*>(w + p.at.quads);
   a.chosen = reinterpret_cast<int32_t*>(w + p.at.chosen);
   a.left_out = reinterpret_cast<int64_t*>(w + p.at.left_out);
+  a.floor = reinterpret_cast<float*>(w + p.at.floor);
   a.candidates = reinterpret_cast<int64_t*>(w + p.at.candidates);
   a.kth = reinterpret_cast<int64_t*>(w + p.at.kth);
   a.repaired = reinterpret_cast<int64_t*>(w + p.at.repaired);
@@ -206,13 +210,14 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
 inline sm90::ScanArguments scan_arguments(const SearchPlan& p, const SearchArguments& a) {
   sm90::ScanArguments scan{};
   scan.group_max = a.group_max;
-  scan.group_norm = a.group_norm;
+  scan.quad_norm = a.quad_norm;
   scan.row_mask = a.row_mask;
   scan.pitch = a.pitch;
   scan.num_queries = a.batch;
   scan.num_rows = a.num_rows;
   scan.num_groups = a.num_groups;
   scan.group = a.group;
+  scan.quad_shift = sm90::quad_shift(a.group);
   scan.query_blocks = p.query_blocks;
   scan.norm_scale = static_cast<float>(1 + (a.dim + 8) * 0x1p-23);
   scan.norm_hidden = static_cast<float>(a.dim * 0x1p-63);  // of squares below 2^-126; sqrt(D) <= D
@@ -237,9 +242,14 @@ inline Matrix scanned_queries(const SearchArguments& a) {
   return {a.scanned, a.batch, a.scanned_pitch, a.scanned_pitch, sm90::kBlockQueries};
 }
 
-// Blocks of rescore: every query's rows, one a thread.
+// Blocks of prepare: one a query, and enough to make the quads ready for few of them.
+inline int prepare_blocks(const SearchArguments& a, int multiprocessors) {
+  return a.batch > multiprocessors ? a.batch : multiprocessors;
+}
+
+// Blocks of rescore: every query's rows.
 inline int rescore_blocks(const SearchArguments& a, int threads) {
-  return a.batch * ceil_div(a.selected * a.group, threads);
+  return a.batch * ceil_div(a.selected * a.group, rows_of_block(threads, a.codes != nullptr));
 }
 
 }  // namespace cuda

@@ -6,17 +6,16 @@
 namespace realm_kernels {
 namespace cuda {
 
-constexpr int kKeysPerThread = 8;   // of the buffer, held in registers while it is cut
+// Keys a thread of the buffer, held in registers while it is cut: of rows, at most k; of groups, some more.
+constexpr int kRowKeys = 8;
+constexpr int kGroupKeys = 9;
 constexpr int kOffersPerRound = 4;  // by a thread between two looks at how full the buffer is
 constexpr int kMaxWarps = 32;
 
-// Shared memory of TopKeys for a block of `threads`.
-RK_BOTH constexpr int top_keys_bytes(int threads) { return 8 * (kKeysPerThread * threads + kMaxWarps) + 16; }
-RK_BOTH constexpr int most_kept(int threads) { return (kKeysPerThread - kOffersPerRound) * threads; }
+// Shared memory of TopKeys for a block of `threads`, and how many keys it may be asked to keep.
+RK_BOTH constexpr int top_keys_bytes(int threads, int keys) { return 8 * (keys * threads + kMaxWarps) + 16; }
+RK_BOTH constexpr int most_kept(int threads, int keys) { return (keys - kOffersPerRound) * threads; }
 
-struct Sum {
-  RK_DEVICE int64_t operator()(int64_t a, int64_t b) const { return a + b; }
-};
 struct Largest {
   RK_DEVICE int64_t operator()(int64_t a, int64_t b) const { return a > b ? a : b; }
 };
@@ -26,8 +25,8 @@ struct Smallest {
 
 // The `keep` largest of all keys offered by all threads. Keys above the `floor` enter a buffer; when it may
 // overflow it is cut to the `keep` largest, whose least becomes the floor. Which keys those are depends on no
-// order: keys are unique, and a key is dropped only for `keep` larger ones. The largest dropped is
-// remembered.
+// order: keys are unique, and a key is dropped only for `keep` larger ones.
+template <int kKeysPerThread>
 class TopKeys {
  public:
   // memory: top_keys_bytes() of shared memory, 8-byte aligned. keep <= most_kept(blockDim.x).
@@ -40,7 +39,7 @@ class TopKeys {
   }
 
   RK_DEVICE void clear() {
-    floor_ = dropped_ = kNothing;
+    floor_ = kNothing;
     __syncthreads();
     if (threadIdx.x == 0) {
       *count_ = 0;
@@ -49,36 +48,38 @@ class TopKeys {
   }
 
   // By all threads of a warp together, at most kOffersPerRound times in a round; kNothing offers nothing.
-  RK_DEVICE void offer(int64_t key) {
-    const bool enters = key > floor_;
-    if (!enters) {
-      dropped_ = Largest{}(dropped_, key);
-    }
-    push(enters, key);
-  }
+  RK_DEVICE void offer(int64_t key) { push(key > floor_, key); }
+
+  // No key of a smaller value can enter; -inf where every one can.
+  RK_DEVICE float least_value() const { return value_of(floor_); }
 
   // By all threads of the block.
   RK_DEVICE void end_round() {
     const int count = settled_count();
-    if (count > most_kept(static_cast<int>(blockDim.x))) {
+    if (count > most_kept(static_cast<int>(blockDim.x), kKeysPerThread)) {
       cut(count);
     }
   }
 
-  // After the last round: the keys kept are keys()[0 .. count), in no order, and the largest dropped is told.
-  RK_DEVICE int finish(int64_t* dropped = nullptr) {
+  // After the last round: the keys kept are keys()[0 .. count), in no order.
+  RK_DEVICE int finish() {
     int count = settled_count();
     if (count > keep_) {
       cut(count);
       count = keep_;
     }
-    if (dropped != nullptr) {
-      *dropped = reduce(dropped_, Largest{});
-    }
     return count;
   }
 
   RK_DEVICE int64_t* keys() { return keys_; }
+
+  RK_DEVICE int64_t smallest(int count) {
+    int64_t least = INT64_MAX;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+      least = Smallest{}(least, keys_[i]);
+    }
+    return reduce(least, Smallest{});
+  }
 
   // keys()[0 .. count) descending, by a bitonic network; what pads them to a power of two is kNothing.
   RK_DEVICE void sort(int count) {
@@ -93,7 +94,7 @@ class TopKeys {
     for (int run = 2; run <= padded; run *= 2) {
       for (int distance = run / 2; distance > 0; distance /= 2) {
         for (int i = static_cast<int>(threadIdx.x); i < padded / 2; i += static_cast<int>(blockDim.x)) {
-          const int left = i / distance * 2 * distance + i % distance, right = left + distance;
+          const int left = 2 * i - (i & (distance - 1)), right = left + distance;
           const bool descending = (left & run) == 0;
           const int64_t a = keys_[left], b = keys_[right];
           if ((a < b) == descending) {
@@ -148,6 +149,18 @@ class TopKeys {
     return x;
   }
 
+  // Over the block, with one barrier: two sums in a row use halves of the memory in turn.
+  RK_DEVICE int sum(int x, int half) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    auto* partial = reinterpret_cast<int*>(partial_) + half * kMaxWarps;
+    x = __reduce_add_sync(0xFFFFFFFFu, x);
+    if (lane == 0) {
+      partial[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    return __reduce_add_sync(0xFFFFFFFFu, lane < static_cast<int>(blockDim.x / 32) ? partial[lane] : 0);
+  }
+
   // Bisects for the keep-th largest of the count > keep keys: some thirty looks at registers, no sort.
   RK_DEVICE void cut(int count) {
     int64_t mine[kKeysPerThread];
@@ -162,14 +175,15 @@ class TopKeys {
     // At least keep keys reach `low`, fewer reach `high`.
     auto low = static_cast<uint64_t>(reduce(least, Smallest{})),
          high = static_cast<uint64_t>(reduce(most, Largest{})) + 1;
+    int look = 0;
     while (high - low > 1) {
       const uint64_t middle = low + (high - low) / 2;
-      int64_t reach = 0;
+      int reach = 0;
 #pragma unroll
       for (int i = 0; i < kKeysPerThread; ++i) {
         reach += mine[i] >= static_cast<int64_t>(middle);
       }
-      reach = reduce(reach, Sum{});
+      reach = sum(reach, look++ % 2);
       if (reach >= keep_) {
         low = middle;
       } else {
@@ -186,11 +200,7 @@ class TopKeys {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kKeysPerThread; ++i) {
-      const bool stays = mine[i] >= floor_;
-      if (!stays) {
-        dropped_ = Largest{}(dropped_, mine[i]);
-      }
-      push(stays, mine[i]);
+      push(mine[i] >= floor_, mine[i]);
     }
     __syncthreads();
   }
@@ -199,7 +209,7 @@ class TopKeys {
   int64_t* partial_;
   int* count_;
   int keep_;
-  int64_t floor_, dropped_;  // the floor is the same in all threads, what was dropped each thread's own
+  int64_t floor_;  // the same in all threads
 };
 
 }  // namespace cuda

@@ -64,7 +64,7 @@ def refuses_layout(
         if shard.dtype == torch.float16 and queries.dtype != torch.float16:
             return f"rows of float16 need queries of float16, got {dtype_name(queries.dtype)}"
         row_bytes = shard.stride(0) * shard.element_size()
-        if shard.shape[0] > 1 and row_bytes < dim * shard.element_size():
+        if shard.shape[0] > 0 and row_bytes < dim * shard.element_size():
             return f"rows must not overlap, got a stride of {row_bytes} bytes"
         if shard.data_ptr() % TMA_BYTES != 0 or row_bytes % TMA_BYTES != 0:
             return f"rows must start on multiples of {TMA_BYTES} bytes, got a stride of {row_bytes}"

@@ -8,6 +8,7 @@
 // a wrong parity, a missing wait or a wrong offset gives wrong numbers or a deadlock that is told, not luck.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -101,6 +102,7 @@ class Machine {
   void launch(unsigned blocks, unsigned threads, size_t shared_bytes, uint64_t seed,
               const std::function<void()>& kernel) {
     random_.seed(seed);
+    slowness_ = chance(2) ? 2 : 20;
     kernel_ = &kernel;
     for (unsigned block = 0; block < blocks; ++block) {
       run_block(block, blocks, threads, shared_bytes);
@@ -214,7 +216,7 @@ class Machine {
         }
         alive += !fiber.done;
       }
-      while (!transfers_.empty() && chance(2)) {
+      while (!transfers_.empty() && chance(slowness_)) {
         const size_t chosen = random_() % transfers_.size();
         const auto transfer = transfers_[chosen];
         transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(chosen));
@@ -253,6 +255,7 @@ class Machine {
   Fiber* current_ = nullptr;
   std::string error_;
   int idle_ = 0;
+  int slowness_ = 2;  // of memory
 };
 
 inline Machine& machine() { return Machine::get(); }
@@ -305,8 +308,29 @@ inline uint32_t __ballot_sync(uint32_t, bool holds) {
   }
   return bits;
 }
+inline bool __any_sync(uint32_t mask, bool holds) { return __ballot_sync(mask, holds) != 0; }
+inline int __reduce_max_sync(uint32_t, int value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value = std::max(value, __shfl_xor_sync(0xFFFFFFFFu, value, distance));
+  }
+  return value;
+}
+inline int __reduce_add_sync(uint32_t, int value) {
+  for (int distance = 16; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  }
+  return value;
+}
+inline int __dp4a(int a, int b, int c) {
+  for (int byte = 0; byte < 32; byte += 8) {
+    c += static_cast<int8_t>(a >> byte) * static_cast<int8_t>(b >> byte);
+  }
+  return c;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(uint32_t bits) { return realm_kernels::cuda_model::from_bits<float>(bits); }
+inline int __float_as_int(float value) { return static_cast<int>(realm_kernels::cuda_model::to_bits(value)); }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline uint32_t __float_as_uint(float value) {
   return static_cast<uint32_t>(realm_kernels::cuda_model::to_bits(value));
 }
@@ -332,6 +356,15 @@ inline float round_up_to_float(double x) {
   const float nearest = static_cast<float>(x);
   return static_cast<double>(nearest) < x ? std::nextafter(nearest, INFINITY) : nearest;
 }
+// Products and sums of floats in float64 may have been rounded down once: the next number above is no
+// smaller.
+inline float above(double x) { return round_up_to_float(std::isfinite(x) ? std::nextafter(x, INFINITY) : x); }
+inline float round_down_to_float(double x) { return -round_up_to_float(-x); }
+inline float to_float_up(int x) { return round_up_to_float(x); }
+inline float add_up(float a, float b) { return above(static_cast<double>(a) + b); }
+inline float multiply_up(float a, float b) { return round_up_to_float(static_cast<double>(a) * b); }
+inline float multiply_down(float a, float b) { return round_down_to_float(static_cast<double>(a) * b); }
+inline float multiply_add_up(float a, float b, float c) { return above(static_cast<double>(a) * b + c); }
 inline float half_to_float(uint32_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)

@@ -62,18 +62,19 @@ extern "C" {
 // Each returns null, or what went wrong.
 const char* model_scan(int scanned, int shape, const void* queries, const void* rows, int batch, int num_rows,
                        int dim, int64_t row_stride, const bool* row_mask, int group, int blocks_of_queries,
-                       int workers, void* group_max, int64_t pitch, float* group_norm, uint64_t seed) {
+                       int workers, void* group_max, int64_t pitch, float* quad_norm, uint64_t seed) {
   const auto kind = static_cast<Shape>(shape);
   const int bytes = bytes_of(static_cast<Scanned>(scanned));
   sm90::ScanArguments a{};
   a.group_max = group_max;
-  a.group_norm = group_norm;
+  a.quad_norm = quad_norm;
   a.row_mask = row_mask;
   a.pitch = pitch;
   a.num_queries = batch;
   a.num_rows = num_rows;
   a.num_groups = ceil_div(num_rows, group);
   a.group = group;
+  a.quad_shift = sm90::quad_shift(group);
   a.plan = sm90::shared_plan(kind, blocks_of_queries, ceil_div(dim * bytes, sm90::kPanelBytes));
   a.query_blocks = ceil_div(batch, blocks_of_queries * sm90::kBlockQueries);
   a.norm_scale = 1.0f;
@@ -135,7 +136,6 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
     if (group > 0) {
       p.group = static_cast<int>(group);
       p.num_groups = static_cast<int>(ceil_div<int64_t>(shape.num_rows, p.group));
-      p.norm_rows = sm90::norm_rows(p.group);
       p.pitch = ceil_div(p.num_groups, 4) * 4;
     }
     if (selected > 0) {
@@ -143,7 +143,7 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
     }
     p.selected = p.selected < p.num_groups ? p.selected : p.num_groups;
     const auto block = static_cast<int>(threads);
-    p.selected = p.selected < most_kept(block) ? p.selected : most_kept(block);
+    p.selected = p.selected < most_kept(block, kGroupKeys) ? p.selected : most_kept(block, kGroupKeys) - 1;
     p.parts = p.parts < 3 ? p.parts : 3;
     p.parts = p.parts < p.num_groups ? p.parts : p.num_groups;
     const int panels = static_cast<int>(p.scanned_pitch * bytes_of(shape.scanned) / sm90::kPanelBytes);
@@ -165,12 +165,14 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
       machine().launch(static_cast<unsigned>(blocks), static_cast<unsigned>(block),
                        static_cast<size_t>(shared), seed, kernel);
     };
-    launch(a.batch, 8 * 64, [&] { prepare(a, shape.scanned == Scanned::kFloat16); });
+    launch(prepare_blocks(a, 2), 8 * 64, [&] { prepare(a, shape.scanned == Scanned::kFloat16); });
     const TensorMap rows = tensor_map(scanned_rows(a), bytes_of(shape.scanned));
     const TensorMap queries = tensor_map(scanned_queries(a), bytes_of(shape.scanned));
     run_scan(shape.scanned, p.shape, scan_arguments(p, a), rows, queries, p.scan_blocks, seed);
-    launch(a.batch, top_keys_bytes(block), [&] { select(a); });
-    launch(rescore_blocks(a, block), scoring_bytes(block, a.dim), [&] { rescore(a); });
+    launch(a.batch, top_keys_bytes(block, kGroupKeys),
+           [&] { a.codes != nullptr ? select<true>(a) : select<false>(a); });
+    launch(rescore_blocks(a, block), scoring_bytes(block, a.dim, a.codes != nullptr ? a.code_pitch : 0),
+           [&] { a.codes != nullptr ? rescore<true>(a) : rescore<false>(a); });
     launch(3, scoring_bytes(block, a.dim), [&] { repair(a); });
   });
 }

@@ -22,7 +22,7 @@ constexpr int kBlockBytes = kBlockQueries * kPanelBytes;
 constexpr int kStepBytes = 32;  // K of one wgmma: 16 halves or 32 int8
 constexpr int kSteps = kPanelBytes / kStepBytes;
 constexpr int kSubgroup = 32;  // rows: the smallest group, and what a group is a multiple of
-constexpr int kNormRows = 64;  // rows that share a norm where groups are not smaller: those of a norm warp
+constexpr int kNormRows = 64;  // of a tile, for each norm warp
 
 // One warp group loads and measures, two multiply. 2 * 128 * 224 + 128 * 56 = 64,512 of 65,536 registers.
 constexpr int kWarp = 32;
@@ -74,6 +74,11 @@ static_assert(encoded(kAtomBytes) == 64, "eight rows of 128 bytes, in units of 1
 // A position in the ring of stages. The consumer of a stage waits for the phase `parity` of its full barrier,
 // the producer for the phase before that of its empty one: at the start a fresh barrier lets it pass, for
 // "the phase of parity 1" of a barrier that is in its phase 0 counts as over.
+//
+// A parity tells a phase from the one before it and no more: who waits for a phase must have seen the one
+// before. So all who read the ring wait for every stage of it, and free every one, those that others work on
+// too. Taking only every second tile, a group could take a stage for loaded that still waits for the tile
+// between.
 struct RingPosition {
   int stage = 0;
   uint32_t parity = 0;
@@ -82,10 +87,6 @@ struct RingPosition {
   RK_BOTH constexpr RingPosition plus(int steps, int stages) const {  // steps <= stages
     const int next = stage + steps;
     return next >= stages ? RingPosition{next - stages, parity ^ 1} : RingPosition{next, parity};
-  }
-  RK_BOTH constexpr RingPosition ahead(int steps, int stages) const {  // any number of them
-    const int next = stage + steps;
-    return {next % stages, parity ^ static_cast<uint32_t>(next / stages % 2)};
   }
 };
 
@@ -133,6 +134,9 @@ RK_BOTH constexpr SharedPlan shared_plan(Shape shape, int blocks, int panels) {
   const int left = kSharedBytes - kAtomBytes - kBarrierBytes - plan.exchange - plan.resident;
   plan.stages = left < 0 ? 0 : left / plan.stage_bytes;
   plan.stages = plan.stages > kMaxStages ? kMaxStages : plan.stages;
+  if (shape == Shape::kWide) {  // whole tiles: their panels are neighbours
+    plan.stages -= plan.stages % panels;
+  }
   return plan;
 }
 
@@ -152,8 +156,10 @@ static_assert(fits(Shape::kWide, shared_plan(Shape::kWide, 8, 1)), "512 queries 
 static_assert(shared_plan(Shape::kDeep, 4, 12).stages == 4, "256 queries x 128 rows, any width");
 static_assert(shared_plan(Shape::kNarrow, 1, 12).stages == 7, "64 queries of 768 halves");
 
-// Rows that share a maximum and, where larger, two norms.
-RK_BOTH constexpr int norm_rows(int group) { return group < kNormRows ? group : kNormRows; }
+// A norm is that of four groups, 128 to 512 rows: of a row the power of two whose multiple it belongs to.
+RK_BOTH constexpr int quad_shift(int group) { return group == 32 ? 7 : group == 64 ? 8 : 9; }
+// A tile has 1, 2 or 4 groups, a power of two.
+RK_BOTH constexpr int groups_shift(int quad_shift) { return 9 - quad_shift; }
 
 }  // namespace sm90
 }  // namespace cuda

@@ -14,33 +14,44 @@ namespace sm90 {
 
 // kWide. Of the m64 blocks of queries a consumer group owns every second one, and multiplies them with a tile
 // one after the other. While the maxima of one product are taken, the next one is already under way in other
-// accumulators; whichever group pauses, the other keeps the tensor cores busy.
+// accumulators; whichever group pauses, the other keeps the tensor cores busy. What is done between two
+// products counts: over codes they follow each other every 512 clocks in a group.
 template <class Element, bool kWithMaxima>
 struct WideConsumer {
   using T = typename Element::Accumulator;
 
+  // A product of this group. The panels of a block of queries are neighbours, and so are those of a tile.
   struct Item {
     int tile;
-    int block;        // of 64 queries
-    RingPosition at;  // of the tile's first panel
+    int block;               // of 64 queries
+    RingPosition at;         // of the tile's first panel
+    uint64_t queries, rows;  // descriptors of the first panels
   };
 
   const ScanArguments& a;
   const Ring& ring;
   Share share;
   int group;
-  uint32_t queries, stages;  // shared addresses
+  uint64_t queries, rows;  // descriptors: of the group's first block, of the first stage
   int tiles;
   int valid_tile = -1;
   uint32_t valid = 0xFFFFFFFFu;
 
   // The item after `item`; false where there is none. Every group has a block of queries: plan.blocks >= 2.
+  template <int kPanels>
   RK_DEVICE bool next(Item& item) const {
     item.block += kConsumerGroups;
+    item.queries += encoded(kConsumerGroups * kPanels * kBlockBytes);
     if (item.block >= a.plan.blocks) {
       item.block = group;
+      item.queries = queries;
       item.tile += share.tile_step;
-      item.at = item.at.plus(a.plan.panels, ring.stages);
+      item.at.stage += kPanels;
+      item.rows += encoded(kPanels * kStageBytes);
+      if (item.at.stage == ring.stages) {  // whole tiles
+        item.at = {0, item.at.parity ^ 1};
+        item.rows = rows;
+      }
     }
     return item.tile < tiles;
   }
@@ -51,18 +62,15 @@ struct WideConsumer {
   template <int kPanels>
   RK_DEVICE void multiply(T (&d)[64], const Item& item) const {
     if (item.block == group) {  // the first product with this tile
+#pragma unroll
       for (int p = 0; p < kPanels; ++p) {
-        const RingPosition at = item.at.plus(p, ring.stages);
-        barrier_wait(ring.full + at.stage, at.parity);
+        barrier_wait(ring.full + item.at.stage + p, item.at.parity);
       }
     }
     wgmma_fence();
 #pragma unroll
     for (int p = 0; p < kPanels; ++p) {
-      const int stage = item.at.plus(p, ring.stages).stage;
-      const uint64_t q =
-          descriptor(queries + static_cast<uint32_t>((p * a.plan.blocks + item.block) * kBlockBytes));
-      const uint64_t x = descriptor(stages + static_cast<uint32_t>(stage * kStageBytes));
+      const uint64_t q = item.queries + encoded(p * kBlockBytes), x = item.rows + encoded(p * kStageBytes);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         wgmma<Element>(d, descriptor_step(q, step), descriptor_step(x, step), p + step > 0);
@@ -72,11 +80,12 @@ struct WideConsumer {
   }
 
   // The product is complete: free the tile if it was the last one with it, and take the maxima.
+  template <int kPanels>
   RK_DEVICE void finish(const T (&d)[64], const Item& item) {
     if (item.block + kConsumerGroups >= a.plan.blocks) {
-#pragma unroll 1
-      for (int p = 0; p < a.plan.panels; ++p) {
-        arrive_warp(ring.empty + item.at.plus(p, ring.stages).stage);
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p) {
+        arrive_warp(ring.empty + item.at.stage + p);
       }
     }
     if constexpr (kWithMaxima) {
@@ -111,7 +120,7 @@ struct WideConsumer {
     for (int i = 0; i < 64; ++i) {
       even[i] = odd[i] = T{};
     }
-    Item item{share.first_tile, group, {}}, other = item;
+    Item item{share.first_tile, group, {}, queries, rows}, other = item;
     if (item.tile >= tiles) {
       return;
     }
@@ -121,22 +130,22 @@ struct WideConsumer {
       multiply<kPanels>(even, item);
       if (!is_first) {
         wgmma_wait<1>(odd);
-        finish(odd, other);
+        finish<kPanels>(odd, other);
       }
       is_first = false;
       other = item;
-      if (!next(other)) {
+      if (!next<kPanels>(other)) {
         wgmma_wait<0>(even);
-        finish(even, item);
+        finish<kPanels>(even, item);
         return;
       }
       multiply<kPanels>(odd, other);
       wgmma_wait<1>(even);
-      finish(even, item);
+      finish<kPanels>(even, item);
       item = other;
-      if (!next(item)) {
+      if (!next<kPanels>(item)) {
         wgmma_wait<0>(odd);
-        finish(odd, other);
+        finish<kPanels>(odd, other);
         return;
       }
     }
@@ -221,8 +230,9 @@ struct DeepConsumer {
   }
 };
 
-// kNarrow. Up to 64 queries on N, rows on M: a consumer group takes every second tile, both halves of it. The
-// maxima go over the eight lanes and four warps that share a query, the latter through shared memory.
+// kNarrow. Up to 64 queries on N, rows on M: a consumer group multiplies every second tile, both halves of
+// it, and only sees the others go by. The maxima go over the eight lanes and four warps that share a query,
+// the latter through shared memory.
 template <class Element, bool kWithMaxima>
 struct NarrowConsumer {
   using T = typename Element::Accumulator;
@@ -241,13 +251,14 @@ struct NarrowConsumer {
     for (int i = 0; i < 32; ++i) {
       upper[i] = lower[i] = T{};
     }
-    RingPosition at = RingPosition{}.ahead(group * a.plan.panels, ring.stages);
-    bool waited = false;
-    for (int tile = share.first_tile + group * share.tile_step; tile < tiles;
-         tile += kConsumerGroups * share.tile_step) {
-      if (!waited) {
-        barrier_wait(ring.resident, 0);
-        waited = true;
+    RingPosition at;
+    barrier_wait(ring.resident, 0);
+    int turn = group;
+    for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+      turn ^= 1;
+      if (turn == 0) {
+        pass(at);
+        continue;
       }
       int previous = at.stage;
 #pragma unroll 1
@@ -283,49 +294,62 @@ struct NarrowConsumer {
         pretend_to_read(a, upper);
         pretend_to_read(a, lower);
       }
-      at = at.ahead(a.plan.panels, ring.stages);  // past the other group's tile
+    }
+  }
+
+  // The tile of the other group.
+  RK_DEVICE void pass(RingPosition& at) const {
+#pragma unroll 1
+    for (int p = 0; p < a.plan.panels; ++p) {
+      barrier_wait(ring.full + at.stage, at.parity);
+      arrive_warp(ring.empty + at.stage);
+      at = at.plus(1, ring.stages);
     }
   }
 
   // The 16 rows of this warp, for each of 64 queries.
   RK_DEVICE void exchange_maxima(const T (&d)[32], int tile, int half) const {
     const int thread = threadIdx.x % kWarpGroup, warp = thread / kWarp;
-    bool counts[2] = {true, true};
-    if (a.row_mask != nullptr) {
+    T best[16];  // of columns 8 (i / 2) + 2 (lane % 4) + i % 2
+    if (a.row_mask == nullptr) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int first = i / 2 * 4 + i % 2;
+        best[i] = larger(larger(d[first], d[first + 2]), lowest(T{}));
+      }
+    } else {
+      bool counts[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = tile * kTileRows + half * kBlockQueries + fragment_row(thread, 2 * i);
         counts[i] = row < a.num_rows && a.row_mask[row];
       }
-    }
-    T best[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {  // columns 2 (i / 2 * 4 + thread % 4) + i % 2
-      const int first = i / 2 * 4 + i % 2;
-      const T above = counts[0] ? d[first] : lowest(T{}), below = counts[1] ? d[first + 2] : lowest(T{});
-      best[i] = larger(larger(above, below), lowest(T{}));
-#pragma unroll
-      for (int distance = 4; distance < kWarp; distance *= 2) {
-        best[i] = larger(best[i], __shfl_xor_sync(0xFFFFFFFFu, best[i], distance));
-      }
-    }
-    if (thread % kWarp < 4) {
-      T* out = exchange + (half * 4 + warp) * kBlockQueries;
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        out[fragment_column(thread, i / 2 * 4 + i % 2)] = best[i];
+        const int first = i / 2 * 4 + i % 2;
+        const T above = counts[0] ? d[first] : lowest(T{}), below = counts[1] ? d[first + 2] : lowest(T{});
+        best[i] = larger(larger(above, below), lowest(T{}));
       }
     }
+    halve<16>(best, 16, Larger{});
+    halve<8>(best, 8, Larger{});
+    halve<4>(best, 4, Larger{});
+    // What is left has i / 2 = lane / 4.
+    T* out = exchange + (half * 4 + warp) * kBlockQueries + 2 * (thread % kWarp);
+    out[0] = best[0];
+    out[1] = best[1];
   }
 
   // A group is 2, 4 or 8 of the eight pieces of 16 rows. Neighbouring threads write neighbouring groups.
   RK_DEVICE void store(int tile) const {
-    const int groups = kTileRows / a.group, pieces = 8 / groups;
+    const int shift = groups_shift(a.quad_shift), groups = 1 << shift, pieces = 8 >> shift;
     for (int i = threadIdx.x % kWarpGroup; i < groups * kBlockQueries; i += kWarpGroup) {
-      const int query = i / groups, group_here = i % groups;
+      const int query = i >> shift, group_here = i & (groups - 1);
       T best = lowest(T{});
-      for (int piece = 0; piece < pieces; ++piece) {
-        best = larger(best, exchange[(group_here * pieces + piece) * kBlockQueries + query]);
+#pragma unroll
+      for (int i8 = 0; i8 < 8; ++i8) {  // as often as there are pieces in the largest group, without a branch
+        const int piece = group_here * pieces + (i8 & (pieces - 1));
+        best = larger(best, exchange[piece * kBlockQueries + query]);
       }
       const int row = share.query_block * kBlockQueries + query, place = tile * groups + group_here;
       if (row < a.num_queries && place < a.num_groups) {
@@ -342,8 +366,7 @@ RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorM
   unsigned char* memory = aligned_memory();
   const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks);
   const bool measures = Element::kBytes == 2 && share.query_block == 0;
-  const int consumers = kShape == Shape::kNarrow ? kConsumerWarps / 2 : kConsumerWarps;
-  const Ring ring = make_ring(plan, memory, consumers + (measures ? kNormWarps : 0));
+  const Ring ring = make_ring(plan, memory, kConsumerWarps + (measures ? kNormWarps : 0));
   const int warp = uniform(threadIdx.x / kWarp), warp_group = warp / (kWarpGroup / kWarp);
   if (warp_group == 0) {
     give_registers<kProducerRegisters>();
@@ -363,7 +386,9 @@ RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorM
     const int group = warp_group - 1, tiles = ceil_div(a.num_rows, kTileRows);
     const uint32_t resident = shared_address(memory), stages = shared_address(memory + plan.stages_at());
     if constexpr (kShape == Shape::kWide) {
-      WideConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, tiles}.run();
+      const uint32_t first = resident + static_cast<uint32_t>(group * plan.panels * kBlockBytes);
+      WideConsumer<Element, kWithMaxima>{a, ring, share, group, descriptor(first), descriptor(stages), tiles}
+          .run();
     } else if constexpr (kShape == Shape::kDeep) {
       DeepConsumer<Element, kWithMaxima>{a, ring, share, group, stages, tiles}.run();
     } else {

@@ -10,11 +10,12 @@ namespace sm90 {
 
 struct ScanArguments {
   void* group_max;       // [B, pitch] float32 (int32 for codes), largest inner product of the group's rows
-  float* group_norm;     // [N / norm_rows], at least the largest norm of these rows; codes bring theirs
+  float* quad_norm;      // [N / 4 G], raised to at least the norms of these rows; codes bring theirs
   const bool* row_mask;  // [N], or null: every row counts
   int64_t pitch;
   int num_queries, num_rows, num_groups;
   int group;          // rows: 32, 64 or 128
+  int quad_shift;     // which makes of a row the number of its quad
   int query_blocks;   // blocks of the grid that read the same tiles
   float norm_scale;   // 1 + what the float32 sum of D squares may lose, relative to the norm
   float norm_hidden;  // the norm that squares below 2^-126 may hide
@@ -68,7 +69,7 @@ RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& r
     barrier_expect(ring.resident, static_cast<uint32_t>(plan.resident));
     for (int p = 0; p < plan.panels; ++p) {
       for (int b = 0; b < plan.blocks; ++b) {
-        tma_load(queries, memory + (p * plan.blocks + b) * kBlockBytes, ring.resident, p * kPanelColumns,
+        tma_load(queries, memory + (b * plan.panels + p) * kBlockBytes, ring.resident, p * kPanelColumns,
                  first_query + b * kBlockQueries);
       }
     }
@@ -106,85 +107,93 @@ RK_DEVICE void unpack<Float16>(uint32_t word, float& low, float& high) {
   high = half_to_float(word >> 16);
 }
 
-// A norm warp owns 64 rows of every tile. A lane reads 16 bytes of rows lane / 8 and four below, atom by
-// atom: the warp reads 512 bytes in a row, without bank conflicts, and as the swizzle only permutes 16-byte
-// pieces within a row, it does not matter here. A row lies over eight lanes. Rows with a NaN score NaN
-// whatever the query and are never returned: fmaxf drops their norm, as the maxima drop their scores.
-template <class Element>
-RK_DEVICE void measure(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
-                       int warp) {
-  constexpr int kAtoms = kNormRows / kAtomRows;
-  const int lane = threadIdx.x % kWarp;
-  const uint32_t base = shared_address(memory + a.plan.stages_at()) +
-                        static_cast<uint32_t>(warp * kAtoms * kAtomBytes + lane * 16);
-  RingPosition at;
-  const int tiles = ceil_div(a.num_rows, kTileRows);
-  for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
-    float squares[kAtoms][2] = {};
-    for (int p = 0; p < a.plan.panels; ++p) {
-      barrier_wait(ring.full + at.stage, at.parity);
-      const uint32_t address = base + static_cast<uint32_t>(at.stage * a.plan.stage_bytes);
-#pragma unroll
-      for (int i = 0; i < 2 * kAtoms; ++i) {
-        const Vector16 v = load_shared(address + static_cast<uint32_t>(i * kAtomBytes / 2));
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float low, high;
-          unpack<Element>(v.words[w], low, high);
-          squares[i / 2][i % 2] = fmaf(low, low, squares[i / 2][i % 2]);
-          squares[i / 2][i % 2] = fmaf(high, high, squares[i / 2][i % 2]);
-        }
-      }
-      arrive_warp(ring.empty + at.stage);
-      at = at.plus(1, ring.stages);
-    }
-    float largest[2] = {0.0f, 0.0f};  // of the upper and the lower 32 rows
-    const int first_row = tile * kTileRows + warp * kNormRows;
-#pragma unroll
-    for (int i = 0; i < 2 * kAtoms; ++i) {
-      float square = squares[i / 2][i % 2];
-      square += __shfl_xor_sync(0xFFFFFFFFu, square, 1);
-      square += __shfl_xor_sync(0xFFFFFFFFu, square, 2);
-      square += __shfl_xor_sync(0xFFFFFFFFu, square, 4);
-      const int row = first_row + 4 * i + lane / 8;
-      if (a.row_mask != nullptr && (row >= a.num_rows || !a.row_mask[row])) {
-        square = 0.0f;
-      }
-      largest[i / kAtoms] = fmaxf(largest[i / kAtoms], square);
-    }
-    if (a.group > kSubgroup) {
-      largest[0] = fmaxf(largest[0], largest[1]);
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xFFFFFFFFu, largest[h], 8));
-      largest[h] = fmaxf(largest[h], __shfl_xor_sync(0xFFFFFFFFu, largest[h], 16));
-    }
-    const int norms = norm_rows(a.group), per_warp = kNormRows / norms;
-    const int place = first_row / norms + lane;
-    if (lane < per_warp && place < ceil_div(a.num_rows, norms)) {
-      a.group_norm[place] = sqrtf(lane == 0 ? largest[0] : largest[1]) * a.norm_scale + a.norm_hidden;
-    }
-  }
-}
-
 RK_DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // the number, where one of them is NaN
 RK_DEVICE int larger(int a, int b) { return a > b ? a : b; }
 RK_DEVICE float lowest(float) { return __uint_as_float(0xFF800000u); }
 RK_DEVICE int lowest(int) { return static_cast<int>(0x80000000u); }
 
+struct Plus {
+  RK_DEVICE float operator()(float a, float b) const { return a + b; }
+};
+struct Larger {
+  RK_DEVICE float operator()(float a, float b) const { return larger(a, b); }
+  RK_DEVICE int operator()(int a, int b) const { return larger(a, b); }
+};
+
+// Of two lanes `distance` apart the upper one keeps the upper half of its values and the lower one the lower,
+// each combined with the other's. Three such steps are 14 shuffles where a plain reduction of sixteen values
+// over eight lanes takes 48.
+template <int kCount, class T, class Combine>
+RK_DEVICE void halve(T* v, int distance, Combine combine) {
+  const bool upper = (threadIdx.x & static_cast<unsigned>(distance)) != 0;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    const T sent = upper ? v[i] : v[i + kCount / 2], kept = upper ? v[i + kCount / 2] : v[i];
+    v[i] = combine(kept, __shfl_xor_sync(0xFFFFFFFFu, sent, distance));
+  }
+}
+
+// A norm warp owns 64 rows of every tile. A lane reads 16 bytes of rows lane / 8 and four below,
+// atom by atom: the warp reads 512 bytes in a row, without bank conflicts, and as the swizzle only permutes
+// 16-byte pieces within a row, it does not matter here. A row lies over eight lanes, which in the end share
+// out their rows. Rows with a NaN score NaN whatever the query and are never returned: fmaxf drops their
+// norm, as the maxima drop their scores.
+template <class Element>
+RK_DEVICE void measure(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
+                       int warp) {
+  constexpr int kRows = kNormRows / 4;  // that a lane has a part of
+  const int lane = threadIdx.x % kWarp;
+  const uint32_t base = shared_address(memory + a.plan.stages_at()) +
+                        static_cast<uint32_t>(warp * kNormRows * kPanelBytes + lane * 16);
+  RingPosition at;
+  const int tiles = ceil_div(a.num_rows, kTileRows);
+  for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+    float squares[kRows] = {};
+    for (int p = 0; p < a.plan.panels; ++p) {
+      barrier_wait(ring.full + at.stage, at.parity);
+      const uint32_t address = base + static_cast<uint32_t>(at.stage * a.plan.stage_bytes);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const Vector16 v = load_shared(address + static_cast<uint32_t>(i * 4 * kPanelBytes));
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float low, high;
+          unpack<Element>(v.words[w], low, high);
+          squares[i] = fmaf(low, low, squares[i]);
+          squares[i] = fmaf(high, high, squares[i]);
+        }
+      }
+      arrive_warp(ring.empty + at.stage);
+      at = at.plus(1, ring.stages);
+    }
+    halve<kRows>(squares, 4, Plus{});
+    halve<kRows / 2>(squares, 2, Plus{});
+    halve<kRows / 4>(squares, 1, Plus{});
+    const int first_row = tile * kTileRows + warp * kNormRows;
+    if (a.row_mask != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        const int row = first_row + 4 * (kRows / 8 * (lane % 8) + i) + lane / 8;
+        squares[i] = row < a.num_rows && a.row_mask[row] ? squares[i] : 0.0f;
+      }
+    }
+    static_assert(kRows / 8 == 2, "two rows are left to a lane");
+    // Of numbers that are not negative the bits are in order too.
+    const int mine = __float_as_int(fmaxf(fmaxf(squares[0], squares[1]), 0.0f));
+    const float largest = __int_as_float(__reduce_max_sync(0xFFFFFFFFu, mine));
+    if (lane == 0 && first_row < a.num_rows) {
+      const float norm = sqrtf(largest) * a.norm_scale + a.norm_hidden;
+      atomicMax(reinterpret_cast<int*>(a.quad_norm) + (first_row >> a.quad_shift), __float_as_int(norm));
+    }
+  }
+}
+
 // The maximum of v[i] over the four lanes that share rows of a fragment, for i the lane's number in its four.
 template <class T>
-RK_DEVICE T quad_transposed_maximum(const T (&v)[4]) {
-  const int lane = threadIdx.x % 4;
-  const bool upper = (lane & 2) != 0, odd = (lane & 1) != 0;
-  T kept[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {  // keep v[2..3] in the upper lanes, v[0..1] in the lower ones
-    const T sent = upper ? v[i] : v[i + 2];
-    kept[i] = larger(upper ? v[i + 2] : v[i], __shfl_xor_sync(0xFFFFFFFFu, sent, 2));
-  }
-  return larger(odd ? kept[1] : kept[0], __shfl_xor_sync(0xFFFFFFFFu, odd ? kept[0] : kept[1], 1));
+RK_DEVICE T quad_transposed_maximum(T (&v)[4]) {
+  halve<4>(v, 2, Larger{});
+  halve<2>(v, 1, Larger{});
+  return v[0];
 }
 
 template <class T>
@@ -249,8 +258,8 @@ RK_DEVICE void store_maxima(const ScanArguments& a, const T (&d)[64], int tile, 
       out[row * a.pitch + tile] = lane == 0 ? upper : lower;
     }
   } else if (a.group == 2 * kSubgroup) {
-    const T pairs[4] = {larger(best[0][0], best[0][1]), larger(best[0][2], best[0][3]),
-                        larger(best[1][0], best[1][1]), larger(best[1][2], best[1][3])};
+    T pairs[4] = {larger(best[0][0], best[0][1]), larger(best[0][2], best[0][3]),
+                  larger(best[1][0], best[1][1]), larger(best[1][2], best[1][3])};
     const T m = quad_transposed_maximum(pairs);
     const int row = query + 8 * (lane / 2), group = 2 * tile + lane % 2;
     if (row < a.num_queries && group < a.num_groups) {
