@@ -69,7 +69,7 @@ DAMAGES = {
     "cutreader": ("tuned", lambda run: cut(run / "reader" / "model.safetensors")),
     "unfinished": (
         "tuned",
-        lambda run: [(run / "index.json").unlink(), *(shutil.rmtree(run / n) for n in ("reader", "embedder"))],
+        lambda run: [(run / "index.json").unlink(), *map(shutil.rmtree, (run / "reader", run / "embedder"))],
     ),
 }  # fmt: skip
 
@@ -166,7 +166,7 @@ CASES = [
     ("evaluate", {"model": "unfinished"}, "unfinished is a run without a corpus and an index"),
     ("evaluate", {"model": "cutreader"}, "cutreader/reader/model.safetensors is damaged"),
     ("evaluate", {"model": "realm", "corpus": "corpus", "index": "ictindex"}, "do not belong together"),
-    ("evaluate", {"out": "corpus"}, "corpus: Is a directory"),
+    ("evaluate", {"out": "corpus"}, "cannot write corpus: Is a directory"),
     ("evaluate", {"threads": 0}, "threads must be at least 1, got 0"),
     ("world evaluate", {"run": "corpus"}, "corpus is no run folder"),
     ("world evaluate", {"run": "edited"}, "is not of the model of its config.json"),
