@@ -28,8 +28,8 @@ class Head(nn.Module):
         super().__init__()
         self.norm, self.dense, self.max_width = nn.LayerNorm(width, eps=1e-3), nn.Linear(width, 1), max_width
         widths = range(1, max_width + 1)
-        self.starts = torch.cat([torch.arange(length - w + 1) for w in widths])
-        self.ends = torch.cat([torch.arange(w - 1, length) for w in widths])
+        self.register_buffer("starts", torch.cat([torch.arange(length - w + 1) for w in widths]))
+        self.register_buffer("ends", torch.cat([torch.arange(w - 1, length) for w in widths]))
 
     def plain(self, start: Tensor, end: Tensor) -> Tensor:
         both = start.index_select(1, self.starts) + end.index_select(1, self.ends)  # [N, C, S]

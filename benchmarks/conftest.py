@@ -1,9 +1,15 @@
 """One fixture times an implementation and notes what the report needs."""
 
+import time
+
 import pytest
 import torch
 
 from . import peers, roofline
+
+# Calls before those that count: code is loaded and compiled, and where memory is fragmented the system makes
+# huge pages of it, some tenths of a second over the first calls.
+WARM_UP_SECONDS = 2.0
 
 
 def pytest_addoption(parser):
@@ -19,14 +25,19 @@ def quick(request):
 def measure(benchmark, quick):
     """measure(name, function, bytes_moved=, flops=): time it as one implementation of its group.
 
-    The limit is that of a library's matrix product in `dtype`, unless the caller knows a nearer one.
+    The limit is that of a library's matrix product in `dtype`, unless the caller knows a nearer one. The
+    report takes the median of `rounds` calls: fewer for a peer that takes seconds.
     """
 
-    def run(name, function, *, bytes_moved=0, flops=0, dtype=torch.float32, limit_seconds=None):
+    def run(name, function, *, bytes_moved=0, flops=0, dtype=torch.float32, limit_seconds=None, rounds=5):
         if limit_seconds is None:
             limit_seconds = roofline.limit_seconds(bytes_moved, flops, dtype)
         benchmark.extra_info.update(implementation=name, limit_seconds=limit_seconds)
-        return benchmark.pedantic(function, rounds=2 if quick else 5, warmup_rounds=1)
+        end = time.perf_counter() + (0.0 if quick else WARM_UP_SECONDS)
+        function()
+        while time.perf_counter() < end:
+            function()
+        return benchmark.pedantic(function, rounds=2 if quick else rounds)
 
     return run
 

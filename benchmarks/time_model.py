@@ -25,9 +25,13 @@ from realm_kernels.marginal_loss.plan import cost as marginal_cost
 from realm_kernels.mips_topk import triton_plan
 from realm_kernels.mips_topk.plan import cost as mips_cost
 from realm_kernels.mips_topk.triton_plan import ceil_div
+from realm_kernels.score_spans.plan import cost as score_cost
+from realm_kernels.score_spans.reference import count as span_count
+from realm_kernels.score_spans.triton import tile as score_tile
 from realm_kernels.table import device_codes
 
 from .bench_marginal_loss import SHAPES as MARGINAL_SHAPES
+from .bench_score_spans import SHAPES as SCORE_SHAPES
 from .linear_marginal_loss_cases import DOCUMENTS, SHAPES, TOKENS
 from .report import Lines, markdown_of
 
@@ -44,6 +48,8 @@ OPS_PER_SORT_STEP = 10
 OPS_PER_FILTERED_GROUP = 15
 # From the largest product of a group of codes to its bound, as scan_codes_kernel says.
 OPS_PER_BOUND = 10
+# Instructions a number of a representation that the loops of score_spans compile to for sm_90.
+SCORE_FORWARD, SCORE_BACKWARD = 10, 17
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,28 @@ def marginal_loss_stages(shape: str, mode: str) -> list[Stage]:
     ]
 
 
+def score_spans_stages(shape: str) -> list[Stage]:
+    """In float32."""
+    rows, length, width, max_width = SCORE_SHAPES[shape]
+    spans = rows * span_count(length, max_width)
+    half = 4 * rows * length * width
+    tile = score_tile(length, width, 4)["BLOCK_T"]
+    met = half * (tile + max_width - 1) / tile  # wordpieces that a tile meets, its neighbours' too
+    partial = 4 * rows * ceil_div(length, tile) * width
+    moved, _ = score_cost(rows, length, width, max_width, 4)
+    return [
+        # Most instructions have twice the rate of a maximum.
+        Stage("forward", bytes=moved, l2_bytes=half + met, ops=SCORE_FORWARD * spans * width / 2),
+        Stage(
+            "backward",
+            bytes=2 * half + 16 * spans + 2 * half + partial,
+            l2_bytes=2 * (half + met) + 2 * half,
+            ops=SCORE_BACKWARD * spans * width / 2,
+        ),
+        Stage("sum of d_v", bytes=partial),
+    ]
+
+
 def lines_of(
     labels: Sequence[str],
     stages: Callable[[str], list[Stage]],
@@ -252,7 +280,8 @@ def mips_limit(batch: int, k: int, dtype: torch.dtype, gpu: Gpu) -> float:
 
 def tables(gpu: Gpu) -> str:
     """The Markdown of all of them."""
-    return "\n".join([*mips_topk_tables(gpu), *linear_marginal_loss_tables(gpu), marginal_loss_table(gpu)])
+    losses = [*linear_marginal_loss_tables(gpu), marginal_loss_table(gpu), score_spans_table(gpu)]
+    return "\n".join([*mips_topk_tables(gpu), *losses])
 
 
 def mips_topk_tables(gpu: Gpu) -> list[str]:
@@ -302,6 +331,19 @@ def marginal_loss_table(gpu: Gpu) -> str:
         unit="µs",
     )
     return f"**marginal_loss, float32**, forward and backward, Triton\n\n{markdown_of(lines)}"
+
+
+def score_spans_table(gpu: Gpu) -> str:
+    lines = lines_of(
+        list(SCORE_SHAPES),
+        score_spans_stages,
+        lambda shape: sum(stage.bytes for stage in score_spans_stages(shape)) / gpu.memory_bytes,
+        gpu,
+        unit="µs",
+    )
+    return (
+        f"**score_spans, float32**, forward and backward, spans of up to 10, Triton\n\n{markdown_of(lines)}"
+    )
 
 
 def written(text: str, gpu: Gpu) -> str:

@@ -148,59 +148,60 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
 using Matrix = std::tuple<uintptr_t, int64_t>;    // address, row stride
 using Memory = std::tuple<uintptr_t, uintptr_t>;  // addresses of workspace and scratch
 
-LinearMarginalLossParams linear_marginal_loss_inputs(const Matrix& hidden, const Matrix& weight,
-                                                     const std::string& dtype, uintptr_t targets,
-                                                     const Extents& shape, const Memory& memory,
-                                                     uintptr_t log_p, uintptr_t log_sum, int num_threads,
-                                                     const std::string& isa) {
-  LinearMarginalLossParams params{};
-  params.hidden = reinterpret_cast<const void*>(std::get<0>(hidden));
-  params.hidden_stride = std::get<1>(hidden);
-  params.weight = reinterpret_cast<const void*>(std::get<0>(weight));
-  params.weight_stride = std::get<1>(weight);
-  params.type = float_array({0, dtype}).type;
-  params.targets = reinterpret_cast<const int64_t*>(targets);
-  std::tie(params.rows, params.width, params.vocabulary) = shape;
-  params.workspace = reinterpret_cast<float*>(std::get<0>(memory));
-  params.scratch = reinterpret_cast<float*>(std::get<1>(memory));
-  params.log_p = reinterpret_cast<double*>(log_p);
-  params.log_sum = reinterpret_cast<double*>(log_sum);
-  params.num_threads = num_threads;
-  params.isa = choose_isa(isa);
-  return params;
-}
-
-// Floats of workspace and of scratch for chunks of so many rows, or fewer.
+// Floats of workspace and of scratch for chunks of so many rows, or fewer; shape: R, H, V.
 std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, int64_t weight_stride,
                                                         const std::string& dtype, int num_threads,
                                                         const std::string& isa) {
-  const auto params = linear_marginal_loss_inputs({0, 0}, {0, weight_stride}, dtype, 0, shape, {0, 0}, 0, 0,
-                                                  num_threads, isa);
-  return {linear_marginal_loss_workspace(params.rows, params.vocabulary),
-          linear_marginal_loss_scratch(params)};
+  LinearMarginalLossParams params{};
+  std::tie(params.rows, params.width, params.vocabulary) = shape;
+  params.weight_stride = weight_stride;
+  params.type = float_array({0, dtype}).type;
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return {linear_marginal_loss_workspace(params), linear_marginal_loss_scratch(params)};
 }
 
-void linear_marginal_loss_fwd(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
-                              uintptr_t bias, uintptr_t targets, const Extents& shape, const Memory& memory,
-                              uintptr_t log_p, uintptr_t log_sum, int num_threads, const std::string& isa) {
-  LinearMarginalLossParams params = linear_marginal_loss_inputs(hidden, weight, dtype, targets, shape, memory,
-                                                                log_p, log_sum, num_threads, isa);
-  params.bias = reinterpret_cast<const float*>(bias);
-  launch_linear_marginal_loss_fwd(params);
+// shape: B, K, M; chunk_shape: the most R, H, V; gradients: d_hidden, d_weight, d_bias.
+int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
+                             uintptr_t bias, const Array& scores, const Array& log_weight, uintptr_t doc_mask,
+                             uintptr_t token_mask, uintptr_t targets, uintptr_t live, const Extents& shape,
+                             bool per_token, const std::vector<std::pair<int64_t, int64_t>>& ranges,
+                             const Extents& chunk_shape, const Memory& memory, uintptr_t log_likelihood,
+                             uintptr_t factor, bool has_factor,
+                             const std::tuple<Array, uintptr_t, uintptr_t>& gradients, int num_threads,
+                             const std::string& isa) {
+  LinearMarginalLossCall call{};
+  call.documents = marginal_loss_inputs(scores, {0, "float64"}, log_weight, token_mask, doc_mask, shape,
+                                        shape, per_token, "none", num_threads, isa);
+  call.targets = reinterpret_cast<const int64_t*>(targets);
+  call.live = reinterpret_cast<const bool*>(live);
+  call.ranges = ranges;
+  call.log_likelihood = reinterpret_cast<double*>(log_likelihood);
+  call.factor = reinterpret_cast<double*>(factor);
+  call.has_factor = has_factor;
+  LinearMarginalLossParams& chunk = call.chunk;
+  chunk.hidden = reinterpret_cast<const void*>(std::get<0>(hidden));
+  chunk.hidden_stride = std::get<1>(hidden);
+  chunk.weight = reinterpret_cast<const void*>(std::get<0>(weight));
+  chunk.weight_stride = std::get<1>(weight);
+  chunk.type = float_array({0, dtype}).type;
+  chunk.bias = reinterpret_cast<const float*>(bias);
+  std::tie(chunk.rows, chunk.width, chunk.vocabulary) = chunk_shape;
+  chunk.workspace = reinterpret_cast<float*>(std::get<0>(memory));
+  chunk.scratch = reinterpret_cast<float*>(std::get<1>(memory));
+  chunk.d_hidden = reinterpret_cast<void*>(std::get<0>(std::get<0>(gradients)));
+  chunk.d_hidden_type = float_array(std::get<0>(gradients)).type;
+  chunk.d_weight = reinterpret_cast<float*>(std::get<1>(gradients));
+  chunk.d_bias = reinterpret_cast<float*>(std::get<2>(gradients));
+  chunk.num_threads = num_threads;
+  chunk.isa = choose_isa(isa);
+  return launch_linear_marginal_loss(call);
 }
 
-void linear_marginal_loss_bwd(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
-                              uintptr_t targets, const Extents& shape, const Memory& memory, uintptr_t log_p,
-                              uintptr_t log_sum, uintptr_t factor, uintptr_t d_hidden, uintptr_t d_weight,
-                              uintptr_t d_bias, bool first, int num_threads, const std::string& isa) {
-  LinearMarginalLossParams params = linear_marginal_loss_inputs(hidden, weight, dtype, targets, shape, memory,
-                                                                log_p, log_sum, num_threads, isa);
-  params.factor = reinterpret_cast<const double*>(factor);
-  params.d_hidden = reinterpret_cast<float*>(d_hidden);
-  params.d_weight = reinterpret_cast<float*>(d_weight);
-  params.d_bias = reinterpret_cast<float*>(d_bias);
-  params.first = first;
-  launch_linear_marginal_loss_bwd(params);
+void scale_into_bfloat16(uintptr_t values, float scale, uintptr_t out, int64_t count, int num_threads,
+                         const std::string& isa) {
+  launch_scale_into_bfloat16(reinterpret_cast<const float*>(values), scale, reinterpret_cast<void*>(out),
+                             count, num_threads, choose_isa(isa));
 }
 
 using SpanExtents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and C
@@ -263,11 +264,12 @@ void span_marginal_loss_bwd(const Array& scores, const Array& log_weight, uintpt
 
 using SpanSizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;  // N, T, S, max_width, C
 using HalfRows = std::tuple<uintptr_t, int64_t>;                            // address, row stride
+using SpanResults = std::pair<uintptr_t, uintptr_t>;                        // addresses
 
-// kept: [3, N, C] of scores, mean and rstd.
+// Of the results: scores [N, C]; mean and rstd [2, N, C].
 ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, uintptr_t weight,
-                                    const SpanSizes& sizes, double eps, uintptr_t kept, int num_threads,
-                                    const std::string& isa) {
+                                    const SpanSizes& sizes, double eps, const SpanResults& results,
+                                    int num_threads, const std::string& isa) {
   ScoreSpansParams params{};
   params.start = reinterpret_cast<const float*>(std::get<0>(start));
   params.end = reinterpret_cast<const float*>(std::get<0>(end));
@@ -276,8 +278,8 @@ ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, 
   params.weight = reinterpret_cast<const float*>(weight);
   std::tie(params.rows, params.length, params.width, params.max_width, params.spans) = sizes;
   params.eps = static_cast<float>(eps);
-  params.scores = reinterpret_cast<float*>(kept);
-  params.mean = params.scores + params.rows * params.spans;
+  params.scores = reinterpret_cast<float*>(results.first);
+  params.mean = reinterpret_cast<float*>(results.second);
   params.rstd = params.mean + params.rows * params.spans;
   params.num_threads = num_threads;
   params.isa = choose_isa(isa);
@@ -285,14 +287,14 @@ ScoreSpansParams score_spans_inputs(const HalfRows& start, const HalfRows& end, 
 }
 
 void score_spans_fwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
-                     double eps, uintptr_t kept, int num_threads, const std::string& isa) {
-  launch_score_spans_fwd(score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa));
+                     double eps, const SpanResults& results, int num_threads, const std::string& isa) {
+  launch_score_spans_fwd(score_spans_inputs(start, end, weight, sizes, eps, results, num_threads, isa));
 }
 
 void score_spans_bwd(const HalfRows& start, const HalfRows& end, uintptr_t weight, const SpanSizes& sizes,
-                     double eps, uintptr_t kept, uintptr_t d_scores, uintptr_t d_start, uintptr_t d_end,
-                     uintptr_t d_weight, int num_threads, const std::string& isa) {
-  ScoreSpansParams params = score_spans_inputs(start, end, weight, sizes, eps, kept, num_threads, isa);
+                     double eps, const SpanResults& results, uintptr_t d_scores, uintptr_t d_start,
+                     uintptr_t d_end, uintptr_t d_weight, int num_threads, const std::string& isa) {
+  ScoreSpansParams params = score_spans_inputs(start, end, weight, sizes, eps, results, num_threads, isa);
   params.d_scores = reinterpret_cast<const float*>(d_scores);
   params.d_start = reinterpret_cast<float*>(d_start);
   params.d_end = reinterpret_cast<float*>(d_end);
@@ -315,8 +317,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("marginal_loss_bwd", &marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("linear_marginal_loss_memory", &linear_marginal_loss_memory);
-  m.def("linear_marginal_loss_fwd", &linear_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());
-  m.def("linear_marginal_loss_bwd", &linear_marginal_loss_bwd, py::call_guard<py::gil_scoped_release>());
+  m.def("linear_marginal_loss", &linear_marginal_loss, py::call_guard<py::gil_scoped_release>());
+  m.def("scale_into_bfloat16", &scale_into_bfloat16, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_fwd", &score_spans_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_bwd", &score_spans_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());

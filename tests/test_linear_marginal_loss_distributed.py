@@ -40,6 +40,14 @@ def test_it_is_no_worse_than_torch_on_one_rank(pool, split, name, dtype):
     succeed(pool.run(cases.adversarial, 4, split, name, dtype, None))
 
 
+@pytest.mark.parametrize("name, share", [("plain", 2.0**-14), ("H=123", 2.0**-12), ("V=30522", 2.0**-5)])
+def test_an_error_in_one_rank_s_d_hidden_is_noticed(pool, name, share):
+    """The bound grows with V, so of a large vocabulary the error must be larger."""
+    for told in succeed(pool.run(cases.planted, 2, name, share)):
+        assert ": hidden: worst at" in told
+    assert succeed(pool.run(cases.planted, 2, name, 0.0)) == ["", ""]
+
+
 @splits
 @pytest.mark.parametrize("name", ["plain", "V=1", "common offset", "masked words"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])

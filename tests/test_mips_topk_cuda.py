@@ -6,10 +6,12 @@ The tests marked gpu have not run yet: no GPU has been at hand.
 import pytest
 import torch
 from mips_topk_cuda_cases import ORDERS, integers, ordered_table, special_rows
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import realm_kernels as rk
 from realm_kernels import native
 from realm_kernels.mips_topk import cuda as backend
+from realm_kernels.mips_topk import gpu
 from realm_kernels.testing import assert_same_topk
 
 INF, NAN = float("inf"), float("nan")
@@ -49,6 +51,15 @@ def test_what_it_refuses(queries, rows, k, reason):
 def test_it_is_no_default():
     assert not backend.BACKEND.default
     assert backend.refuses(torch.randn(2, 8), [torch.randn(9, 8)], 1, None, None) is not None  # CPU tensors
+
+
+def test_repairs_of_a_device_without_an_index_are_those_of_the_current_one(monkeypatch):
+    monkeypatch.setattr(gpu, "_repairs", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with FakeTensorMode():
+        counter = gpu.repair_counter(torch.device("cuda:1"))
+        assert gpu.repair_counter(torch.device("cuda")) is counter
+        assert gpu.repair_counter(torch.device("cuda:0")) is not counter
 
 
 def check(queries, table, k, exclude=None, row_mask=None):
@@ -144,9 +155,9 @@ def test_batch_k_and_a_rerun_do_not_matter():
 
 @on_gpu
 def test_repairs_are_counted_and_right():
-    before = backend.repairs("cuda:0")
+    before = gpu.repairs("cuda:0")
     check(torch.randn(3, 128), torch.randn(1, 128).bfloat16().expand(20_000, 128).contiguous(), 4)
-    assert backend.repairs("cuda:0") == before + 3
+    assert gpu.repairs("cuda:0") == before + 3
 
 
 @on_gpu

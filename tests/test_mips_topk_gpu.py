@@ -5,8 +5,8 @@ import torch
 
 import realm_kernels as rk
 from benchmarks.gpu.timing import extra_bytes
-from realm_kernels.mips_topk import triton
-from realm_kernels.mips_topk.triton_plan import WORKSPACE_BYTES
+from realm_kernels.mips_topk import gpu
+from realm_kernels.mips_topk.gpu import WORKSPACE_BYTES
 from realm_kernels.testing import assert_same_topk
 
 pytestmark = [
@@ -87,6 +87,6 @@ def test_repairs_are_counted():
     device = torch.device("cuda", torch.cuda.current_device())
     rows = torch.randn(1, 128, device="cuda").expand(50_000, 128)
     queries = torch.randn(7, 128, device="cuda")
-    before = triton.repairs(device)
+    before = gpu.repairs(device)
     assert_same_topk(rk.mips_topk(queries, rows, 8), rk.mips_topk(queries.cpu(), rows.cpu(), 8))
-    assert triton.repairs(device) == before + 7
+    assert gpu.repairs(device) == before + 7

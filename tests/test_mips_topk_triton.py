@@ -19,7 +19,7 @@ from mips_topk_triton_cases import (
 from optional_hypothesis import given, settings, st
 
 import realm_kernels as rk
-from realm_kernels.mips_topk import reference, triton_plan
+from realm_kernels.mips_topk import gpu, reference, triton_plan
 from realm_kernels.mips_topk import triton as backend
 from realm_kernels.testing import assert_same_topk
 
@@ -111,35 +111,35 @@ def test_excluded_and_masked_rows_never_return():
 
 
 def test_nothing_left_gives_padding_without_a_repair():
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     scores, indices = search(
         torch.randn(2, 4), torch.randn(90, 4), 3, None, torch.zeros(90, dtype=torch.bool)
     )
     assert (indices == -1).all() and (scores == -INF).all()
     search(torch.full((2, 4), NAN), torch.randn(90, 4), 3)
-    assert backend.repairs(DEVICE) == before
+    assert gpu.repairs(DEVICE) == before
     exclude = torch.arange(90).expand(2, 90)
     assert (search(torch.randn(2, 4), torch.randn(90, 4), 3, exclude)[1] == -1).all()
 
 
 def test_a_repair_is_made_where_the_certificate_fails_and_only_there():
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     check(torch.randn(2, 16), torch.randn(100, 16), 4)
     check(torch.zeros(2, 16), torch.randn(100, 16), 4)  # every score 0, exactly: ties go to selected groups
-    assert backend.repairs(DEVICE) == before
+    assert gpu.repairs(DEVICE) == before
     queries = torch.cat([torch.randn(1, 16), torch.zeros(1, 16), torch.randn(1, 16)])
     table = torch.randn(1, 16).expand(100, 16)
     check(queries, table, 4)
-    assert backend.repairs(DEVICE) == before + 2
+    assert gpu.repairs(DEVICE) == before + 2
     table = torch.cat([table, torch.randn(30, 16)])
     check(queries, table, 20, plan_for=planner(selected=2))  # more rows than the selected groups hold
-    assert backend.repairs(DEVICE) == before + 5
+    assert gpu.repairs(DEVICE) == before + 5
 
 
 def test_the_filter_of_many_groups_keeps_the_best():
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     check(torch.randn(2, 8), torch.randn(300, 8), 3, plan_for=planner(slack=4))
-    assert backend.repairs(DEVICE) == before
+    assert gpu.repairs(DEVICE) == before
     table = torch.ones(300, 8)  # all reach the floor, more than the filter keeps
     table[::5] = torch.randn(8)
     check(torch.randn(1, 8), table, 3, plan_for=planner(slack=4))
@@ -285,7 +285,7 @@ def test_plans_keep_to_the_workspace(N, k, monkeypatch):
     monkeypatch.undo()
     for B in (1, 512, 4096):
         plan = triton_plan.plan_for(B, N, 128, min(k, N), 2, torch.bfloat16, torch.bfloat16)
-        assert triton_plan.workspace_bytes(plan, 128) <= triton_plan.WORKSPACE_BYTES
+        assert triton_plan.workspace_bytes(plan, 128) <= gpu.WORKSPACE_BYTES
         assert plan.num_groups * plan.group >= N and 1 <= plan.batch <= B
         assert plan.selected >= min(k, triton_plan.MAX_K, plan.num_groups)
         assert triton_plan.sort_keys(plan.num_groups, plan.selected) <= 4096

@@ -18,7 +18,7 @@ from mips_topk_triton_cases import (
 from test_mips_topk_codes import ROWS
 
 import realm_kernels as rk
-from realm_kernels.mips_topk import reference, triton_launch, triton_plan, triton_search
+from realm_kernels.mips_topk import gpu, reference, triton_launch, triton_plan, triton_search
 from realm_kernels.mips_topk import triton as backend
 from realm_kernels.mips_topk.triton_coded import CodedBlock
 from realm_kernels.table import device_codes, device_stream, quantized
@@ -117,17 +117,17 @@ def test_few_rows_are_read_and_nothing_is_repaired():
     table, queries = torch.randn(400, 64) + 3.0, torch.randn(4, 64)
     plan = triton_plan.plan_for(4, 400, 64, 3, 0, torch.float32, torch.float32, code_group=8)
     assert plan.kept <= 32 and plan.scan_dtype == torch.int8
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     coded(queries, table, 3, plan_for=planner(slack=12))
-    assert backend.repairs(DEVICE) == before
+    assert gpu.repairs(DEVICE) == before
 
 
 def test_a_repair_reads_what_the_codes_do_not_exclude(rows):
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     table = torch.randn(200, 16)
     queries = torch.cat([torch.randn(2, 16), torch.zeros(1, 16)])
     coded(queries, table, 12, plan_for=planner(selected=2))
-    assert backend.repairs(DEVICE) == before + 2  # ties at 0 go to the groups that were selected
+    assert gpu.repairs(DEVICE) == before + 2  # ties at 0 go to the groups that were selected
     coded(queries, table, 12, plan_for=planner(slack=30, kept=16, top=16))
 
 

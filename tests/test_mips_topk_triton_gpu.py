@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import realm_kernels as rk
-from realm_kernels.mips_topk import triton as backend
-from realm_kernels.mips_topk import triton_plan
+from realm_kernels.mips_topk import gpu
 from realm_kernels.testing import assert_same_topk
 
 pytestmark = [
@@ -80,9 +79,9 @@ def test_dtypes_and_widths(dtype, dim):
 def test_repairs_are_exact_and_rare():
     shards, queries = random_shards(), torch.randn(100, DIM, device="cuda")
     table = table_on("codes", shards)
-    before = backend.repairs("cuda")
+    before = gpu.repairs("cuda")
     rk.mips_topk(queries, table, 8)
-    assert backend.repairs("cuda") - before <= 5
+    assert gpu.repairs("cuda") - before <= 5
     equal = [torch.randn(1, DIM).expand(5000, DIM).contiguous()]
     for where in ("device", "codes", "pinned codes"):
         assert_same_topk(rk.mips_topk(queries, table_on(where, equal), 8), on_the_cpu(queries, equal, 8))
@@ -180,7 +179,7 @@ def test_memory_keeps_to_the_budget(where, B):
     returned = sum(x.numel() * x.element_size() for x in top)
     used = torch.cuda.max_memory_allocated() - before
     # Results of a piece, and what merging two of them takes.
-    assert used <= triton_plan.WORKSPACE_BYTES + 16 * returned + (4 << 20)
+    assert used <= gpu.WORKSPACE_BYTES + 16 * returned + (4 << 20)
 
 
 def test_a_swap_of_rows_in_place_is_seen():

@@ -14,8 +14,7 @@ from mips_topk_triton_cases import (
     small_sorts,  # noqa: F401, a fixture
 )
 
-from realm_kernels.mips_topk import triton as backend
-from realm_kernels.mips_topk import triton_plan, triton_search
+from realm_kernels.mips_topk import gpu, triton_plan, triton_search
 
 pytestmark = QUIET
 
@@ -76,11 +75,11 @@ def test_ties_and_repairs_between_passes(never_all):
 
 def test_lowered_bounds_save_repairs(never_all):
     """Of a table whose best rows lie in few groups, and of one where they are spread."""
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     table = torch.randn(320, 8)
     table[64:96] *= 5
     passes(torch.randn(3, 8).bfloat16(), table.bfloat16(), 12, slack=4)
-    assert backend.repairs(DEVICE) == before
+    assert gpu.repairs(DEVICE) == before
 
 
 def test_many_excluded_rows_are_taken_out_of_the_way_first(never_all, monkeypatch):
@@ -90,11 +89,11 @@ def test_many_excluded_rows_are_taken_out_of_the_way_first(never_all, monkeypatc
     exclude = (queries @ table.T).topk(32).indices
     plan = triton_plan.plan_for(1, 320, 8, 3, 32, torch.float32, torch.float32)
     assert plan.early > 0 and plan.passes == 1
-    before = backend.repairs(DEVICE)
+    before = gpu.repairs(DEVICE)
     check(queries, table, 3, exclude, plan_for=planner(early=0))
-    assert backend.repairs(DEVICE) == before + 1
+    assert gpu.repairs(DEVICE) == before + 1
     passes(queries, table, 3, exclude)
-    assert backend.repairs(DEVICE) == before + 1
+    assert gpu.repairs(DEVICE) == before + 1
 
 
 def test_equal_inputs_give_equal_bits_whatever_the_pass(never_all):

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
+from realm_model import pretrain
 from realm_model.cli import app, common, world
 from realm_model.config import ModelConfig, RealmConfig, RunConfig, StageConfig, WorldConfig
 
@@ -135,3 +137,32 @@ def test_a_refresh_that_fails_is_told_and_training_goes_on(call, tmp_path, monke
     realm = [line for line in lines if line["stage"] == "realm" and "loss" in line]
     assert len(realm) == SMALL.realm.steps
     assert realm[-1]["failed_refreshes"] > 0 and realm[-1]["age"] == SMALL.realm.steps - 1
+
+
+@pytest.mark.parametrize(
+    ("arm", "refreshes", "is_frozen"),
+    [
+        ((), 2, False),
+        (("--masks", "span"), 2, False),
+        (("--refresh-every", 1000), 1, False),
+        (("--frozen-retriever",), 2, True),
+    ],
+)
+def test_the_arms_of_an_ablation(call, tmp_path, monkeypatch, arm, refreshes, is_frozen):
+    weights = []
+    end_stage = pretrain.Trainer.end_stage
+
+    def noting(trainer):
+        weights.append([p.detach().clone() for p in trainer.model.retriever.parameters()])
+        end_stage(trainer)
+
+    monkeypatch.setattr(pretrain.Trainer, "end_stage", noting)
+    run = tmp_path / "run"
+    result = call("world", "pretrain", "--out", run, "--threads", 1, *arm)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["refreshes"] for line in lines if "refreshes" in line][-1] == refreshes
+    copy_start = [line["stage"] for line in lines if "loss" in line].count("reader")
+    assert copy_start == SMALL.reader.steps * (2 if "--masks" in arm else 1)
+    _, before, after = weights  # of the ICT, the copy start and REALM
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == is_frozen

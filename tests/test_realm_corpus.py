@@ -1,6 +1,7 @@
 """Laws of a corpus: read, split, tagged, packed, stored; and one clear line for whatever is wrong with it."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+from realm_model.config import ModelConfig, TextConfig
 from realm_model.corpus import BlockStore, Document, build_corpus, read_documents
 from realm_model.corpus.build import pack_sentences
-from realm_model.corpus.documents import MAX_LINE_BYTES
+from realm_model.corpus.documents import MAX_LINE_BYTES, read_files
 from realm_model.corpus.sentences import capitalised, salient_spans, sentences
+from realm_model.corpus.statements import prepare_text
 from realm_model.ragged import Ragged
 
 TEXT = "Ada Lovelace was born in London. She met Charles Babbage on 5 June 1833. It rained."
@@ -158,6 +161,11 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         ("a.jsonl", GOOD + b"{", "line 2: must be JSON"),
         (
             "a.jsonl",
+            GOOD + b'{"id": "2", "text": "Rome \\ud83d."}\n',
+            r"line 2: text must be Unicode, got a lone \\ud83d at 5",
+        ),
+        (
+            "a.jsonl",
             b'{"id": "1", "text": "ab", "spans": [[1, 3]]}',
             r"line 1: spans .* \[0, 2\], got \[1, 3\]",
         ),
@@ -171,7 +179,20 @@ GOOD = b'{"id": "1", "title": "", "text": "Rome, 1957."}\n'
         ("a.json", b'{"data": [{"title": "x"}]}', "must be SQuAD's data, title, paragraphs, context"),
         ("a.txt", GOOD, r"must end in .jsonl, .tsv, .json"),
     ],
-    ids=["empty", "long", "utf8", "twice", "json", "spans", "salient", "none", "tsv", "squad", "suffix"],
+    ids=[
+        "empty",
+        "long",
+        "utf8",
+        "twice",
+        "json",
+        "half",
+        "spans",
+        "salient",
+        "none",
+        "tsv",
+        "squad",
+        "suffix",
+    ],
 )
 def test_a_bad_corpus_is_one_line_and_writes_nothing(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -191,6 +212,35 @@ def test_a_corpus_is_never_written_over(tmp_path):
 def test_a_vocabulary_too_small_for_the_letters_is_refused(tmp_path):
     with pytest.raises(ValueError, match="vocabulary_size must be at least"):
         build_corpus([document(0)], tmp_path / "c", vocabulary_size=20)
+
+
+def test_reading_tells_how_far_it_came(tmp_path):
+    one = write(tmp_path / "a.jsonl", *({"id": str(i), "text": TEXT} for i in range(3)))
+    two = tmp_path / "b.json"
+    two.write_text(json.dumps({"data": [{"title": "Ada", "paragraphs": [{"context": TEXT}]}]}))
+    seen = []
+    assert len(list(read_files([one, two], seen.append))) == 4
+    sizes = [path.stat().st_size for path in (one, two)]
+    assert seen == [sizes[0] // 3, sizes[0] // 3 * 2, sizes[0], sum(sizes)]
+
+
+def test_an_open_store_costs_a_few_numbers_a_block(tmp_path):
+    """Its columns are mapped: opened, drawn from and split, it holds no list of its blocks."""
+    texts = (f"{TEXT} She wrote note {number} in 1843." for number in range(3000))
+    build_corpus((document(n, text) for n, text in enumerate(texts)), tmp_path / "c", vocabulary_size=90)
+    model = ModelConfig(query_length=64, document_length=291)
+    tracemalloc.start()
+    try:
+        store = BlockStore.open(tmp_path / "c")
+        own = prepare_text(store, TextConfig(str(tmp_path / "c")), model, 0).own
+        assert len(own[torch.arange(0, len(own), len(own) // 8)]) >= 8
+        held = tracemalloc.get_traced_memory()[0]
+        columns = sum(path.stat().st_size for path in (tmp_path / "c").glob("*.values"))
+    finally:
+        tracemalloc.stop()
+    assert len(store) == 3000 and columns > 1_000_000
+    # Blocks to train on, where their spans begin and end, contexts: four numbers a block, and small things.
+    assert held < 4 * 8 * len(store) + 50_000
 
 
 def test_a_damaged_store_is_named(tmp_path):

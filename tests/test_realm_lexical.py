@@ -16,7 +16,7 @@ from realm_model.masking import take_spans
 from realm_model.model import Realm, bert_config, embed_all, encode
 from realm_model.optimizer import parameter_groups
 from realm_model.pretrain import Trainer, make_setting
-from realm_model.reading import start_reading
+from realm_model.reading import SUMS, start_reading
 
 # Each document has two words of its own, and words of all.
 OWN = [
@@ -92,6 +92,23 @@ def test_an_untrained_reader_of_two_layers_fills_a_mask_from_the_place_with_the_
     other = model.read(ids, torch.full((len(ids), 1), 3), words.flip(0).expand(len(ids), 1, 40))[:, 0, 0]
     confused = (other @ model.reader.weight.T + model.reader.bias).argmax(1)
     assert (confused == words[places]).float().mean() < 0.5
+
+
+def test_an_untrained_reader_sees_where_the_words_of_a_question_stand():
+    config = ModelConfig(hidden=256, layers=1, reader_layers=2, heads=4, query_length=20, document_length=80)
+    torch.manual_seed(0)
+    model = Realm(config, 500)
+    start_reading(model.reader, torch.full((500,), 1.0))
+    model.eval().requires_grad_(False)
+    words = torch.randperm(495)[:70] + 5  # a document of 70 words, each once
+    question = words[[31, 29, 30]]
+    ids, segments = join(query_inputs(question[None]), words[None])
+    places = torch.arange(5, 75)[None]  # of the document in the join
+    before, behind = encode(model.reader.lm.bert, ids, segments, places)[0, :, SUMS : SUMS + 2].T
+    far = torch.cat([torch.arange(20), torch.arange(42, 70)])
+    assert before[33:36].mean() > 5 * before[far].abs().mean()
+    assert behind[25:28].mean() > 5 * behind[far].abs().mean()
+    assert before[33:36].min() > behind[33:36].max() and behind[25:28].min() > before[25:28].max()
 
 
 def test_the_idf_is_of_documents_and_punctuation_has_none(setting):

@@ -1,18 +1,22 @@
 """Open-QA on a corpus of one's own: the index and whose it is, the parts as one, what an answer says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from realm_openqa_cases import CAPITALS, DOCUMENTS, make_folders
+from realm_published_cases import CASES, GOLDENS, QUESTIONS, load
 
 import realm_kernels as rk
-from realm_model.corpus import build_corpus
+from realm_model.corpus import Document, build_corpus
 from realm_model.openqa import index as index_module
 from realm_model.openqa.assemble import Beams, assemble
-from realm_model.openqa.folder import load_embedder
+from realm_model.openqa.folder import load_embedder, with_words, words_in
 from realm_model.openqa.index import block_inputs, build_index, open_index
+from realm_model.published import OpenQA
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +79,9 @@ def test_folders_that_do_not_belong_together_are_told_by_fingerprint(folders, tm
     own, found = folders.store.fingerprint[:12], same.fingerprint[:12]
     with pytest.raises(ValueError, match=f"made with the corpus {own}, this one is {found}"):
         assemble(folders.model, tmp_path / "same", folders.index)
-    (tmp_path / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
+    (tmp_path / "vocab.txt").write_text("\n".join([*words[:-1], "other"]) + "\n")
     build_corpus(DOCUMENTS, tmp_path / "other", vocabulary=tmp_path / "vocab.txt")
-    with pytest.raises(ValueError, match="have different vocabularies"):
+    with pytest.raises(ValueError, match="must know the words of the corpus, lacks 1 .* such as 'other'"):
         assemble(folders.model, tmp_path / "other", folders.index)
     (tmp_path / "vocab.txt").write_text("\n".join([*words, "more"]) + "\n")
     build_corpus(DOCUMENTS, tmp_path / "larger", vocabulary=tmp_path / "vocab.txt")
@@ -89,6 +93,33 @@ def test_folders_that_do_not_belong_together_are_told_by_fingerprint(folders, tm
     embedder.save_pretrained(tmp_path / "moved" / "embedder")
     with pytest.raises(ValueError, match="the index .* and the model .*moved do not belong together"):
         assemble(tmp_path / "moved", folders.corpus, folders.index)
+
+
+def test_a_published_model_serves_a_corpus_of_its_vocabulary_in_the_stores_order(tmp_path):
+    """The special tokens are 0, 3, 4, 5 and 6 in its vocab.txt, and 0 to 4 in the store."""
+    published, texts = load("openqa"), [f"{case['answer']} was born in the town." for case in CASES]
+    documents = [Document(str(number), "", text, spans=((0, 3),)) for number, text in enumerate(texts)]
+    store = build_corpus(documents, tmp_path / "corpus", vocabulary=GOLDENS / "openqa" / "vocab.txt")
+    assert store.tokenizer.token_to_id("[CLS]") != published.tokenizer.token_to_id("[CLS]")
+    embedder = load_embedder(GOLDENS / "openqa")
+    words = words_in(GOLDENS / "openqa", store, embedder.config)
+    build_index(with_words(embedder, words), store, tmp_path / "index")
+    ours = assemble(GOLDENS / "openqa", tmp_path / "corpus", tmp_path / "index", Beams(reader=2, length=18))
+    cls, sep = (published.tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    rows = []
+    for text in texts:
+        ids = published.tokenizer.encode(text, add_special_tokens=False).ids
+        ids, segments = [cls, sep, *ids, sep], [0, 0, *[1] * len(ids), 1]
+        rows.append(published.embedder(torch.tensor([ids]), torch.tensor([segments])).detach())
+    table, _ = open_index(tmp_path / "index")
+    torch.testing.assert_close(torch.cat(list(table.shards)), torch.cat(rows), rtol=0, atol=1e-5)
+    config = replace(published.config, num_block_records=len(texts))
+    records = [text.encode() for text in texts]
+    theirs = OpenQA(config, torch.cat(list(table.shards)), records, published.tokenizer)
+    theirs.embedder, theirs.reader = published.embedder, published.reader
+    for own, other in zip(ours.model.answer(QUESTIONS), theirs.eval().answer(QUESTIONS), strict=True):
+        assert (own.text, own.block, own.start, own.end) == (other.text, other.block, other.start, other.end)
+        assert own.score == pytest.approx(other.score, abs=1e-4)
 
 
 def test_a_table_that_no_one_signed_is_no_index(folders, tmp_path):
@@ -108,6 +139,8 @@ def test_an_answer_explains_itself_by_bayes(folders):
     torch.testing.assert_close(worth[:, 0], prior)
     joint = worth[:, 0] * worth[:, 1]
     torch.testing.assert_close(worth[:, 2], joint / joint.sum())
+    utility = torch.tensor([block.utility for block in answer.read])  # against p(y|x) of the blocks read
+    torch.testing.assert_close(utility, (worth[:, 1] / joint.sum()).log())
     best = next(block for block in answer.read if block.block == answer.block)
     assert (answer.start, answer.end) in best.places and best.likelihood > 0
     for block in answer.read:

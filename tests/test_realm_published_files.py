@@ -12,6 +12,8 @@ pytest.importorskip("transformers")
 
 from realm_published_cases import CLASSES, QUESTIONS, REFERENCES, copy_of, load, weights_of
 
+from realm_model.published.tokenizer import read_tokenizer
+
 
 def refused(name, folder, *words):
     with pytest.raises(ValueError) as caught:
@@ -124,6 +126,15 @@ def test_a_vocabulary_that_is_not_berts_is_named(tmp_path):
     refused("openqa", path.parent, "vocab.txt must hold [PAD] at 0, got 51")
     path.write_text("\n".join(word for word in words if word != "[SEP]"))
     refused("openqa", path.parent, "vocab.txt must hold", "lacks [SEP]")
+
+
+def test_a_token_that_stands_twice_is_named(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\na\nthe\n")
+    with pytest.raises(
+        ValueError, match=r"words\.txt, line 8: a token may stand once, got 'the' as in line 6"
+    ):
+        read_tokenizer(path, 100)
 
 
 def test_a_question_that_cannot_be_is_named():

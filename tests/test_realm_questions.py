@@ -61,6 +61,10 @@ def test_a_block_answers_byte_by_byte():
         ('{"question": "q", "answers": []}', r"line 2: answers must be a list of texts, got \[\]"),
         ('{"question": "q", "answers": ["a", ""]}', "line 2: an answer must be a text that is not empty"),
         ('{"question": "q", "answers": ["a"], "id": "first"}', "line 2: id 'first' comes twice"),
+        (
+            r'{"question": "q", "answers": ["a\ud83d"]}',
+            r"line 2: answers must be Unicode, got a lone \\ud83d at 1",
+        ),
         ('{"question": "q", "answers": ["("]}', r"line 2: '\(' is no regular expression"),
     ],
 )

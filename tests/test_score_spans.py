@@ -14,16 +14,30 @@ from realm_kernels.testing import assert_within
 BACKENDS = ["reference"]
 if native.cpu is not None:
     BACKENDS += [f"cpu:{name}" for name in native.cpu.instruction_sets()]
+if not native.triton_missing():
+    BACKENDS.append("triton")
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 NAMES = ("start", "end", "weight", "bias", "norm_weight", "norm_bias")
-# N, T, S, max_width
+# N, T, S, max_width: one wordpiece, spans of all, and joins of several tiles.
 SHAPES = {"N2-T9-S32-W4": (2, 9, 32, 4), "N3-T1-S16-W1": (3, 1, 16, 1), "N1-T12-S256-W12": (1, 12, 256, 12)}
+SHAPES |= {"N2-T37-S256-W10": (2, 37, 256, 10)}
+# What the CPU's vectors do not divide, for the others: one column, odd rows, parts that are not full.
+ODD_SHAPES = {"N2-T5-S1-W2": (2, 5, 1, 2), "N1-T7-S123-W3": (1, 7, 123, 3), "N2-T3-S200-W3": (2, 3, 200, 3)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+odd_shapes = pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=list(ODD_SHAPES))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with rk.use_backend(request.param):
         yield request.param
+
+
+def there(x):
+    """On the GPU where Triton is to serve one."""
+    is_gpu = torch.cuda.is_available() and rk.backends.forced_backend() == "triton"
+    return x.cuda() if is_gpu and isinstance(x, torch.Tensor) else x
 
 
 def make(rows, length, width, dtype=torch.float32):
@@ -43,8 +57,8 @@ def plain(start, end, weight, bias, norm_weight, norm_bias, max_width, eps=1e-3)
 
 
 def ours(start, end, weight, bias, norm_weight, norm_bias, max_width, eps=1e-3):
-    options = dict(norm_weight=norm_weight, norm_bias=norm_bias, max_width=max_width, eps=eps)
-    return rk.score_spans(start, end, weight, bias, **options)
+    options = dict(norm_weight=there(norm_weight), norm_bias=there(norm_bias), max_width=max_width, eps=eps)
+    return rk.score_spans(*map(there, (start, end, weight, bias)), **options).cpu()
 
 
 def run(function, tensors, max_width, d_scores):
@@ -53,16 +67,36 @@ def run(function, tensors, max_width, d_scores):
     return scores.detach(), *torch.autograd.grad(scores, list(leaves.values()), d_scores.to(scores.dtype))
 
 
-@shapes
-def test_no_less_accurate_than_plain_torch(backend, shape):
+def assert_no_less_accurate_than_torch(tensors, max_width, d_scores):
     """Scores and all six gradients: at most plain float32 torch's error and 16 roundings of the largest."""
-    rows, length, width, max_width = shape
-    tensors, d_scores = make(rows, length, width), torch.randn(rows, count(length, max_width))
     exact = run(plain, {name: x.double() for name, x in tensors.items()}, max_width, d_scores)
     theirs, got = (run(function, tensors, max_width, d_scores) for function in (plain, ours))
     for name, x, y, truth in zip(("scores", *NAMES), got, theirs, exact, strict=True):
         worst = (y.double() - truth).abs().max()
         assert_within(x, truth, worst + 16 * 2.0**-24 * truth.abs().max(), name)
+
+
+@shapes
+def test_no_less_accurate_than_plain_torch(backend, shape):
+    rows, length, width, max_width = shape
+    d_scores = torch.randn(rows, count(length, max_width))
+    assert_no_less_accurate_than_torch(make(rows, length, width), max_width, d_scores)
+
+
+@odd_shapes
+@pytest.mark.parametrize("name", [name for name in BACKENDS if not name.startswith("cpu")])
+def test_any_width_is_served(name, shape):
+    rows, length, width, max_width = shape
+    d_scores = torch.randn(rows, count(length, max_width))
+    with rk.use_backend(name):
+        assert_no_less_accurate_than_torch(make(rows, length, width), max_width, d_scores)
+
+
+def test_a_mean_far_above_the_deviation_costs_no_more_digits_than_in_torch(backend):
+    """Of a mean square less a squared mean nothing would be left. Sums of starts and ends are exact here."""
+    tensors = make(2, 9, 256)
+    tensors |= {name: 1000 + (256 * tensors[name]).round() / 256 for name in ("start", "end")}
+    assert_no_less_accurate_than_torch(tensors, 4, torch.randn(2, count(9, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -100,6 +134,20 @@ def test_leading_axes_are_kept_and_none_may_be_empty(backend):
 def test_a_span_without_upstream_pulls_nothing(backend):
     tensors, d_scores = make(2, 5, 16), torch.zeros(2, 12)
     assert all(not x.any() for x in run(ours, tensors, 3, d_scores)[1:])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_spans_without_upstream_hold_is_not_looked_at(backend, value):
+    """A wordpiece that no scored span begins or ends with, as padding is: the others keep their bits."""
+    tensors, d_scores = make(2, 5, 16), torch.randn(2, 9)
+    d_scores[:, [3, 4, 7, 8]] = 0.0  # starts 0 1 2 3 4, then 0 1 2 3: all that wordpieces 3 and 4 begin
+    d_scores[:, [6]] = 0.0  # and 2 to 3, which 3 ends
+    want = run(ours, tensors, 2, d_scores)
+    for half in ("start", "end"):
+        tensors[half] = tensors[half].clone()
+        tensors[half][:, 3:] = value
+    got = run(ours, tensors, 2, d_scores)
+    assert all(torch.equal(x, y) for x, y in zip(got[1:], want[1:], strict=True))
 
 
 def test_where_a_representation_is_zero_the_constant_is_left(backend):
@@ -188,7 +236,34 @@ def test_bad_input_is_named():
 
 
 def test_explain_counts_the_spans(backend):
-    tensors = make(2, 5, 16)
+    tensors = {name: there(x) for name, x in make(2, 5, 16).items()}
     told = rk.explain(rk.score_spans, **tensors, max_width=3)
     assert told.backend == backend.partition(":")[0]
     assert told.bytes == 2 * (2 * 5 * 16 * 4 + 12 * 12) and told.flops == 2 * 12 * 16 * 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_in_triton_computes_with_what_its_inputs_hold_at_replay(dtype):
+    tensors = {name: x.cuda() for name, x in make(3, 40, 256, dtype).items()}
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    d_scores = torch.randn(3, count(40, 10), device="cuda")
+
+    def step():
+        options = {name: leaves[name] for name in NAMES[4:]}
+        scores = rk.score_spans(*(leaves[name] for name in NAMES[:4]), max_width=10, **options)
+        return scores, *torch.autograd.grad(scores, list(leaves.values()), d_scores)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in leaves.values():
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from optional_hypothesis import given, settings, st
 from torch import Tensor
 
 import realm_kernels as rk
-from realm_kernels import native, span_marginal_loss
+from realm_kernels import native
 from realm_kernels.testing import assert_within
 
 NORMALIZATIONS = ("document", "global")
@@ -34,6 +33,18 @@ def backend(request):
         yield request.param
 
 
+def there(x):
+    """On the GPU where Triton is to serve one."""
+    is_gpu = torch.cuda.is_available() and rk.backends.forced_backend() == "triton"
+    return x.cuda() if is_gpu and isinstance(x, Tensor) else x
+
+
+def loss_of(*inputs: Tensor, **options) -> Tensor:
+    """rk.span_marginal_loss, from the CPU to the CPU."""
+    options = {name: there(x) for name, x in options.items()}
+    return rk.span_marginal_loss(*map(there, inputs), **options).cpu()
+
+
 class Case(NamedTuple):
     scores: Tensor
     span_scores: Tensor
@@ -43,7 +54,7 @@ class Case(NamedTuple):
     log_weight: Tensor
 
     def loss(self, normalization: str, reduction: str = "none") -> Tensor:
-        return span_marginal_loss(
+        return loss_of(
             self.scores,
             self.span_scores,
             self.correct,
@@ -215,7 +226,7 @@ def test_one_span_of_score_zero_is_the_released_retriever_loss():
     has_answer[:, 0] = True
     want = scores.logsumexp(1) - scores.masked_fill(~has_answer, -torch.inf).logsumexp(1)
     for normalization in NORMALIZATIONS:
-        loss = span_marginal_loss(
+        loss = loss_of(
             scores,
             torch.zeros(6, 50, 1),
             has_answer[:, :, None],
@@ -229,7 +240,7 @@ def test_equal_span_normalizers_make_both_normalizations_agree():
     spans = torch.randn(3, 1, 5, dtype=torch.float64).expand(3, 4, 5)
     scores, correct = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 4, 5) < 0.4
     document, whole = (
-        span_marginal_loss(scores, spans, correct, normalization=n, reduction="none") for n in NORMALIZATIONS
+        loss_of(scores, spans, correct, normalization=n, reduction="none") for n in NORMALIZATIONS
     )
     assert_within(document, whole, 64 * EPS64)
 
@@ -261,8 +272,8 @@ def test_where_nothing_counts_the_mean_is_zero(normalization):
 def test_a_document_without_valid_spans_keeps_its_prior_with_likelihood_zero():
     scores, spans = torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 2, 2, dtype=torch.float64)
     correct, valid = torch.tensor([[[True, False]] * 2]), torch.tensor([[[True, True], [False, False]]])
-    document = span_marginal_loss(scores, spans, correct, valid=valid)
-    whole = span_marginal_loss(scores, spans, correct, valid=valid, normalization="global")
+    document = loss_of(scores, spans, correct, valid=valid)
+    whole = loss_of(scores, spans, correct, valid=valid, normalization="global")
     assert_within(document, -torch.tensor(0.25, dtype=torch.float64).log(), 4 * EPS64)
     assert_within(whole, -torch.tensor(0.5, dtype=torch.float64).log(), 4 * EPS64)
 
@@ -403,12 +414,12 @@ def test_bad_input_is_named():
 
 @both
 def test_explain_computes_nothing_and_counts_the_spans(normalization, backend):
-    case = make_case(4, 3, 5)
-    told = rk.explain(span_marginal_loss, *case[:3], valid=case.valid, normalization=normalization)
+    case = Case(*map(there, make_case(4, 3, 5)))
+    told = rk.explain(rk.span_marginal_loss, *case[:3], valid=case.valid, normalization=normalization)
     assert told.op == "span_marginal_loss" and told.backend == backend.partition(":")[0]
     assert told.bytes == 4 * (3 * (5 * (4 + 2) + 4) + 12)
     with pytest.raises(ValueError, match="span_scores must be"):
-        rk.explain(span_marginal_loss, case.scores, case.scores, case.correct)
+        rk.explain(rk.span_marginal_loss, case.scores, case.scores, case.correct)
 
 
 @both

@@ -16,6 +16,7 @@ from realm_kernels.mips_topk.triton_plan import (
     sort_registers,
     sort_warps,
 )
+from realm_kernels.score_spans.triton import tile as score_tile
 from realm_kernels.span_marginal_loss.triton import span_tile
 
 # Every kernel compiles for each, in processes side by side; variants of a kernel for one.
@@ -337,6 +338,40 @@ SPAN_MARGINAL_LOSS = [
     spans("marginal_loss_bwd", 1, is_global=False, on=HOPPER, valid=None, divisor=None, d_span_scores=None),
 ]
 
+STRIDES = ("start_stride_n", "start_stride_t", "end_stride_n", "end_stride_t")
+SCORE_SPANS = dict.fromkeys(("v", "scores", "moments"), "*fp32") | dict.fromkeys(STRIDES, "i32:16")
+SCORE_SPANS |= dict.fromkeys(("T", "C", "max_width"), "i32")
+SCORE_SPANS_FORWARD = dict(eps="fp32")
+SCORE_SPANS_BACKWARD = dict(d_scores="*fp32", d_v="*fp32")
+
+
+def score(name, length, width, dtype="*fp32", vector=4, on=ARCHITECTURES, **others):
+    """score_spans over T = length wordpieces and representations of S = width, read `vector` at a time."""
+    tile = score_tile(length, width, vector)
+    warps = tile.pop("num_warps")
+    arguments = SCORE_SPANS | dict(start=dtype, end=dtype)
+    if name == "fwd":
+        arguments |= SCORE_SPANS_FORWARD
+    else:
+        arguments |= SCORE_SPANS_BACKWARD | dict(d_start=dtype, d_end=dtype)
+    kernel = f"realm_kernels.score_spans.triton_kernels:score_spans_{name}_kernel"
+    title = f"score_spans {name} {dtype[1:]} T={length} S={width}"
+    return Case(title, kernel, arguments | consts(**tile) | others, warps, architectures=on)
+
+
+ONE_WORDPIECE = consts(T=1, C=1, max_width=1)
+SCORE_SPANS_CASES = [
+    score("fwd", 320, 256),
+    score("fwd", 320, 256, "*bf16", 8, on=HOPPER),
+    score("fwd", 320, 100, "*fp16", 1, on=HOPPER, **dict.fromkeys(STRIDES, "i32")),
+    score("fwd", 320, 8192, on=HOPPER),
+    score("fwd", 1, 16, on=HOPPER, **ONE_WORDPIECE),
+    score("bwd", 320, 256),
+    score("bwd", 320, 256, "*bf16", 8, on=HOPPER),
+    score("bwd", 320, 8192, on=HOPPER),
+    score("bwd", 1, 16, on=HOPPER, **ONE_WORDPIECE),
+]
+
 CHUNK = dict(logits="*fp32", bias="*fp32", targets="*i64", R="i32:16")
 PARTS = dict(peaks="*fp32", sums="*fp32")
 ROWS = dict(log_p="*fp64", total="*fp64", largest="*fp32")
@@ -379,4 +414,4 @@ LINEAR_MARGINAL_LOSS = [
     ),
 ]
 
-CASES = [*MIPS_TOPK, *MARGINAL_LOSS, *SPAN_MARGINAL_LOSS, *LINEAR_MARGINAL_LOSS]
+CASES = [*MIPS_TOPK, *MARGINAL_LOSS, *SPAN_MARGINAL_LOSS, *SCORE_SPANS_CASES, *LINEAR_MARGINAL_LOSS]

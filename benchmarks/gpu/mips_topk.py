@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import realm_kernels as rk
-from realm_kernels.mips_topk import cuda, plan, triton
+from realm_kernels.mips_topk import gpu, plan
 from realm_kernels.mips_topk import op as mips_op
 
 from .. import mips_topk_tables, roofline
@@ -133,7 +133,7 @@ def our_row(
             served_by(backend, lambda: rk.mips_topk(asked, table, k)),
             lambda: limit_seconds(num_rows, dim, kind, batch, k),
             check,
-            repairs=lambda: triton.repairs(asked.device) + cuda.repairs(asked.device),
+            repairs=lambda: gpu.repairs(asked.device),
             is_replayed=True,
         )
 

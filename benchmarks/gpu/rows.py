@@ -24,6 +24,7 @@ MODULES = {
     "linear_marginal_loss": "losses",
     "marginal_loss": "losses",
     "span_marginal_loss": "losses",
+    "score_spans": "spans",
 }
 
 

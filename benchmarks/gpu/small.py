@@ -15,6 +15,8 @@ from realm_kernels.backends import Backend
 from realm_kernels.linear_marginal_loss import op as linear_op
 from realm_kernels.marginal_loss import op as marginal_op
 from realm_kernels.mips_topk import op as mips_op
+from realm_kernels.score_spans import op as score_op
+from realm_kernels.span_marginal_loss import op as span_op
 
 from .served import GPU, GPU_BACKENDS
 
@@ -58,6 +60,21 @@ def linear(batch: int, documents: int, tokens: int, width: int, vocabulary: int,
     rk.linear_marginal_loss(scores, hidden, weight, targets.to(GPU)).backward()
 
 
+def spans(batch: int, documents: int, number: int, normalization: str, dtype: torch.dtype) -> None:
+    scores = torch.randn(batch, documents).to(GPU).requires_grad_()
+    span_scores = torch.randn(batch, documents, number).to(dtype).to(GPU).requires_grad_()
+    correct, valid = ((torch.rand(batch, documents, number) < part).to(GPU) for part in (0.3, 0.9))
+    options = dict(valid=valid, normalization=normalization)
+    rk.span_marginal_loss(scores, span_scores, correct, **options).backward()
+
+
+def score(rows: int, length: int, width: int, max_width: int, dtype: torch.dtype) -> None:
+    start, end = (torch.randn(rows, length, width).to(dtype).to(GPU).requires_grad_() for _ in range(2))
+    weight, norm = (torch.randn(width).to(GPU).requires_grad_() for _ in range(2))
+    options = dict(norm_weight=norm, norm_bias=norm, max_width=max_width)
+    rk.score_spans(start, end, weight, **options).square().sum().backward()
+
+
 Calls = Sequence[Callable[[], None]]
 CALLS: dict[str, tuple[Sequence[Backend], Calls]] = {
     "mips_topk": (
@@ -89,6 +106,22 @@ CALLS: dict[str, tuple[Sequence[Backend], Calls]] = {
         (
             lambda: linear(2, 3, 5, 64, 300, torch.bfloat16),
             lambda: linear(1, 8, 20, 123, 1001, torch.float32),
+        ),
+    ),
+    "span_marginal_loss": (
+        span_op.BACKENDS,
+        (
+            lambda: spans(3, 5, 33, "document", torch.float32),
+            lambda: spans(2, 3, 1500, "global", torch.bfloat16),
+            lambda: spans(1, 2000, 1, "global", torch.float32),
+        ),
+    ),
+    "score_spans": (
+        score_op.BACKENDS,
+        (
+            lambda: score(2, 37, 256, 10, torch.float32),
+            lambda: score(3, 5, 123, 3, torch.bfloat16),
+            lambda: score(1, 1, 1, 1, torch.float16),
         ),
     ),
 }

@@ -22,7 +22,7 @@ from .processes import finish, start
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 200
-OPS = ("mips_topk", "linear_marginal_loss", "marginal_loss", "span_marginal_loss")
+OPS = ("mips_topk", "linear_marginal_loss", "marginal_loss", "span_marginal_loss", "score_spans")
 REST = "table"
 # What makes a test file one that a GPU makes a difference to: it looks for one, puts what it tests on DEVICE,
 # or marks tests for one.
@@ -31,7 +31,9 @@ MARKED = re.compile(r"mark\.gpu\b")
 # About what needs no GPU, or the interpreter that is not used where one is.
 NOT_THERE = {"test_gpu_harness.py", "test_triton_interpreter.py"}
 # Of these files only some tests: the other backends are the CPU's.
-SELECTED = {"test_marginal_loss.py": ["-k", "triton or cuda"]}
+TRITON = ["-k", "triton"]
+SELECTED = {"test_marginal_loss.py": ["-k", "triton or cuda"], "test_score_spans.py": TRITON}
+SELECTED["test_span_marginal_loss.py"] = TRITON
 # Compiling is what takes the time, on one core a process.
 PROCESSES = {"test_mips_topk_triton.py": 8, "test_mips_topk_triton_gpu.py": 5}
 PROCESSES_OF_OTHERS = 3

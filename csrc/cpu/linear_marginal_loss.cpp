@@ -2,6 +2,7 @@
 // of a row once its vocabulary is summed.
 #include "cpu/linear_marginal_loss.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -96,10 +97,24 @@ ChunkLayout layout_of(const LinearMarginalLossParams& params) {
   return layout;
 }
 
+// Float64: a handful of numbers on which all hangs. log p = -log1p(rest / e) keeps its digits near 0.
+void finish_rows(const LinearMarginalLossParams& params, const RowStatistics& statistics, int64_t first,
+                 int64_t last) {
+  for (int64_t r = first; r < last; ++r) {
+    const double target = statistics.target_logits[r], largest = statistics.largest[r];
+    const double top = target > largest ? target : largest;
+    const double e = std::exp(target - top), rest = statistics.totals[r] * std::exp(largest - top);
+    const double log_total = std::log(e + rest);
+    params.log_p[r] = rest < e ? -std::log1p(rest / e) : target - top - log_total;
+    params.log_sum[r] = top + log_total;
+  }
+}
+
 }  // namespace
 
-int64_t linear_marginal_loss_workspace(int64_t rows, int64_t vocabulary) {
-  return (vocabulary + (vocabulary + kBlock - 1) / kBlock) * round_up(rows, kRowMultiple);
+int64_t linear_marginal_loss_workspace(const LinearMarginalLossParams& params) {
+  const ChunkLayout layout = layout_of(params);
+  return layout.blocks * layout.padded_rows + kernels_for(params.isa).exponentials_size(params);
 }
 
 int64_t linear_marginal_loss_scratch(const LinearMarginalLossParams& params) {
@@ -125,17 +140,10 @@ void launch_linear_marginal_loss_fwd(const LinearMarginalLossParams& params) {
     kernels.forward(params, layout, memory.packed, statistics, begin, end, memory.scratch.of(thread));
   });
   parallel_for(layout.padded_rows / kRowMultiple, num_threads, [&](int64_t begin, int64_t end, int) {
-    kernels.merge(layout, statistics, begin * kRowMultiple, end * kRowMultiple);
+    const int64_t first = begin * kRowMultiple, last = std::min(end * kRowMultiple, params.rows);
+    kernels.merge(layout, statistics, first, last);
+    finish_rows(params, statistics, first, last);
   });
-  // Float64: a handful of numbers on which all hangs. log p = -log1p(rest / e) keeps its digits near 0.
-  for (int64_t r = 0; r < params.rows; ++r) {
-    const double target = statistics.target_logits[r], largest = statistics.largest[r];
-    const double top = target > largest ? target : largest;
-    const double e = std::exp(target - top), rest = statistics.totals[r] * std::exp(largest - top);
-    const double log_total = std::log(e + rest);
-    params.log_p[r] = rest < e ? -std::log1p(rest / e) : target - top - log_total;
-    params.log_sum[r] = top + log_total;
-  }
 }
 
 void launch_linear_marginal_loss_bwd(const LinearMarginalLossParams& params) {
@@ -143,9 +151,11 @@ void launch_linear_marginal_loss_bwd(const LinearMarginalLossParams& params) {
   const int num_threads = params.num_threads;
   const ChunkLayout layout = layout_of(params);
   const BackwardMemory memory(params, kernels, Arena(params.scratch));
-  for (int64_t r = 0; r < params.rows; ++r) {
-    memory.at_target[r] = static_cast<float>(params.factor[r] * std::expm1(params.log_p[r]));
-  }
+  parallel_for(params.rows, num_threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      memory.at_target[r] = static_cast<float>(params.factor[r] * std::expm1(params.log_p[r]));
+    }
+  });
   if (params.d_weight != nullptr) {
     parallel_for(
         (params.width + kernels.lanes - 1) / kernels.lanes, num_threads,
@@ -165,6 +175,14 @@ void launch_linear_marginal_loss_bwd(const LinearMarginalLossParams& params) {
       kernels.reduce(params, memory.partials.memory, memory.partials.size, parts, begin, end);
     });
   }
+}
+
+void launch_scale_into_bfloat16(const float* values, float scale, void* out, int64_t count, int num_threads,
+                                Isa isa) {
+  const LinearMarginalLossKernels& kernels = kernels_for(isa);
+  parallel_for(count, num_threads, [&](int64_t begin, int64_t end, int) {
+    kernels.scale_into_bfloat16(values + begin, scale, static_cast<uint16_t*>(out) + begin, end - begin);
+  });
 }
 
 }  // namespace realm_kernels

@@ -1,9 +1,12 @@
-// A chunk of rows of linear_marginal_loss on the CPU: logits, statistics, gradients, all three matrix
-// products. Raw pointers and sizes; Python has validated them. Legend: R rows (pairs of document and token),
-// H hidden size, V vocabulary.
+// linear_marginal_loss on the CPU: a chunk of rows, with its logits, statistics, gradients and all three
+// matrix products, and a call, chunk by chunk. Raw pointers and sizes; Python has validated them. Legend: B
+// examples, K documents, M tokens, R rows of a chunk (pairs of document and token), H hidden size, V
+// vocabulary.
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/marginal_loss.h"
@@ -11,11 +14,12 @@
 namespace realm_kernels {
 
 struct LinearMarginalLossParams {
-  const void* hidden;     // [R, H], rows contiguous
+  const void* hidden;     // [rows, H], rows contiguous
   const void* weight;     // [V, H], rows contiguous
   FloatType type;         // of both: float32, bfloat16 or float16
   int64_t hidden_stride;  // between rows, in elements
   int64_t weight_stride;
+  const int64_t* place;    // [R], which rows of hidden, and of d_hidden, are the chunk's; null: the first R
   const float* bias;       // [V] or null
   const int64_t* targets;  // [R], in [0, V)
   int64_t rows;            // R >= 1
@@ -28,20 +32,40 @@ struct LinearMarginalLossParams {
   double* log_p;     // [R], log softmax at the target; written by the forward
   double* log_sum;   // [R], log of the sum over V of exp(logit); written by the forward
 
-  const double* factor;  // [R], the gradient of a row is factor (p - onehot(target))
-  float* d_hidden;       // [R, H], written by the backward, or null
-  float* d_weight;       // [V, H], added to by the backward, or null
-  float* d_bias;         // [V], added to by the backward, or null
-  bool first;            // d_weight holds nothing yet: it is written
+  const double* factor;     // [R], the gradient of a row is factor (p - onehot(target))
+  void* d_hidden;           // [rows, H], contiguous, or null; the chunk's are written by the backward
+  FloatType d_hidden_type;  // float32 or bfloat16
+  float* d_weight;          // [V, H], added to by the backward, or null
+  float* d_bias;            // [V], added to by the backward, or null
+  bool first;               // d_weight holds nothing yet: it is written
 
   int num_threads;
   Isa isa;
 };
 
-// Floats of memory, growing with rows. The scratch depends on shape, type, num_threads and isa alone.
-int64_t linear_marginal_loss_workspace(int64_t rows, int64_t vocabulary);
+// Floats of memory, growing with rows, from shape, type, num_threads and isa alone.
+int64_t linear_marginal_loss_workspace(const LinearMarginalLossParams& params);
 int64_t linear_marginal_loss_scratch(const LinearMarginalLossParams& params);
 void launch_linear_marginal_loss_fwd(const LinearMarginalLossParams& params);
 void launch_linear_marginal_loss_bwd(const LinearMarginalLossParams& params);
+
+struct LinearMarginalLossCall {
+  LinearMarginalLossParams chunk;  // what chunks share; rows is the most of one. With a workspace, gradients
+                                   // are made: those of d_hidden, d_weight and d_bias that are not null
+  MarginalLossParams documents;    // scores, masks, mode and extents of all examples
+  const int64_t* targets;          // [B, M]
+  const bool* live;                // [B, K, M], rows that have a part: only they are looked at, and written
+  std::vector<std::pair<int64_t, int64_t>> ranges;  // [first, last) rows of B K M, a chunk each
+
+  double* log_likelihood;  // [B, K, M], contiguous. Written, if there is no factor yet
+  double* factor;          // [B, K, M], contiguous, the upstream gradient times the posterior
+  bool has_factor;         // else it becomes the posterior, and ranges are of whole examples
+};
+// Returns how many rows had a part: those that were scored.
+int64_t launch_linear_marginal_loss(const LinearMarginalLossCall& call);
+
+// out [count] = scale values, rounded to bfloat16.
+void launch_scale_into_bfloat16(const float* values, float scale, void* out, int64_t count, int num_threads,
+                                Isa isa);
 
 }  // namespace realm_kernels

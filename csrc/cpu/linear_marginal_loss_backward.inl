@@ -8,6 +8,8 @@
 namespace realm_kernels {
 namespace {
 
+typedef uint16_t HalfVec __attribute__((vector_size(2 * kWidth)));
+
 // Gradients of logits of one block, as the rows that the second and third product broadcast. Pairs differ: of
 // rows of the chunk in one, of words in the other. A cache line more than the rows need keeps words that
 // follow each other out of each other's cache sets.
@@ -31,101 +33,85 @@ inline BlockGradients gradients_in(float* memory, const LinearMarginalLossParams
   return {memory, word_pitch, memory + kBlock * word_pitch, padded + line};
 }
 
-// Adds to d_bias what the lanes of sum hold.
-inline void add_bias_gradient(float* d_bias, Vec sum) {
-  float total = 0.0f;
-  for (int i = 0; i < kWidth; ++i) {
-    total += sum[i];
-  }
-  *d_bias += total;
-}
+inline TwoVecs times(const TwoVecs& a, const TwoVecs& b) { return {a.low * b.low, a.high * b.high}; }
 
-// Sums of lanes that are rows of the chunk: what padded lanes hold is dropped.
-inline Vec of_rows(Vec values, int64_t first_row, int64_t rows) {
-  if (first_row + kWidth > rows) {
-    for (int i = 0; i < kWidth; ++i) {
-      values[i] = first_row + i < rows ? values[i] : 0.0f;
+// A word's gradients of one panel of rows added to its sums over rows; what lanes beyond the last row hold is
+// dropped.
+inline void add_to_bias(float* sums, const TwoVecs& gradients, int64_t first_row, int64_t rows) {
+  TwoVecs of_rows = gradients;
+  if (first_row + kLanes > rows) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+      of_rows.low[i] = first_row + i < rows ? of_rows.low[i] : 0.0f;
+      of_rows.high[i] = first_row + kWidth + i < rows ? of_rows.high[i] : 0.0f;
     }
   }
-  return values;
+  store(sums, load<Vec>(sums) + (of_rows.low + of_rows.high));
 }
 
-// A word's exponentials times the rows' scales. low and high of each panel go to put(panel, low, high).
-template <class Put>
-inline void scale_word(const LinearMarginalLossParams& params, const float* exponentials, int64_t n,
-                       int64_t word, const float* scales, float* d_bias, Put&& put) {
-  Vec sum = {};
-  for (int64_t p = 0; p < panels_of(params.rows); ++p) {
-    const float* at = exponentials + (p * n + word) * kLanes;
-    const Vec low = load<Vec>(at) * load<Vec>(scales + p * kLanes);
-    const Vec high = load<Vec>(at + kWidth) * load<Vec>(scales + p * kLanes + kWidth);
-    put(p, low, high);
-    if (d_bias) {
-      sum += of_rows(low, p * kLanes, params.rows) + of_rows(high, p * kLanes + kWidth, params.rows);
-    }
-  }
-  if (d_bias) {
-    add_bias_gradient(d_bias, sum);
-  }
-}
-
-inline void fill_singles(const LinearMarginalLossParams& params, const float* exponentials, int64_t first,
-                         int64_t n, const float* scales, const float* at_target, const BlockGradients& out) {
+// d_bias of n words, whose sums [n][kWidth] are spoiled.
+inline void finish_bias(float* sums, int64_t n, float* d_bias) {
   for (int64_t i = 0; i < n; ++i) {
-    scale_word(params, exponentials, n, i, scales, params.d_bias ? params.d_bias + first + i : nullptr,
-               [&](int64_t p, Vec low, Vec high) {
-                 store(out.by_word + i * out.word_pitch + p * kLanes, low);
-                 store(out.by_word + i * out.word_pitch + p * kLanes + kWidth, high);
-               });
+    float* lanes = sums + i * kWidth;
+    for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) {
+        lanes[lane] += lanes[lane + half];
+      }
+    }
+    d_bias[i] += lanes[0];
   }
-  for (int64_t r = 0; r < params.rows; ++r) {
-    const int64_t word = params.targets[r] - first;
-    if (word >= 0 && word < n) {
-      out.by_word[word * out.word_pitch + r] = at_target[r];
+}
+
+// The gradients of a block: exponentials times the rows' scales, panel after panel as they lie in memory.
+// bias_sums [kBlock][kWidth], zeros, where there is a d_bias.
+inline void fill_singles(const LinearMarginalLossParams& params, const float* exponentials, int64_t n,
+                         const float* scales, float* bias_sums, const BlockGradients& out) {
+  for (int64_t p = 0; p < panels_of(params.rows); ++p) {
+    const TwoVecs scale = load_two(scales + p * kLanes);
+    for (int64_t i = 0; i < n; ++i) {
+      const TwoVecs word = times(Singles::kept(exponentials + (p * n + i) * Singles::kKept), scale);
+      store_two(out.by_word + i * out.word_pitch + p * kLanes, word);
       if (params.d_bias) {
-        params.d_bias[first + word] += at_target[r];
+        add_to_bias(bias_sums + i * kWidth, word, p * kLanes, params.rows);
       }
     }
   }
+}
+
+inline void put_target(const BlockGradients& out, int64_t word, int64_t row, float value) {
+  out.by_word[word * out.word_pitch + row] = value;
 }
 
 #if defined(__AVX512BF16__)
-inline UIntVec bfloat16_bits(Vec v) {
-  typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-  return __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)v), UIntVec);
+inline __m512i rounded(const TwoVecs& v) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)v.high, (__m512)v.low);
 }
 
-inline void fill_pairs(const LinearMarginalLossParams& params, const float* exponentials, int64_t first,
-                       int64_t n, const float* scales, const float* at_target, const BlockGradients& out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const bool second = i % 2 == 1;
-    float* by_row = out.by_row + i / 2 * out.row_pitch;
-    scale_word(params, exponentials, n, i, scales, params.d_bias ? params.d_bias + first + i : nullptr,
-               [&](int64_t p, Vec low, Vec high) {
-                 store(out.by_word + i * out.word_pitch + p * kWidth,
-                       _mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-                 float* at = by_row + p * kLanes;
-                 const UIntVec low_bits = bfloat16_bits(low), high_bits = bfloat16_bits(high);
-                 if (second) {
-                   store(at, load<UIntVec>(at) | low_bits << 16);
-                   store(at + kWidth, load<UIntVec>(at + kWidth) | high_bits << 16);
-                 } else {
-                   store(at, low_bits);
-                   store(at + kWidth, high_bits);
-                 }
-               });
+// Two words at a time: a panel of each, rounded, is 16 pairs of rows; of both, interleaved, 32 pairs of
+// words.
+inline void fill_pairs(const LinearMarginalLossParams& params, const float* exponentials, int64_t n,
+                       const float* scales, float* bias_sums, const BlockGradients& out) {
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  Halves pairs_low, pairs_high;
+  for (int i = 0; i < kLanes; ++i) {
+    pairs_low[i] = static_cast<uint16_t>(i / 2 + i % 2 * kLanes);
+    pairs_high[i] = static_cast<uint16_t>(pairs_low[i] + kWidth);
   }
-  for (int64_t r = 0; r < params.rows; ++r) {
-    const int64_t word = params.targets[r] - first;
-    if (word >= 0 && word < n) {
-      const UIntVec bits = bfloat16_bits(Vec{} + at_target[r]);
-      const auto value = static_cast<uint16_t>(bits[0]);
-      __builtin_memcpy(reinterpret_cast<char*>(out.by_word + word * out.word_pitch) + 2 * r, &value, 2);
-      __builtin_memcpy(reinterpret_cast<char*>(out.by_row + word / 2 * out.row_pitch + r) + word % 2 * 2,
-                       &value, 2);
+  for (int64_t p = 0; p < panels_of(params.rows); ++p) {
+    const TwoVecs scale = load_two(scales + p * kLanes);
+    const auto put_word = [&](int64_t i) {
+      const TwoVecs word = times(Pairs::kept(exponentials + (p * n + i) * Pairs::kKept), scale);
+      const __m512i bits = rounded(word);
+      store(out.by_word + i * out.word_pitch + p * kWidth, bits);
       if (params.d_bias) {
-        params.d_bias[first + word] += at_target[r];
+        add_to_bias(bias_sums + i * kWidth, word, p * kLanes, params.rows);
       }
+      return bits;
+    };
+    for (int64_t i = 0; i < n; i += 2) {
+      const __m512i even = put_word(i), odd = i + 1 < n ? put_word(i + 1) : __m512i{};
+      float* by_row = out.by_row + i / 2 * out.row_pitch + p * kLanes;
+      store(by_row, _mm512_permutex2var_epi16(even, (__m512i)pairs_low, odd));
+      store(by_row + kWidth, _mm512_permutex2var_epi16(even, (__m512i)pairs_high, odd));
     }
   }
   if (params.rows % 2 == 1) {  // the row behind the last has a place in its pair, and no part
@@ -135,10 +121,36 @@ inline void fill_pairs(const LinearMarginalLossParams& params, const float* expo
     }
   }
 }
+
+inline void put_target_pair(const BlockGradients& out, int64_t word, int64_t row, float value) {
+  const __m512i bits = rounded({Vec{} + value, Vec{}});
+  __builtin_memcpy(reinterpret_cast<char*>(out.by_word + word * out.word_pitch) + 2 * row, &bits, 2);
+  __builtin_memcpy(reinterpret_cast<char*>(out.by_row + word / 2 * out.row_pitch + row) + word % 2 * 2, &bits,
+                   2);
+}
 #else
-inline void fill_pairs(const LinearMarginalLossParams&, const float*, int64_t, int64_t, const float*,
-                       const float*, const BlockGradients&) {}
+inline void fill_pairs(const LinearMarginalLossParams&, const float*, int64_t, const float*, float*,
+                       const BlockGradients&) {}
+inline void put_target_pair(const BlockGradients&, int64_t, int64_t, float) {}
 #endif
+
+inline void put_targets(const LinearMarginalLossParams& params, int64_t first, int64_t n,
+                        const float* at_target, const BlockGradients& out) {
+  for (int64_t r = 0; r < params.rows; ++r) {
+    const int64_t word = params.targets[r] - first;
+    if (word < 0 || word >= n) {
+      continue;
+    }
+    if (in_pairs(params)) {
+      put_target_pair(out, word, r, at_target[r]);
+    } else {
+      put_target(out, word, r, at_target[r]);
+    }
+    if (params.d_bias) {
+      params.d_bias[first + word] += at_target[r];
+    }
+  }
+}
 
 // scales[r] = factor exp(largest of the block - log sum): what makes an exponential a gradient.
 inline void scales_of(const LinearMarginalLossParams& params, const float* largest, float* scales) {
@@ -227,13 +239,21 @@ void backward_blocks(const LinearMarginalLossParams& params, const ChunkLayout& 
   const BlockGradients gradients = gradients_in(memory, params);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kBlock, n = smaller(kBlock, params.vocabulary - first);
-    const float* exponentials = layout.exponentials + first * layout.padded_rows;
+    const float* exponentials = exponentials_of<Step>(layout, first);
     scales_of(params, layout.largest + block * layout.padded_rows, scales);
-    if (pairs) {
-      fill_pairs(params, exponentials, first, n, scales, at_target, gradients);
-    } else {
-      fill_singles(params, exponentials, first, n, scales, at_target, gradients);
+    float* bias_sums = panel;  // not in use yet
+    if (params.d_bias) {
+      __builtin_memset(bias_sums, 0, kBlock * kWidth * sizeof(float));
     }
+    if (pairs) {
+      fill_pairs(params, exponentials, n, scales, bias_sums, gradients);
+    } else {
+      fill_singles(params, exponentials, n, scales, bias_sums, gradients);
+    }
+    if (params.d_bias) {
+      finish_bias(bias_sums, n, params.d_bias + first);
+    }
+    put_targets(params, first, n, at_target, gradients);
     if (params.d_weight) {
       add_d_weight<Step>(params, packed, first, n, gradients);
     }
@@ -248,13 +268,32 @@ inline int64_t column_of(int64_t lane, bool pairs) {
   return pairs ? lane % kWidth * 2 + lane / kWidth : lane;
 }
 
+// To nearest, ties to even, as torch rounds; subnormal numbers too, which vcvtneps2bf16 flushes.
+inline HalfVec rounded_to_bfloat16(Vec v) {
+  const UIntVec bits = (UIntVec)v, nearest = bits + (0x7fffu + (bits >> 16 & 1u));
+  return __builtin_convertvector((v == v ? nearest : UIntVec{} + 0x7fc00000u) >> 16, HalfVec);
+}
+
+void scale_into_bfloat16(const float* values, float scale, void* out, int64_t count) {
+  auto* halves = static_cast<uint16_t*>(out);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    store(halves + i, rounded_to_bfloat16(load<Vec>(values + i) * scale));
+  }
+  for (; i < count; ++i) {
+    const HalfVec rounded = rounded_to_bfloat16(Vec{} + values[i] * scale);
+    halves[i] = rounded[0];
+  }
+}
+
 void reduce(const LinearMarginalLossParams& params, const float* partials, int64_t stride, int parts,
             int64_t begin, int64_t end) {
-  const bool pairs = in_pairs(params);
+  const bool pairs = in_pairs(params), narrow = params.d_hidden_type == FloatType::kBFloat16;
   for (int64_t h = 0; h < params.width; h += kLanes) {
+    const int64_t n = smaller(kLanes, params.width - h);
     for (int64_t r = begin; r < end; ++r) {
       const float* at = partials + (h / kLanes * params.rows + r) * kLanes;
-      float sums[kLanes];
+      float sums[kLanes], in_order[kLanes];
       for (int64_t half = 0; half < kLanes; half += kWidth) {
         Vec sum = load<Vec>(at + half);
         for (int part = 1; part < parts; ++part) {
@@ -262,12 +301,15 @@ void reduce(const LinearMarginalLossParams& params, const float* partials, int64
         }
         store(sums + half, sum);
       }
-      float* out = params.d_hidden + r * params.width + h;
       for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t column = column_of(i, pairs);
-        if (h + column < params.width) {
-          out[column] = sums[i];
-        }
+        in_order[column_of(i, pairs)] = sums[i];
+      }
+      const int64_t first = place_of(params, r) * params.width + h;
+      if (narrow) {
+        scale_into_bfloat16(in_order, 1.0f, static_cast<uint16_t*>(params.d_hidden) + first, n);
+      } else {
+        __builtin_memcpy(static_cast<float*>(params.d_hidden) + first, in_order,
+                         static_cast<size_t>(n) * sizeof(float));
       }
     }
   }

@@ -8,9 +8,9 @@
 // or written once each, a chunk moves V R numbers out and in again, and no pass stands between the products.
 // d_weight needs no reduction over threads; of d_hidden each makes a part.
 //
-// Bytes of a chunk: 4 V R twice, the weight twice, d_weight (float32) twice; 6 V R H flops. At R = 160,
-// H = 768, V = 30522 that is 0.42 GB beside 22.5 GFLOP in float32: 15 ms at 28 GB/s, fetched during 100 to
-// 200 ms of multiply-adds.
+// Bytes of a chunk: 4 V R twice (2 V R in bfloat16), the weight twice, d_weight (float32) twice; 6 V R H
+// flops. At R = 160, H = 768, V = 30522 that is 0.42 GB beside 22.5 GFLOP in float32: 15 ms at 28 GB/s,
+// fetched during 100 to 200 ms of multiply-adds.
 //
 // Written in GCC's vector extension. Nothing here may instantiate a template or inline function of another
 // header: the linker could keep a copy built for AVX-512.
@@ -20,6 +20,10 @@
 
 namespace realm_kernels {
 namespace {
+
+int64_t exponentials_size(const LinearMarginalLossParams& params) {
+  return params.vocabulary * round_up(params.rows, kRowMultiple) / (in_pairs(params) ? 2 : 1);
+}
 
 int64_t packed_rows_size(const LinearMarginalLossParams& params) {
   return panels_of(params.rows) * kLanes * units_of(params.width, in_pairs(params));
@@ -62,10 +66,20 @@ void backward(const LinearMarginalLossParams& params, const ChunkLayout& layout,
   backward_blocks<Singles>(params, layout, packed, at_target, begin, end, scratch, partial);
 }
 
-constexpr LinearMarginalLossKernels kKernels = {kLanes,          packed_rows_size, packed_columns_size,
-                                                forward_scratch, backward_scratch, partial_size,
-                                                pack_rows,       pack_columns,     forward,
-                                                merge,           backward,         reduce};
+constexpr LinearMarginalLossKernels kKernels = {kLanes,
+                                                exponentials_size,
+                                                packed_rows_size,
+                                                packed_columns_size,
+                                                forward_scratch,
+                                                backward_scratch,
+                                                partial_size,
+                                                pack_rows,
+                                                pack_columns,
+                                                forward,
+                                                merge,
+                                                backward,
+                                                reduce,
+                                                scale_into_bfloat16};
 
 }  // namespace
 }  // namespace realm_kernels

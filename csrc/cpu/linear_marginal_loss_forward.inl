@@ -11,10 +11,12 @@ namespace {
 constexpr float kLowest = -0x1.fffffep127f;  // below every logit but -inf, whose exponential is then 0
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline TwoVecs plus(const TwoVecs& a, float b) { return {a.low + b, a.high + b}; }
 
 // What is kept of the logits of n words and one panel of rows, [n][kLanes]: exponentials to `out` where it is
 // not null, their sums, and what they are relative to. The target is taken out: its share is added last, in
 // float64, so that log p keeps its digits where p is near 1.
+template <class Step>
 inline void finish_panel(const LinearMarginalLossParams& params, int64_t first_word, int64_t n,
                          int64_t first_row, float* logits, float* out, float* target_logits, float* largest,
                          float* sums) {
@@ -26,33 +28,32 @@ inline void finish_panel(const LinearMarginalLossParams& params, int64_t first_w
       logit = -__builtin_inff();
     }
   }
-  Vec max_low = Vec{} + kLowest, max_high = max_low;
+  // Adding the bias twice costs less than storing its sum.
+  const auto logit = [&](int64_t i) {
+    const TwoVecs at = load_two(logits + i * kLanes);
+    return params.bias ? plus(at, params.bias[first_word + i]) : at;
+  };
+  TwoVecs most = {Vec{} + kLowest, Vec{} + kLowest}, sum = {{}, {}};
   for (int64_t i = 0; i < n; ++i) {
-    Vec low = load<Vec>(logits + i * kLanes), high = load<Vec>(logits + i * kLanes + kWidth);
-    if (params.bias) {
-      low += params.bias[first_word + i];
-      high += params.bias[first_word + i];
-      store(logits + i * kLanes, low);
-      store(logits + i * kLanes + kWidth, high);
-    }
-    max_low = larger(low, max_low);
-    max_high = larger(high, max_high);
+    const TwoVecs at = logit(i);
+    most = {larger(at.low, most.low), larger(at.high, most.high)};
   }
-  Vec sum_low = {}, sum_high = {};
   for (int64_t i = 0; i < n; ++i) {
-    const Vec low = exponential(load<Vec>(logits + i * kLanes) - max_low);
-    const Vec high = exponential(load<Vec>(logits + i * kLanes + kWidth) - max_high);
-    sum_low += low;
-    sum_high += high;
+    const TwoVecs at = logit(i);
+    const TwoVecs e = {exponential(at.low - most.low), exponential(at.high - most.high)};
+    sum = {sum.low + e.low, sum.high + e.high};
     if (out) {
-      store(out + i * kLanes, low);
-      store(out + i * kLanes + kWidth, high);
+      Step::keep(out + i * Step::kKept, e);
     }
   }
-  store(largest + first_row, max_low);
-  store(largest + first_row + kWidth, max_high);
-  store(sums + first_row, sum_low);
-  store(sums + first_row + kWidth, sum_high);
+  store_two(largest + first_row, most);
+  store_two(sums + first_row, sum);
+}
+
+// Of the block whose first word it is: [panels of rows][words][kKept].
+template <class Step>
+inline float* exponentials_of(const ChunkLayout& layout, int64_t first_word) {
+  return layout.exponentials + first_word * layout.padded_rows * Step::kKept / kLanes;
 }
 
 template <class Step>
@@ -65,7 +66,7 @@ void forward_blocks(const LinearMarginalLossParams& params, const ChunkLayout& l
     const int64_t first = block * kBlock, n = smaller(kBlock, params.vocabulary - first);
     const WeightRows weight = weight_rows(params, first, n, stage);
     const Groups groups(n);
-    float* out = layout.exponentials ? layout.exponentials + first * layout.padded_rows : nullptr;
+    float* out = layout.exponentials ? exponentials_of<Step>(layout, first) : nullptr;
     for (int64_t p = 0; p < panels_of(params.rows); ++p) {
       for (int64_t g = 0; g < groups.count; ++g) {
         const int64_t row = groups.first(g), size = groups.size(g);
@@ -83,9 +84,9 @@ void forward_blocks(const LinearMarginalLossParams& params, const ChunkLayout& l
                                           store(logits + (row + q) * kLanes + kWidth, high);
                                         });
       }
-      finish_panel(params, first, n, p * kLanes, logits, out ? out + p * n * kLanes : nullptr,
-                   statistics.target_logits, layout.largest + block * layout.padded_rows,
-                   statistics.sums + block * layout.padded_rows);
+      finish_panel<Step>(params, first, n, p * kLanes, logits, out ? out + p * n * Step::kKept : nullptr,
+                         statistics.target_logits, layout.largest + block * layout.padded_rows,
+                         statistics.sums + block * layout.padded_rows);
     }
   }
 }

@@ -20,8 +20,9 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 struct ChunkLayout {
   int64_t padded_rows, blocks;
   float* largest;  // [blocks, padded_rows]: of a block's logits without the target's
-  float*
-      exponentials;  // [blocks, of panels of rows, of words, of lanes]: exp(logit - largest), 0 at the target
+  // [blocks, of panels of rows, of words, of lanes]: exp(logit - largest), 0 at the target; floats, or, for
+  // the backward in bfloat16, 16 bits each
+  float* exponentials;
 };
 
 struct RowStatistics {
@@ -33,7 +34,8 @@ struct RowStatistics {
 
 struct LinearMarginalLossKernels {
   int64_t lanes;  // rows or columns of a panel
-  // Floats of memory. Shared: hidden packed for the first product, or for the third.
+  // Floats of memory. Shared: exponentials, and hidden packed for the first product, or for the third.
+  int64_t (*exponentials_size)(const LinearMarginalLossParams& params);
   int64_t (*packed_rows_size)(const LinearMarginalLossParams& params);
   int64_t (*packed_columns_size)(const LinearMarginalLossParams& params);
   // Of one thread: scratch of the forward and of the backward, and its part of d_hidden.
@@ -48,7 +50,7 @@ struct LinearMarginalLossKernels {
   // Blocks [begin, end) of the vocabulary: logits, their exponentials, statistics of each block.
   void (*forward)(const LinearMarginalLossParams& params, const ChunkLayout& layout, const float* packed,
                   const RowStatistics& statistics, int64_t begin, int64_t end, float* scratch);
-  // Of the blocks' statistics, those of rows [begin, end), multiples of kRowMultiple.
+  // Of the blocks' statistics, those of rows [begin, end), which begin at a multiple of kRowMultiple.
   void (*merge)(const ChunkLayout& layout, const RowStatistics& statistics, int64_t begin, int64_t end);
   // Blocks [begin, end): gradients of logits, d_weight, d_bias, and a thread's part of d_hidden. at_target
   // [R]: the gradients there.
@@ -57,6 +59,7 @@ struct LinearMarginalLossKernels {
   // d_hidden of rows [begin, end): the sum of the threads' parts, which lie `stride` floats apart.
   void (*reduce)(const LinearMarginalLossParams& params, const float* partials, int64_t stride, int parts,
                  int64_t begin, int64_t end);
+  void (*scale_into_bfloat16)(const float* values, float scale, void* out, int64_t count);
 };
 
 const LinearMarginalLossKernels& linear_marginal_loss_kernels_portable();

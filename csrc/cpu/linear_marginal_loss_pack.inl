@@ -13,6 +13,9 @@ inline bool in_pairs(const LinearMarginalLossParams& params) {
 }
 inline int64_t units_of(int64_t elements, bool pairs) { return pairs ? (elements + 1) / 2 : elements; }
 inline int64_t panels_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
+inline int64_t place_of(const LinearMarginalLossParams& params, int64_t row) {
+  return params.place ? params.place[row] : row;
+}
 
 // The one switch over the dtype.
 template <class Function>
@@ -70,14 +73,18 @@ void pack_rows(const LinearMarginalLossParams& params, int64_t begin, int64_t en
   for (int64_t p = begin; p < end; ++p) {
     const int64_t first = p * kLanes, n = smaller(kLanes, params.rows - first);
     float* panel = packed + p * units * kLanes;
+    int64_t starts[kLanes];
+    for (int64_t r = 0; r < n; ++r) {
+      starts[r] = place_of(params, first + r) * stride;
+    }
     if (pairs) {
-      const auto* rows = static_cast<const BFloat16*>(params.hidden) + first * stride;
+      const auto* rows = static_cast<const BFloat16*>(params.hidden);
       pack_row_panel(n, units, panel,
-                     [&](int64_t r, int64_t u) { return load_pairs(rows + r * stride, 2 * u, width); });
+                     [&](int64_t r, int64_t u) { return load_pairs(rows + starts[r], 2 * u, width); });
     } else {
       with_rows(params.hidden, params.type, [&](auto* rows) {
         pack_row_panel(n, units, panel,
-                       [&](int64_t r, int64_t u) { return load_any(rows + (first + r) * stride, u, width); });
+                       [&](int64_t r, int64_t u) { return load_any(rows + starts[r], u, width); });
       });
     }
   }
@@ -102,12 +109,13 @@ void pack_columns(const LinearMarginalLossParams& params, int64_t begin, int64_t
     float* panel = packed + p * units * kLanes;
     for (int64_t u = 0; u < units; ++u) {
       if (pairs) {
-        const auto* even = static_cast<const BFloat16*>(params.hidden) + 2 * u * stride;
-        const auto* odd = 2 * u + 1 < params.rows ? even + stride : nullptr;
-        interleave(even, odd, p * kLanes, params.width, panel + u * kLanes);
+        const auto* rows = static_cast<const BFloat16*>(params.hidden);
+        const auto* odd = 2 * u + 1 < params.rows ? rows + place_of(params, 2 * u + 1) * stride : nullptr;
+        interleave(rows + place_of(params, 2 * u) * stride, odd, p * kLanes, params.width,
+                   panel + u * kLanes);
       } else {
         with_rows(params.hidden, params.type, [&](auto* rows) {
-          widen(rows + u * stride, p * kLanes, params.width, panel + u * kLanes);
+          widen(rows + place_of(params, u) * stride, p * kLanes, params.width, panel + u * kLanes);
         });
       }
     }

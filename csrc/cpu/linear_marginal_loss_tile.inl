@@ -17,9 +17,25 @@ namespace {
 constexpr int64_t kLanes = 2 * kWidth;
 typedef uint32_t UIntVec __attribute__((vector_size(4 * kWidth)));
 
+// Two vectors that stand for 32 rows or columns.
+struct TwoVecs {
+  Vec low, high;
+};
+
+inline TwoVecs load_two(const float* from) { return {load<Vec>(from), load<Vec>(from + kWidth)}; }
+inline void store_two(float* to, const TwoVecs& v) {
+  store(to, v.low);
+  store(to + kWidth, v.high);
+}
+
 struct Singles {
   static constexpr int64_t kEach = 1;
   static Vec add(Vec sum, Vec panel, float unit) { return sum + panel * unit; }
+
+  // How the exponentials of a panel, in [0, 1], wait for the backward.
+  static constexpr int64_t kKept = kLanes;
+  static void keep(float* to, const TwoVecs& v) { store_two(to, v); }
+  static TwoVecs kept(const float* from) { return load_two(from); }
 };
 
 #if defined(__AVX512BF16__)
@@ -28,6 +44,23 @@ struct Pairs {
   static constexpr int64_t kEach = 2;
   static Vec add(Vec sum, Vec panel, float unit) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)panel, (__m512bh)_mm512_set1_ps(unit));
+  }
+
+  // In 16 bits, as a chunk's exponentials go out to the last-level cache and come back. Sign and the first
+  // bit of the exponent are 0 below 2, so all of the range and 10 digits of the significand remain, where
+  // gradients of logits will be rounded to 8. Of a NaN it is enough that the sums have it.
+  static constexpr int64_t kKept = kWidth;
+  static constexpr int kDropped = 14;
+  static void keep(float* to, const TwoVecs& v) {
+    constexpr uint32_t kHalf = 1u << (kDropped - 1);
+    const UIntVec low = ((UIntVec)v.low + kHalf) >> kDropped;
+    const UIntVec high = ((UIntVec)v.high + kHalf) << (16 - kDropped);
+    store(to, (low & 0xffffu) | (high & 0xffff0000u));
+  }
+  static TwoVecs kept(const float* from) {
+    constexpr uint32_t kBits = 0xffffu << kDropped;
+    const UIntVec both = load<UIntVec>(from);
+    return {(Vec)(both << kDropped & kBits), (Vec)(both >> (16 - kDropped) & kBits)};
   }
 };
 #else
@@ -99,24 +132,34 @@ struct Groups {
   int64_t size(int64_t g) const { return first(g + 1) - first(g); }
 };
 
-// exp(x) for x <= 88 within 2 ulp; 0 where the result would not be a normal number, NaN for NaN. 2^n e^r
-// with |r| <= log(2) / 2 (ln 2 in two parts, Cody and Waite 1980), e^r by its Taylor series to r^7, whose
-// rest is below 2^-27.
+// e^r for |r| <= log(2) / 2, within 2^-23.3: of degree 5, 1 at 0, the largest relative error made smallest.
+inline Vec exponential_near_zero(Vec r) {
+  Vec p = r * 0x1.0fa7d8p-7f + 0x1.573adp-5f;
+  p = p * r + 0x1.555a6ep-3f;
+  p = p * r + 0x1.fffdc4p-2f;
+  p = p * r + 0x1.fffff6p-1f;
+  return p * r + 1.0f;
+}
+
+// exp(x) for x <= 88 within 2 ulp (3 below -40); 0 where the result would not be a normal number, NaN for
+// NaN. 2^n e^r with |r| <= log(2) / 2.
 inline Vec exponential(Vec x) {
+  constexpr float kLog2E = 0x1.715476p0f;
+#if defined(__AVX512F__)
+  // The multiply-add does not round n log(2), so one part of the constant does.
+  const __m512 n = _mm512_roundscale_ps((__m512)(x * kLog2E), 0);
+  const Vec p = exponential_near_zero(x - (Vec)n * 0x1.62e43p-1f);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, n);
+#else
+  // log(2) in two parts (Cody and Waite 1980); whole numbers stand in the last bits of `shifted`.
   constexpr float kRound = 0x1.8p23f;
-  const Vec shifted = x * 0x1.715476p0f + kRound;
+  const Vec shifted = x * kLog2E + kRound;
   const Vec n = shifted - kRound;
-  const Vec r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  Vec p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  // Whole numbers stand in the last bits of `shifted`.
+  const Vec p = exponential_near_zero((x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f);
   const Vec power = (Vec)(((UIntVec)shifted << 23) + (127u << 23));
   return x < -87.0f ? Vec{} : p * power;
+#endif
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace realm_kernels {
 struct ScoreSpansParams {
   const float* start;   // [N, T, S], rows start_stride apart
   const float* end;     // [N, T, S], rows end_stride apart
-  const float* weight;  // [S], v: LayerNorm's weight times the dense layer's
+  const float* weight;  // [S], v: LayerNorm's weight times the dense layer's, of sum 0
   int64_t start_stride, end_stride;
   int64_t rows;       // N
   int64_t length;     // T >= 1

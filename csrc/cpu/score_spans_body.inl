@@ -61,9 +61,9 @@ void forward_span(const ScoreSpansParams& params, const float* start, const floa
   params.scores[c] = sum_of(products) * rstd;
 }
 
-// dx = g rstd (v - mean(v) - x^ <v, x^> / S) where x > 0, to both ends; dv += g x^.
+// dx = g rstd (v - x^ <v, x^> / S) where x > 0, to both ends; dv += g x^.
 void backward_span(const ScoreSpansParams& params, const float* start, const float* end, int64_t c,
-                   float mean_weight, float* d_start, float* d_end, float* d_weight) {
+                   float* d_start, float* d_end, float* d_weight) {
   const float g = params.d_scores[c];
   if (g == 0.0f) return;
   const float mean = params.mean[c], rstd = params.rstd[c];
@@ -71,7 +71,7 @@ void backward_span(const ScoreSpansParams& params, const float* start, const flo
   for (int64_t s = 0; s < params.width; s += kLanes) {
     const Vec x = representation(start, end, s);
     const Vec normal = (x - mean) * rstd;
-    const Vec dx = scale * ((load(params.weight + s) - mean_weight) - normal * pull);
+    const Vec dx = scale * (load(params.weight + s) - normal * pull);
     const Vec passed = x == 0.0f ? Vec{} : dx;
     store(d_start + s, load(d_start + s) + passed);
     store(d_end + s, load(d_end + s) + passed);
@@ -93,9 +93,6 @@ void forward(const ScoreSpansParams& params, int64_t begin, int64_t end) {
 }
 
 void backward(const ScoreSpansParams& params, int64_t begin, int64_t end) {
-  Vec sum{};
-  for (int64_t s = 0; s < params.width; s += kLanes) sum += load(params.weight + s);
-  const float mean_weight = sum_of(sum) / static_cast<float>(params.width);
   const int64_t size = params.length * params.width;
   for (int64_t n = begin; n < end; ++n) {
     float* const d_starts = params.d_start + n * size;
@@ -110,7 +107,7 @@ void backward(const ScoreSpansParams& params, int64_t begin, int64_t end) {
     for (int64_t w = 0; w < params.max_width; ++w) {
       for (int64_t t = 0; t + w < params.length; ++t, ++c) {
         backward_span(params, starts + t * params.start_stride, ends + (t + w) * params.end_stride, c,
-                      mean_weight, d_starts + t * params.width, d_ends + (t + w) * params.width, d_weight);
+                      d_starts + t * params.width, d_ends + (t + w) * params.width, d_weight);
       }
     }
   }

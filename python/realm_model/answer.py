@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .evaluate import build_table, read
+import realm_kernels as rk
+
+from .evaluate import read
 from .inputs import CLS, MASK, SEP, UNK
 from .model import Realm
 from .pretrain import Setting
@@ -33,8 +35,11 @@ class Answer:
     candidates: list[Candidate]
 
 
-def answer(setting: Setting, model: Realm, question: str) -> Answer:
-    """Fill the [MASK] of a sentence. Raises ValueError for a sentence without one or one that is too long."""
+def answer(setting: Setting, model: Realm, table: rk.ShardedTable, question: str) -> Answer:
+    """Fill the [MASK] of a sentence; the table is the index of the setting's documents by the model.
+
+    Raises ValueError for a sentence without a mask or one that is too long.
+    """
     ids = [CLS, *setting.tokenizer.encode(question).ids, SEP]
     length = setting.config.model.query_length
     if MASK not in ids:
@@ -44,7 +49,6 @@ def answer(setting: Setting, model: Realm, question: str) -> Answer:
     if UNK in ids:
         raise ValueError(f'the question has characters that the model never saw: "{question}"')
     positions = torch.tensor([[i for i, token in enumerate(ids) if token == MASK]])
-    table = build_table(model, setting.corpus.documents)
     masked = (torch.tensor([ids]), positions, None)
     # The documents' part in the whole answer is asked, whatever the model was trained with.
     reading = read(model, setting.corpus, table, masked, setting.config.marginal, mode="sequence")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,53 @@ def preset(name: str, data: str | None = None) -> RunConfig:
             marginal=replace(base.marginal, refresh_every=25, refresh_lag=5),
         )
     raise ValueError(f"preset must be easy, hard, tiny, squad or bert, got {name!r}")
+
+
+def override(config: C, values: dict[str, Any], where: str) -> C:
+    """A configuration with `values`, as JSON gives them, in the place of its own; those of a part are an
+    object. Raises ValueError naming `where` and the key of the first that is unknown or of another type.
+    """
+    kinds = get_type_hints(type(config))
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"{where} has no {name!r}: it has {', '.join(kinds)}")
+        own, kind = getattr(config, name), kinds[name]
+        if is_dataclass(own) and isinstance(value, dict):
+            changed[name] = override(own, value, f"{where}: {name}")
+        elif is_dataclass(own) or not _is_of(value, kind):
+            raise ValueError(f"{where}: {name} must be {_in_words(kind)}, got {value!r}")
+        else:
+            changed[name] = float(value) if kind is float else value
+    return replace(config, **changed)  # type: ignore[type-var]
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, one) for one in get_args(kind))
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_in_words(one) for one in get_args(kind))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(kind, "an object")
+
+
+def with_masks(config: RunConfig, masks: Literal["salient", "token", "span"]) -> RunConfig:
+    """The ablations' masks. The copy start then alternates between them and objects, and is twice as long: so
+    it copies objects as often as any other, and the stage after it begins with a reader as good.
+    """
+    steps = config.reader.steps * (1 if masks == "salient" else 2)
+    reader, marginal = replace(config.reader, steps=steps), replace(config.marginal, masks=masks)
+    return replace(config, reader=reader, marginal=marginal)
 
 
 def to_json(config: RunConfig) -> str:

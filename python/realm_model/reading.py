@@ -1,15 +1,17 @@
-"""A start from nothing: a reader that copies before it has learned anything.
+"""A start from nothing: a reader that copies, and sees where words of its query stand, untrained.
 
 To fill a mask from a document is to find the place in it that stands among the same words, and to say what
-stands there. From random weights a small BERT does not come to that on a small corpus, and a reader that
-cannot read makes REALM harm its retriever: what it rewards documents for is noise. Two layers can say it, so
-the weights are set to, in the manner of an induction head (Olsson et al., 2022, arXiv 2209.11895):
+stands there; to answer a question is to find a place near which many of its words stand. From random weights
+a small BERT comes to neither on a small corpus. Two layers can say both, so the weights are set to:
 
     positions         sines and cosines, in coordinates of their own
     first attention   each head looks at one neighbour (OFFSETS), since a rotation of the sines is a shift;
-                      it adds a random projection of that word, turned away from the word that stands there
-    last attention    places of the document with like neighbours, the rarer word before the other; the word
-                      that stands there is the value
+                      it adds a random projection of that word, turned away from the word that stands there.
+                      The last heads look for the word itself in the query, and mark it where it is found
+    last attention    one half of the heads: places of the document with like neighbours, the rarer word
+                      before the other; the word that stands there is the value, in the manner of an
+                      induction head (Olsson et al., 2022, arXiv 2209.11895). The other half sums the marks
+                      before and behind a place (WINDOWS), the rarer words before the others
     prediction head   the identity: the decoder is tied to the words
 
 The rest does nearly nothing beside the residual stream. With one layer [MASK] knows nothing of its
@@ -24,59 +26,105 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel
 
-from .lexical import IDF, OWN, POOLED, ask_for_idf, set_words
+from .lexical import IDF, NEARLY_NOTHING, OWN, POOLED, ask_for_idf, set_words
 from .model import KnowledgeAugmentedEncoder
 
+# Coordinates: what the query's words have and no other, the mark, and from here on the sums of each head.
+ASKED, MARK, SUMS = 2, 3, 4
+
 OFFSETS = (-1, 1, -2, 2)  # of the neighbours that the heads look at, in turn
+WINDOWS = (-4, 4, -2, 2)  # the middle of the places whose marks a head sums, in turn
 SHORTEST, LONGEST = 3.0, 200.0  # periods of the sines, in wordpieces
-SHARP = 2.0  # of the first attention: how far a neighbour stands out from its own neighbours
-MATCH = 40.0  # of the last attention; less and all places are alike, more and chance decides
+SHARP = 2.0  # how far a neighbour stands out from its own neighbours, in the logits of the first attention
+BROAD = 0.5  # the same of the middle of a window
+MATCH = 40.0  # the logit of like words or neighbours; less and all places are alike, more and chance decides
+IN_QUERY = 6.0  # what a word of the query has before the same one in the document, where it is looked for
+NOT_FOUND = 22.0  # what [CLS] has there: between a like word and an unlike one
 BODY = 6.0  # what a word of the document has before one of the query, in the logits of the last attention
+CLEAR = 4.0  # how large the coordinates above are; a word's are about 1
 
 
 @torch.no_grad()
 def start_reading(reader: KnowledgeAugmentedEncoder, idf: Tensor) -> None:
-    """Set the weights of a reader to copy. idf: lexical.log_idf of the documents, [V]."""
+    """Set the weights of a reader to copy and to mark. idf: lexical.log_idf of the documents, [V]."""
     bert = reader.lm.bert
     set_words(bert, idf)
     last = bert.encoder.layer[-1]
-    if len(bert.encoder.layer) > 1:
-        _match_neighbours(bert)
-    ask_for_idf(last.attention.self)
-    bert.embeddings.token_type_embeddings.weight[1, IDF] = BODY * bert.config.initializer_range
     nn.init.eye_(last.attention.self.value.weight)
     nn.init.eye_(last.attention.output.dense.weight).mul_(POOLED)
+    if len(bert.encoder.layer) > 1:
+        _read_in_two_layers(bert)
+    ask_for_idf(last.attention.self)
+    bert.embeddings.token_type_embeddings.weight[1, IDF] = BODY * bert.config.initializer_range
     dense = reader.lm.cls.predictions.transform.dense
     nn.init.eye_(dense.weight)
     dense.weight[[IDF, OWN]] = 0.0
 
 
-def _match_neighbours(bert: BertModel) -> None:
-    """Each place gets its neighbours in the first layer, and places with like ones meet in the last."""
+def _read_in_two_layers(bert: BertModel) -> None:
     first, last = bert.encoder.layer[0].attention, bert.encoder.layer[-1].attention
     hidden, width = bert.config.hidden_size, first.self.attention_head_size
-    sines = 2 * max(1, min(8, width // 4))  # coordinates
-    places = slice(2, 2 + sines)
+    heads = torch.arange(hidden).split(width)  # the rows of each
+    marking, summing = heads[-max(1, len(heads) // 4) :], heads[len(heads) - len(heads) // 2 :]
+    near, copying = heads[: len(heads) - len(marking)], heads[: len(heads) - len(summing)]
+    sines = 2 * max(1, min(8, width // 4))
+    places = slice(SUMS + len(summing), SUMS + len(summing) + sines)
+    bert.embeddings.word_embeddings.weight[:, ASKED : places.start] = 0.0
+    bert.embeddings.token_type_embeddings.weight[0, ASKED] = CLEAR * bert.config.initializer_range
     _set_positions(bert, places)
-    rates = _rates(sines // 2)
-    for head in range(first.self.num_attention_heads):
-        rows = slice(head * width, head * width + sines)
-        shift = _shift(rates, OFFSETS[head % len(OFFSETS)])
-        first.self.key.weight[rows] = 0.0
-        first.self.key.weight[rows, places] = torch.eye(sines)
-        first.self.query.weight[rows] = 0.0
-        first.self.query.weight[rows, places] = SHARP * width**0.5 * shift
     words = torch.ones(hidden)
     words[: places.stop] = 0.0
-    first.self.value.weight.copy_(torch.randn(hidden, hidden) / hidden**0.5 * words)
-    turn = torch.linalg.qr(torch.randn(hidden, hidden)).Q * words[:, None]
-    first.output.dense.weight.copy_(turn)
-    # Each head compares all neighbours at once, in a random projection to its width.
-    factor = MATCH**0.5 * width**0.25 / hidden**0.5
-    for rows in torch.arange(hidden).split(width):
-        projection = torch.randn(width, hidden) / width**0.5 @ turn.T * factor
-        last.self.query.weight[rows] = projection
-        last.self.key.weight[rows] = projection
+
+    turn = torch.linalg.qr(torch.randn(hidden, hidden)).Q[:, : len(near) * width] * words[:, None]
+    first.output.dense.weight[:, : len(near) * width] = turn
+    for number, rows in enumerate(near):
+        _look_at(first.self, rows, places, OFFSETS[number % len(OFFSETS)], SHARP)
+        first.self.value.weight[rows] = torch.randn(width, hidden) / hidden**0.5 * words
+    first.output.dense.weight[MARK] = 0.0
+    for rows in marking:
+        _compare(first.self, rows, torch.diag(words))
+        _add(first.self, rows[0], ASKED, IN_QUERY / CLEAR)
+        _add(first.self, rows[1], OWN, NOT_FOUND / hidden**0.5)
+        first.self.value.weight[rows[0]] = 0.0
+        first.self.value.weight[rows[0], ASKED] = 1 / CLEAR
+        first.self.value.weight[rows[0], OWN] = -1 / hidden**0.5
+        first.output.dense.weight[MARK, rows[0]] = CLEAR / len(marking)
+
+    for rows in copying:
+        _compare(last.self, rows, turn.T)  # all neighbours at once
+    for number, rows in enumerate(summing):
+        _look_at(last.self, rows, places, WINDOWS[number % len(WINDOWS)], BROAD)
+        nn.init.normal_(last.output.dense.weight[:, rows], std=NEARLY_NOTHING / hidden**0.5)
+        last.self.value.weight[rows[0]] = 0.0
+        last.self.value.weight[rows[0], MARK] = 1.0
+        last.output.dense.weight[SUMS + number] = 0.0
+        last.output.dense.weight[SUMS + number, rows[0]] = CLEAR
+
+
+def _look_at(attention: nn.Module, rows: Tensor, places: slice, offset: int, sharp: float) -> None:
+    """The head of these rows looks at the place `offset` further, from wherever it is."""
+    sines, width = places.stop - places.start, len(rows)
+    attention.key.weight[rows] = attention.query.weight[rows] = 0.0
+    attention.key.weight[rows[-sines:], places] = torch.eye(sines)
+    shift = _shift(_rates(sines // 2), offset)
+    attention.query.weight[rows[-sines:], places] = sharp * width**0.5 * shift
+
+
+def _compare(attention: nn.Module, rows: Tensor, seen: Tensor) -> None:
+    """The head of these rows looks for places like its own, in a random projection of what is seen: of the
+    n coordinates of seen [n, H] x, each about as large as one.
+    """
+    width, count = len(rows), int(seen.any(dim=1).sum())
+    projection = torch.randn(width, len(seen)) / width**0.5 @ seen
+    both = MATCH**0.5 * width**0.25 / count**0.5 * projection
+    attention.query.weight[rows] = attention.key.weight[rows] = both
+
+
+def _add(attention: nn.Module, row: Tensor, coordinate: int, factor: float) -> None:
+    """The row adds a coordinate of the key, times the factor, to the logits of its head."""
+    attention.query.weight[row] = attention.key.weight[row] = 0.0
+    attention.query.bias[row] = attention.attention_head_size**0.5
+    attention.key.weight[row, coordinate] = factor
 
 
 def _set_positions(bert: BertModel, places: slice) -> None:

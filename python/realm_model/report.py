@@ -1,27 +1,21 @@
-"""What a run shows: progress bars, tables, plots."""
+"""What a run shows: tables, plots, TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
+from rich.text import Text
 
 from .answer import Answer
 from .config import RunConfig
@@ -30,6 +24,7 @@ from .masking import mask_statements
 from .pretrain import STAGES, Setting, stage_steps
 
 SMOOTHING = 0.95  # of the loss that is shown
+AROUND = 80  # characters of a document that are shown on either side of the answer
 STAGE_TITLES = {"ict": "ICT warm start", "reader": "copy start", "realm": "REALM"}
 COLUMNS = {
     "recall@1": "recall@1",
@@ -42,42 +37,6 @@ COLUMNS = {
 }
 
 Record = dict[str, Any]
-
-
-@contextmanager
-def progress(console: Console, config: RunConfig) -> Iterator[Callable[[Record], None]]:
-    """A bar for each stage with loss, recall@5 and the age of the index; a line for each evaluation."""
-    columns = (
-        TextColumn("{task.description:<15}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4) as bars:
-        steps = {"ict": config.ict.steps, "reader": config.reader.steps, "realm": config.realm.steps}
-        tasks: dict[str, Any] = {}
-        state: dict[str, float] = {}
-
-        def see(record: Record) -> None:
-            stage = record["stage"]
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGE_TITLES[stage], total=steps[stage], shown="")
-                state.pop("loss", None)
-            if "evaluation" in record:
-                state["recall"] = record["evaluation"]["recall@5"]
-                console.print(_evaluation_line(record))
-            else:
-                loss = record["loss"]
-                state["loss"] = SMOOTHING * state.get("loss", loss) + (1 - SMOOTHING) * loss
-                state["age"] = record.get("age", -1)
-            shown = f"loss {state['loss']:.3f}" if "loss" in state else ""
-            shown += f"  recall@5 {state['recall']:.3f}" if "recall" in state else ""
-            shown += f"  index age {state['age']}" if state.get("age", -1) >= 0 else ""
-            bars.update(tasks[stage], completed=record["step"] + ("loss" in record), shown=shown)
-
-        yield see
 
 
 def tensorboard(folder: Path, config: RunConfig) -> AbstractContextManager[Callable[[Record], None]]:
@@ -147,10 +106,35 @@ def answer_table(answer: Answer) -> Table:
     table.add_column("p(z|x,y)", justify="right")
     table.add_column("utility", justify="right")
     for candidate in answer.candidates:
-        name = f"[bold]{candidate.title}[/bold] {candidate.body}" if candidate.title else "(null document)"
-        numbers = (candidate.prior, candidate.likelihood, candidate.posterior, candidate.utility)
-        table.add_row(name, *(f"{number:.3f}" for number in numbers))
+        is_null = not candidate.title and not candidate.body
+        words = rf"(?<!\w){re.escape(answer.text)}(?!\w)"
+        places = [found.span() for found in re.finditer(words, candidate.body, re.IGNORECASE)]
+        name = Text("(null document)") if is_null else excerpt(candidate.title, candidate.body, places)
+        shares = (candidate.prior, candidate.likelihood, candidate.posterior)
+        table.add_row(name, *map(share, shares), f"{candidate.utility:.2f}")
     return table
+
+
+def share(value: float) -> str:
+    """A probability: three digits of those that are not tiny, 0 where it is nothing at all."""
+    return f"{value:.3f}" if value >= 5e-4 else f"{value:.0e}" if value > 0 else "0"
+
+
+def excerpt(title: str, text: str, places: Sequence[tuple[int, int]] = (), around: int = AROUND) -> Text:
+    """The title and the part of a text around the first of the places, [start, end) each, all marked."""
+    first = places[0][0] if places else 0
+    last = places[0][1] if places else first + around
+    start, end = max(0, first - around), min(len(text), last + around)
+    # Cut between words, where there are any.
+    start = text.find(" ", start, first) + 1 or start if start > 0 else 0
+    end = max(text.rfind(" ", 0, end + 1), last) if end < len(text) else end
+    view = Text.assemble((title, "bold"), ": " if title else "")
+    offset = len(view) + (3 if start > 0 else 0) - start
+    view.append("..." if start > 0 else "").append(text[start:end]).append("..." if end < len(text) else "")
+    for begin, stop in places:
+        if start <= begin and stop <= end:
+            view.stylize("bold reverse", begin + offset, stop + offset)
+    return view
 
 
 def question_text(setting: Setting) -> str:
@@ -183,10 +167,10 @@ def plot(run: Path) -> list[Path]:
             xs.append(at)
             ys.append(SMOOTHING * ys[-1] + (1 - SMOOTHING) * record["loss"] if ys else record["loss"])
     recalls = {name: curves[name] for name in ("recall@1", "recall@5", "recall@20")}
-    utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain")}
+    utilities = {COLUMNS[name]: curves[name] for name in ("utility", "gain") if name in curves}
     return [
         draw(run / "loss.png", "loss, smoothed", losses, ends),
-        draw(run / "recall.png", "recall on held-out statements", recalls, ends),
+        draw(run / "recall.png", "recall on held-out statements", recalls, ends, is_share=True),
         draw(run / "utility.png", "nats", utilities, ends),
     ]
 
@@ -202,17 +186,32 @@ def _stage_ends(records: list[Record]) -> dict[str, int]:
 
 
 def draw(
-    path: Path, title: str, curves: dict[str, tuple[list[float], list[float]]], ends: dict[str, int]
+    path: Path,
+    title: str,
+    curves: dict[str, tuple[list[float], list[float]]],
+    ends: dict[str, int],
+    is_share: bool = False,
 ) -> Path:
-    """A PNG of curves by step; a line where each stage begins, by its number of steps before."""
+    """A PNG of curves by step; a line where each stage begins, by its number of steps before. The axis of a
+    share goes from 0 to 1.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, (xs, ys) in curves.items():
-        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 30 else None, markersize=3)
+    # Of curves that lie on each other, the markers of the lower ones look out.
+    for (name, (xs, ys)), size in zip(curves.items(), cycle((8, 5, 3)), strict=False):
+        axes.plot(xs, ys, label=name, marker="o" if len(xs) < 30 else None, markersize=size)
     for stage, start in ends.items():
         if start > 0:
             axes.axvline(start, color="0.8", linewidth=1, zorder=0)
-            axes.annotate(f" {STAGE_TITLES[stage]}", (start, 1), xycoords=("data", "axes fraction"), va="top")
+            axes.annotate(
+                f" {STAGE_TITLES[stage]}", (start, 1), xycoords=("data", "axes fraction"),
+                ha="left", va="bottom", color="0.4", fontsize="small",
+            )  # fmt: skip
+    if is_share:
+        axes.set_ylim(-0.02, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color="0.93")
+    axes.set_axisbelow(True)
     axes.set_xlabel("step")
     axes.set_ylabel(title)
     axes.legend(loc="best")
@@ -222,12 +221,3 @@ def draw(
 
 def _cells(values: dict[str, float]) -> list[str]:
     return [f"{values[name]:.3f}" if name in values else "" for name in COLUMNS]
-
-
-def _evaluation_line(record: Record) -> str:
-    values = record["evaluation"]
-    return (
-        f"{STAGE_TITLES[record['stage']]:<15}step {record['step']:>4}  "
-        f"recall@1 {values['recall@1']:.3f}  recall@5 {values['recall@5']:.3f}  "
-        f"utility {values['utility']:.2f}  accuracy {values['accuracy']:.3f}"
-    )

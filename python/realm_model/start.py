@@ -20,7 +20,7 @@ from . import checkpoints
 from .config import RunConfig, read_config
 from .model import LAYER_NORM_EPS, Realm
 from .published.files import read_weights
-from .published.tokenizer import read_tokenizer
+from .published.tokenizer import read_tokenizer, vocabulary_rows
 from .run_folder import CHECKPOINTS, is_run
 
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
@@ -73,7 +73,7 @@ def load_start(model: Realm, directory: Path, tokenizer: Tokenizer) -> None:
     prefix = next((key.removesuffix(WORDS) for key in weights if key.endswith(WORDS)), None)
     if prefix is None:
         raise ValueError(f"{path} must hold a BERT, lacks {WORDS}")
-    rows = _rows(tokenizer, read_tokenizer(directory, values["vocab_size"]), directory)
+    rows = vocabulary_rows(tokenizer, read_tokenizer(directory, values["vocab_size"]), directory)
     for network in (model.retriever.bert, model.reader.lm.bert):
         for key, target in network.state_dict().items():
             source = weights.get(prefix + key)
@@ -122,18 +122,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: layer_norm_eps must be BERT's {LAYER_NORM_EPS}, got {values['layer_norm_eps']}"
         )
     return values
-
-
-def _rows(ours: Tokenizer, theirs: Tokenizer, directory: Path) -> Tensor:
-    """Of each word of our vocabulary its row in the checkpoint: int64 [V]."""
-    words, known = ours.get_vocab(), theirs.get_vocab()
-    lacking = [word for word in words if word not in known]
-    if lacking:
-        raise ValueError(
-            f"{directory} must know the words of the corpus, lacks {len(lacking)} of {len(words)}, such as "
-            f"{min(lacking)!r}: build the corpus with this directory as its vocabulary"
-        )
-    return torch.tensor([known[word] for word in sorted(words, key=words.__getitem__)])
 
 
 def _copy(target: Tensor, source: Tensor | None, path: Path, key: str) -> None:

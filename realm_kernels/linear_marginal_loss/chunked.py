@@ -19,7 +19,6 @@ README.md counts the bytes.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,17 +47,15 @@ def may_count_rows(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class Pass(ABC):
-    """The inputs of one call by rows, and its results; what a chunk is computed with is a subclass's own."""
+class LibraryPass:
+    """One call by rows, through torch's matrix products, with a device's passes between them."""
 
-    def __init__(self, problem: Problem, needs: Needs, chunks: Chunks) -> None:
-        self.problem, self.needs, self.chunks = problem, needs, chunks
-        self.bias = None
-        if problem.bias is not None:
-            # Softmax does not see a common offset, which would cost the logits the digits it has.
-            bias = problem.bias.double()
-            self.bias = (bias - bias.amax()).to(problem.sum_dtype)  # [V]
-        hidden, weight = problem.hidden, problem.weight
+    EXTRA_WORDS = 0  # of the logits, beyond those of the weight
+
+    def __init__(self, problem: Problem, needs: Needs, passes: Passes, chunks: Chunks) -> None:
+        self.problem, self.needs, self.passes, self.chunks = problem, needs, passes, chunks
+        hidden, weight, dtype = problem.hidden, problem.weight, problem.sum_dtype
+        self.bias = problem.centred_bias()
         self.hidden = hidden.reshape(-1, hidden.shape[3])  # [B * K * M, H]
         self.live = problem.live().flatten()
         targets = problem.targets[:, None, :].expand(hidden.shape[:3]).flatten()
@@ -66,7 +63,6 @@ class Pass(ABC):
         self.outside = (targets < 0) | (targets >= weight.shape[0])
         self.targets = torch.where(self.outside, 0, targets)
 
-        dtype = problem.sum_dtype
         self.log_likelihood = weight.new_zeros(hidden.shape[:3], dtype=torch.float64)
         self.d_hidden = hidden.new_zeros(
             hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype
@@ -74,6 +70,11 @@ class Pass(ABC):
         self.d_weight = fresh(weight, weight.shape if needs.weight else (0,), dtype)
         self.d_weight_begun = False
         self.d_bias = weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=dtype)
+
+        self.products = products_for(weight, dtype)
+        self.words = weight.shape[0]
+        rows = min(chunks.step(), chunks.rows)
+        self.workspace = weight.new_empty((self.words + self.EXTRA_WORDS) * rows, dtype=dtype)
 
     def factor(self, examples: slice, d_loss: Tensor) -> Tensor:
         """Of examples that are scored: float64 [R], the upstream gradient d_loss [B] times the posterior."""
@@ -84,14 +85,6 @@ class Pass(ABC):
     def leaves_rows_out(self) -> bool:
         """Whether min_posterior saves work: rows that are scored, but have no gradient, are counted."""
         return self.problem.min_posterior > 0.0 and may_count_rows(self.live.device)
-
-    @abstractmethod
-    def score(self, rows: Rows) -> Tensor:
-        """Logits of a chunk and their statistics: float64 [R], log softmax at the target."""
-
-    @abstractmethod
-    def add_gradients(self, rows: Rows, factor: Tensor) -> None:
-        """Of the chunk scored last; factor: float64 [R], the upstream gradient times the posterior."""
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """[first, last) of each chunk, by the rows that have a part where they may be counted."""
@@ -110,38 +103,8 @@ class Pass(ABC):
             place, hidden = kept + first, hidden[kept]
         return Rows(place, hidden, self.targets[place], self.outside[place])
 
-    def keep_log_likelihood(self, rows: Rows, log_p: Tensor) -> None:
-        log_p = torch.where(rows.outside, torch.nan, log_p)
-        if isinstance(rows.place, slice):  # rows without a part are 0
-            log_p = torch.where(self.live[rows.place], log_p, 0.0)
-        self.log_likelihood.view(-1)[rows.place] = log_p
-
-    def keep_d_hidden(self, rows: Rows, d_hidden: Tensor) -> None:
-        self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
-
-    def gradients(self) -> Gradients:
-        if not self.d_weight_begun:
-            self.d_weight.zero_()
-        return Gradients(self.d_hidden, self.d_weight, self.d_bias)
-
-
-class LibraryPass(Pass):
-    """torch's matrix products, with a device's passes between them."""
-
-    EXTRA_WORDS = 0  # of the logits, beyond those of the weight
-
-    def __init__(self, problem: Problem, needs: Needs, passes: Passes, chunks: Chunks) -> None:
-        super().__init__(problem, needs, chunks)
-        self.passes = passes
-        self.products = products_for(problem.weight, problem.sum_dtype)
-        self.words = problem.weight.shape[0]
-        rows = min(self.chunks.step(), self.chunks.rows)
-        self.workspace = problem.weight.new_empty(
-            (self.words + self.EXTRA_WORDS) * rows, dtype=problem.sum_dtype
-        )
-
     def score(self, rows: Rows) -> Tensor:
-        """First product and statistics."""
+        """First product and statistics: float64 [R], log softmax at the target."""
         self.operand = rows.hidden.to(self.products.operand_dtype)
         words, count = self.words + self.EXTRA_WORDS, rows.hidden.shape[0]
         self.logits = self.workspace[: words * count].view(words, count)
@@ -152,8 +115,15 @@ class LibraryPass(Pass):
     def statistics_(self, rows: Rows) -> Statistics:
         return self.passes.statistics_(self.logits, self.bias, rows.targets)
 
+    def keep_log_likelihood(self, rows: Rows, log_p: Tensor) -> None:
+        log_p = torch.where(rows.outside, torch.nan, log_p)
+        if isinstance(rows.place, slice):  # rows without a part are 0
+            log_p = torch.where(self.live[rows.place], log_p, 0.0)
+        self.log_likelihood.view(-1)[rows.place] = log_p
+
     def add_gradients(self, rows: Rows, factor: Tensor) -> None:
-        """Second and third product."""
+        """Second and third product, of the chunk scored last; factor: float64 [R], the upstream gradient
+        times the posterior."""
         scale = self.products.scale
         d_logits = self.passes.gradient_(
             self.logits,
@@ -165,13 +135,16 @@ class LibraryPass(Pass):
             self.d_bias if self.needs.bias else None,
         )[: self.words]
         if self.needs.hidden:
-            self.keep_d_hidden(rows, self.products.d_hidden(d_logits))
+            d_hidden = self.products.d_hidden(d_logits)
+            self.d_hidden.view(self.hidden.shape)[rows.place] = d_hidden.to(self.d_hidden.dtype)
         if self.needs.weight:
             self.products.add_d_weight(self.d_weight, d_logits, self.operand, not self.d_weight_begun)
             self.d_weight_begun = True
 
     def gradients(self) -> Gradients:
-        found = super().gradients()
+        if not self.d_weight_begun:
+            self.d_weight.zero_()
+        found = Gradients(self.d_hidden, self.d_weight, self.d_bias)
         if self.products.scale != 1.0:
             for gradient in found:
                 gradient.div_(self.products.scale)
@@ -191,7 +164,7 @@ def backward(
     return backward_by(work, log_likelihood, d_loss)
 
 
-def forward_by(work: Pass) -> tuple[Tensor, Gradients]:
+def forward_by(work: LibraryPass) -> tuple[Tensor, Gradients]:
     batch, by_example = work.problem.scores.shape[0], work.chunks.rows_of_example
     ones = work.log_likelihood.new_ones(batch)
     one_pass = any(work.needs) and work.chunks.examples_at_once > 0 and not work.leaves_rows_out
@@ -207,13 +180,13 @@ def forward_by(work: Pass) -> tuple[Tensor, Gradients]:
     return work.log_likelihood, work.gradients()
 
 
-def backward_by(work: Pass, log_likelihood: Tensor, d_loss: Tensor) -> Gradients:
+def backward_by(work: LibraryPass, log_likelihood: Tensor, d_loss: Tensor) -> Gradients:
     work.log_likelihood = log_likelihood
     _second_pass(work, work.factor(slice(0, d_loss.shape[0]), d_loss))
     return work.gradients()
 
 
-def _second_pass(work: Pass, factor: Tensor) -> None:
+def _second_pass(work: LibraryPass, factor: Tensor) -> None:
     if work.leaves_rows_out:
         work.live &= factor != 0
     for first, last in work.ranges():

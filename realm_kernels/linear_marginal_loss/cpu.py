@@ -2,90 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .. import native
 from ..backends import Backend, forced_variant
+from ..marginal_loss.cpu import array, contiguous, pointer
 from ..validation import dtype_name
-from . import chunked
-from .chunks import chunks_in_cache
+from .chunks import Chunks, chunks_in_cache
 from .memory import fresh
-from .problem import Gradients, Needs, Problem
+from .problem import Gradients, Needs, Problem, posterior_factor
+
+NOTHING = Needs(False, False, False)
 
 
-class NativePass(chunked.Pass):
-    def __init__(self, problem: Problem, needs: Needs) -> None:
-        super().__init__(problem, needs, chunks_in_cache(problem))
-        weight = problem.weight
-        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        if self.hidden.stride(1) != 1:
-            self.hidden = self.hidden.contiguous()
-        self.dtype = dtype_name(weight.dtype)
-        self.threads, self.variant = torch.get_num_threads(), forced_variant()
+def run(
+    problem: Problem, needs: Needs, chunks: Chunks, log_likelihood: Tensor, factor: Tensor | None = None
+) -> Gradients:
+    """The gradients that are needed, of factor float64 [B, K, M]: the upstream gradient times the posterior.
 
-        rows = min(self.chunks.step(), self.chunks.rows)
-        assert native.cpu is not None
-        workspace, scratch = native.cpu.linear_marginal_loss_memory(
-            self._shape(max(1, rows)), self.weight.stride(0), self.dtype, self.threads, self.variant
-        )
-        self.workspace = fresh(weight, (workspace if any(needs) else 0,), torch.float32)
-        self.scratch = weight.new_empty(scratch, dtype=torch.float32)
-        self.log_sum = weight.new_empty(rows, dtype=torch.float64)
-        self.d_rows = weight.new_empty((rows if needs.hidden else 0, weight.shape[1]), dtype=torch.float32)
+    Without it log_likelihood float64 [B, K, M] is written, which holds zeros, and the gradients are those for
+    an upstream gradient of 1; a chunk must hold whole examples if there are any.
+    """
+    hidden, weight = _readable(problem.hidden.flatten(0, 2)), _readable(problem.weight)
+    live = problem.live().contiguous()
+    if factor is not None and problem.min_posterior > 0.0:
+        live &= factor != 0
+    by_example = chunks.rows_of_example
+    counts = live.view(-1, by_example).sum(1).tolist() if by_example > 0 else []
+    ranges = list(chunks.ranges_of(counts))
+    documents = [contiguous(x) for x in (problem.scores, problem.log_weight, problem.doc_mask)]
+    scores, log_weight, doc_mask = documents
+    targets, scored = problem.targets.contiguous(), problem.scored().contiguous()
+    bias = problem.centred_bias()
+    threads, variant, dtype = torch.get_num_threads(), forced_variant(), dtype_name(weight.dtype)
 
-    def score(self, rows: chunked.Rows) -> Tensor:
-        self.log_p = self.log_sum.new_empty(len(rows.targets))
-        if len(rows.targets) > 0:
-            assert native.cpu is not None
-            bias = 0 if self.bias is None else self.bias.data_ptr()
-            native.cpu.linear_marginal_loss_fwd(
-                *self._operands(rows.hidden), bias, *self._chunk(rows), self.threads, self.variant
-            )
-        return self.log_p
+    units = Gradients(
+        hidden.new_zeros(problem.hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype),
+        fresh(weight, weight.shape if needs.weight else (0,), torch.float32),
+        weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=torch.float32),
+    )
+    has_factor, wants = factor is not None, any(needs)
+    if factor is None:
+        factor = log_likelihood.new_empty(log_likelihood.shape if wants else (0,))
+    assert native.cpu is not None
+    chunk = max(1, min(chunks.step(), chunks.rows)), weight.shape[1], weight.shape[0]
+    size, scratch_size = native.cpu.linear_marginal_loss_memory(
+        chunk, weight.stride(0), dtype, threads, variant
+    )
+    workspace = fresh(weight, (size if wants else 0,), torch.float32)
+    scratch = weight.new_empty(scratch_size, dtype=torch.float32)
+    native.cpu.linear_marginal_loss(
+        (hidden.data_ptr(), hidden.stride(0)),
+        (weight.data_ptr(), weight.stride(0)),
+        dtype,
+        pointer(bias),
+        array(scores),
+        array(log_weight),
+        pointer(doc_mask),
+        scored.data_ptr(),
+        targets.data_ptr(),
+        live.data_ptr(),
+        tuple(problem.hidden.shape[:3]),
+        problem.mode == "token",
+        ranges,
+        chunk,
+        (_address(workspace), scratch.data_ptr()),
+        log_likelihood.data_ptr(),
+        factor.data_ptr(),
+        has_factor,
+        (array(units.d_hidden), _address(units.d_weight), _address(units.d_bias)),
+        threads,
+        variant,
+    )
+    return units
 
-    def add_gradients(self, rows: chunked.Rows, factor: Tensor) -> None:
-        count = len(rows.targets)
-        if count == 0:
-            return
-        factor = factor.contiguous()
-        assert native.cpu is not None
-        native.cpu.linear_marginal_loss_bwd(
-            *self._operands(rows.hidden),
-            *self._chunk(rows),
-            factor.data_ptr(),
-            _address(self.d_rows),
-            _address(self.d_weight),
-            _address(self.d_bias),
-            not self.d_weight_begun,
-            self.threads,
-            self.variant,
-        )
-        self.d_weight_begun = True
-        if self.needs.hidden:
-            self.keep_d_hidden(rows, self.d_rows[:count])
 
-    def _shape(self, rows: int) -> tuple[int, int, int]:
-        return rows, self.weight.shape[1], self.weight.shape[0]
-
-    def _operands(self, hidden: Tensor) -> tuple[Any, ...]:
-        return (
-            (hidden.data_ptr(), hidden.stride(0)),
-            (self.weight.data_ptr(), self.weight.stride(0)),
-            self.dtype,
-        )
-
-    def _chunk(self, rows: chunked.Rows) -> tuple[Any, ...]:
-        """What stays the same from the forward of a chunk to its backward."""
-        return (
-            rows.targets.data_ptr(),
-            self._shape(len(rows.targets)),
-            (_address(self.workspace), self.scratch.data_ptr()),
-            self.log_p.data_ptr(),
-            self.log_sum.data_ptr(),
-        )
+def _readable(rows: Tensor) -> Tensor:
+    """Rows [R, H] that are contiguous, each by itself."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _address(tensor: Tensor) -> int:
@@ -104,11 +99,19 @@ def refuses(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem, needs: Needs) -> tuple[Tensor, Gradients]:
-    return chunked.forward_by(NativePass(problem, needs))
+    log_likelihood = problem.hidden.new_zeros(problem.hidden.shape[:3], dtype=torch.float64)
+    chunks = chunks_in_cache(problem)
+    if chunks.examples_at_once > 0 and problem.min_posterior == 0.0:
+        return log_likelihood, run(problem, needs, chunks, log_likelihood)
+    units = run(problem, NOTHING, chunks, log_likelihood)
+    if any(needs):
+        units = backward(problem, log_likelihood, log_likelihood.new_ones(problem.scores.shape[0]), needs)
+    return log_likelihood, units
 
 
 def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
-    return chunked.backward_by(NativePass(problem, needs), log_likelihood, d_loss)
+    factor = posterior_factor(problem, log_likelihood, d_loss).contiguous()
+    return run(problem, needs, chunks_in_cache(problem), log_likelihood, factor)
 
 
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,10 @@ def _inside(problem: Problem, backend: backends.Backend) -> Iterator[None]:
     """No autocast within, and the marginal of documents by the same backend if it has one of that name."""
     device_type = problem.hidden.device.type
     marginal = backends.forced_backend() if backend.name in ("cpu", "reference") else None
-    with torch.autocast(device_type, enabled=False), backends.use_backend(marginal):
+    # Entering it costs more than many a small operation.
+    casting = torch.is_autocast_enabled(device_type)
+    no_cast = torch.autocast(device_type, enabled=False) if casting else nullcontext()
+    with no_cast, backends.use_backend(marginal):
         yield
 
 
@@ -196,7 +199,9 @@ def scaled(
     if needs.hidden:
         d_hidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
         torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
-        d_hidden.masked_fill_(~problem.live()[..., None], 0.0)  # where an infinite scale made 0 a NaN
+        # An infinite scale makes 0 a NaN; on a CPU it costs less to look for one.
+        if d_hidden.device.type != "cpu" or not by_example.isfinite().all():
+            d_hidden.masked_fill_(~problem.live()[..., None], 0.0)
     if needs.weight:
         d_weight = fresh(problem.weight, problem.weight.shape, problem.weight.dtype)
         scale_into(d_weight, units.d_weight, by_all)

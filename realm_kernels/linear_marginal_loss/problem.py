@@ -73,6 +73,13 @@ class Problem:
         """Of d_hidden for an upstream gradient of 1: half precision would lose what a loss scale saves."""
         return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
 
+    def centred_bias(self) -> Tensor | None:
+        """[V] of `sum_dtype`, less its maximum: softmax does not see it, and logits would lose digits."""
+        if self.bias is None:
+            return None
+        bias = self.bias.to(self.sum_dtype)
+        return bias - bias.amax()
+
     def scored(self) -> Tensor:
         """bool [B, M]: the tokens that count."""
         return self.targets != self.ignore_index

@@ -26,17 +26,22 @@ def refuses(
     log_weight: Tensor | None,
     mode: str,
 ) -> str | None:
+    return unserved(scores.device)
+
+
+def unserved(device: torch.device) -> str | None:
+    """Why Triton serves no tensor of this device, or None."""
     missing = native.triton_missing()
     if missing:
         return missing
-    if scores.device.type == "cuda":
+    if device.type == "cuda":
         return None
-    if scores.device.type == "cpu" and backends.forced_backend() == "triton":
+    if device.type == "cpu" and backends.forced_backend() == "triton":
         from . import triton_kernels
 
         if triton_kernels.INTERPRETED:
             return None
-    return f"it serves CUDA tensors, got {scores.device} (CPU tensors with TRITON_INTERPRET=1, when forced)"
+    return f"it serves CUDA tensors, got {device} (CPU tensors with TRITON_INTERPRET=1, when forced)"
 
 
 def power_of_two(x: int) -> int:

@@ -18,10 +18,10 @@ from .. import native
 from ..backends import Backend
 from ..table import quantized
 from ..validation import dtype_name
+from . import gpu
+from .gpu import PIECE_ROWS, WORKSPACE_BYTES
 from .merging import merge
 
-WORKSPACE_BYTES = 256 << 20
-PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
 MAX_K = 2048  # keys that a block keeps in shared memory
 MAX_DIM = 8192  # a query in float64 stays there too
 TMA_BYTES = 16  # rows must start on multiples of as many
@@ -36,14 +36,12 @@ def refuses(
     row_mask: Tensor | None,
     codes: Sequence[Tensor] = (),
 ) -> str | None:
-    unusable = native.cuda_unusable()
-    if unusable:
-        return unusable
-    if queries.device.type != "cuda" or any(shard.device != queries.device for shard in shards):
-        return f"queries and table must be on one GPU, got {queries.device} and {shards[0].device}"
-    capability = torch.cuda.get_device_capability(queries.device)
-    if capability != HOPPER:
-        return f"its instructions exist on compute capability 9.0 only, got {capability[0]}.{capability[1]}"
+    refused = gpu.refuses(queries, native.cuda_unusable(), "9.0", lambda capability: capability == HOPPER)
+    if refused:
+        return refused
+    elsewhere = [shard.device for shard in shards if shard.device != queries.device]
+    if elsewhere:
+        return f"the table must be on {queries.device}, got {elsewhere[0]}"
     return refuses_layout(queries, shards, k, codes)
 
 
@@ -209,26 +207,12 @@ def launch(
         0 if piece.row_mask is None else piece.row_mask.data_ptr(),
         (0, 0, 0) if exclude is None else (exclude.data_ptr(), exclude.stride(0), exclude.stride(1)),
         codes,
-        (scores.data_ptr(), indices.data_ptr(), repair_counter(queries.device).data_ptr()),
+        (scores.data_ptr(), indices.data_ptr(), gpu.repair_counter(queries.device).data_ptr()),
         workspace.data_ptr(),
         with_maxima,
         whole,
         torch.cuda.current_stream(queries.device).cuda_stream,
     )
-
-
-_repairs: dict[torch.device, Tensor] = {}
-
-
-def repair_counter(device: torch.device) -> Tensor:
-    if device not in _repairs:
-        _repairs[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    return _repairs[device]
-
-
-def repairs(device: torch.device | str) -> int:
-    """How many queries of this process had to be repaired on `device`. Waits for the device."""
-    return int(repair_counter(torch.device(device)))
 
 
 @functools.cache

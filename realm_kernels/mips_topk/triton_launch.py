@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from . import triton_plan
+from .gpu import repair_counter
 from .triton_plan import ALIGNMENT, CODE_TERMS, RESCORE_REGISTERS, RESCORE_ROWS, Plan, ceil_div, sort_keys
 from .triton_rescore import repair_kernel, rescore_kernel
 from .triton_scan import INTERPRETED, prepare_kernel, scan_kernel
@@ -327,15 +328,6 @@ class Block:
             )
             keys = best
         return keys
-
-
-_repairs: dict[torch.device, Tensor] = {}
-
-
-def repair_counter(device: torch.device) -> Tensor:
-    if device not in _repairs:
-        _repairs[device] = torch.zeros(1, dtype=torch.int64, device=device)
-    return _repairs[device]
 
 
 @functools.cache

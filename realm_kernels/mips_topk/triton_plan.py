@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-WORKSPACE_BYTES = 256 << 20
+from .gpu import WORKSPACE_BYTES
+
 MAX_K = 1024  # of a pass: the repair keeps as many 64-bit keys of a query in registers
 MAX_SELECTED = (
     2048  # groups of a pass: those of k = 1024 and its slack; twice as many are sorted in registers

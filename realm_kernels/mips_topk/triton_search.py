@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..table import device_stream, quantized
 from . import triton_plan
+from .gpu import PIECE_ROWS, WORKSPACE_BYTES
 from .merging import merge
 from .triton_coded import CodedBlock, StagedBlock
 from .triton_keys import NOTHING
 from .triton_launch import Block, Codes, Piece, Workspace, decoded, launch_rescore, shared_bytes
-from .triton_plan import WORKSPACE_BYTES, Plan
+from .triton_plan import Plan
 from .triton_tuning import configured
 
-PIECE_ROWS = 1 << 30  # a shard is searched in pieces of so many rows: row numbers fit 32 bits
 DENSE_ROWS = 1 << 16  # at least so many rows are scored at once where every row is
 
 Planner = Callable[..., Plan]

@@ -31,11 +31,11 @@ def _rows(half: Tensor) -> Tensor:
     return half if even else half.contiguous()
 
 
-def forward(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> Tensor:
+def forward(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     rows, length, width = start.shape
     spans = reference.count(length, max_width)
-    kept = torch.empty(3, rows, spans)
+    scores, moments = torch.empty(rows, spans), torch.empty(2, rows, spans)
     start, end, v = _rows(start), _rows(end), v.float().contiguous()
     native.cpu.score_spans_fwd(
         (start.data_ptr(), start.stride(1)),
@@ -43,15 +43,22 @@ def forward(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -
         v.data_ptr(),
         (rows, length, width, max_width, spans),
         eps,
-        kept.data_ptr(),
+        (scores.data_ptr(), moments.data_ptr()),
         torch.get_num_threads(),
         forced_variant(),
     )
-    return kept
+    return scores, moments
 
 
 def backward(
-    d_scores: Tensor, kept: Tensor, start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float
+    d_scores: Tensor,
+    scores: Tensor,
+    moments: Tensor,
+    start: Tensor,
+    end: Tensor,
+    v: Tensor,
+    max_width: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert native.cpu is not None
     rows, length, width = start.shape
@@ -61,9 +68,9 @@ def backward(
         (starts.data_ptr(), starts.stride(1)),
         (ends.data_ptr(), ends.stride(1)),
         wide_v.data_ptr(),
-        (rows, length, width, max_width, kept.shape[2]),
+        (rows, length, width, max_width, scores.shape[1]),
         eps,
-        kept.data_ptr(),
+        (scores.data_ptr(), moments.data_ptr()),
         d_scores.data_ptr(),
         d_start.data_ptr(),
         d_end.data_ptr(),

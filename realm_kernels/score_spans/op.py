@@ -1,7 +1,8 @@
 """The torch ops behind score_spans: schemas, fake kernels, autograd, choice of the backend.
 
-The op is <v, x^> of v = norm_weight * weight; what LayerNorm's bias and the dense layer's add is one number
-for all spans, so torch differentiates those two products and the op knows three inputs.
+The op is <v, x^> of v = norm_weight * weight less its mean; what LayerNorm's bias and the dense layer's add
+is one number for all spans, so torch differentiates those two products and the op knows three inputs. Its
+second result, mean and reciprocal deviation of each span, is for the backward.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from . import checks, cpu, reference
+from . import checks, cpu, reference, triton
 from .reference import count, wide
 
-BACKENDS = (cpu.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
 
 _INPUTS = "Tensor start, Tensor end, Tensor v, int max_width, float eps"
-torch.library.define("realm_kernels::score_spans", f"({_INPUTS}) -> Tensor kept")
+torch.library.define("realm_kernels::score_spans", f"({_INPUTS}) -> (Tensor scores, Tensor moments)")
 torch.library.define(
     "realm_kernels::score_spans_bwd",
-    f"(Tensor d_scores, Tensor kept, {_INPUTS}) -> (Tensor d_start, Tensor d_end, Tensor d_v)",
+    f"(Tensor d_scores, Tensor scores, Tensor moments, {_INPUTS})"
+    " -> (Tensor d_start, Tensor d_end, Tensor d_v)",
 )
 
 
@@ -29,15 +31,19 @@ def backend_for(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: floa
     return backends.choose(checks.OP, BACKENDS, start, end, v, max_width, eps)
 
 
-def score_spans_fwd(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> Tensor:
+def score_spans_fwd(
+    start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float
+) -> tuple[Tensor, Tensor]:
     inputs = (start, end, v, max_width, eps)
     return backend_for(*inputs).forward(*inputs)
 
 
-def score_spans_bwd(d_scores: Tensor, kept: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def score_spans_bwd(
+    d_scores: Tensor, scores: Tensor, moments: Tensor, *inputs: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     backend = backend_for(*inputs)
     assert backend.backward is not None
-    return backend.backward(d_scores, kept, *inputs)
+    return backend.backward(d_scores, scores, moments, *inputs)
 
 
 torch.library.impl("realm_kernels::score_spans", "CompositeExplicitAutograd")(score_spans_fwd)
@@ -45,15 +51,23 @@ torch.library.impl("realm_kernels::score_spans_bwd", "CompositeExplicitAutograd"
 
 
 @torch.library.register_fake("realm_kernels::score_spans")
-def _(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> Tensor:
+def _(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> tuple[Tensor, Tensor]:
     rows, length, _ = start.shape
     dtype = torch.float64 if start.dtype == torch.float64 else torch.float32
-    return start.new_empty((3, rows, count(length, max_width)), dtype=dtype)
+    spans = count(length, max_width)
+    return start.new_empty((rows, spans), dtype=dtype), start.new_empty((2, rows, spans), dtype=dtype)
 
 
 @torch.library.register_fake("realm_kernels::score_spans_bwd")
 def _(
-    d_scores: Tensor, kept: Tensor, start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float
+    d_scores: Tensor,
+    scores: Tensor,
+    moments: Tensor,
+    start: Tensor,
+    end: Tensor,
+    v: Tensor,
+    max_width: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return start.new_empty(start.shape), end.new_empty(end.shape), v.new_empty(v.shape)
 
@@ -73,25 +87,26 @@ def call(
     with torch.autocast(start.device.type, enabled=False):
         weight = wide(weight)
         v = wide(norm_weight) * weight
+        v = v - v.mean()
         constant = (wide(norm_bias) * weight).sum()
         if bias is not None:
             constant = constant + wide(bias).reshape(())
         flat = [half.reshape(-1, *half.shape[-2:]) for half in (start, end)]
-        kept = torch.ops.realm_kernels.score_spans(*flat, v, max_width, eps)
-        return (kept[0] + constant.to(kept.dtype)).reshape(*leading, kept.shape[2])
+        scores, _ = torch.ops.realm_kernels.score_spans(*flat, v, max_width, eps)
+        return (scores + constant.to(scores.dtype)).reshape(*leading, scores.shape[1])
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.max_width, ctx.eps = inputs
-    ctx.save_for_backward(output, *tensors)
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(output[1])
     # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
     ctx.forced = backends.forced_backend()
 
 
-def _backward(ctx: Any, d_kept: Tensor) -> tuple[Tensor | None, ...]:
-    kept, *tensors = ctx.saved_tensors
+def _backward(ctx: Any, d_scores: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     with backends.use_backend(ctx.forced):
-        found = torch.ops.realm_kernels.score_spans_bwd(d_kept[0], kept, *tensors, ctx.max_width, ctx.eps)
+        found = torch.ops.realm_kernels.score_spans_bwd(d_scores, *ctx.saved_tensors, ctx.max_width, ctx.eps)
     wants = ctx.needs_input_grad
     return (*(gradient if want else None for gradient, want in zip(found, wants, strict=False)), None, None)
 

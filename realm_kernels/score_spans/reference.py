@@ -2,7 +2,8 @@
 max_width-th of the representations and not all. It serves every device.
 
 With v = norm_weight * weight the score of a span is <v, x^> + <norm_bias, weight> + bias, where
-x^ = (x - mean) rstd and x = ReLU(start_i + end_j). The op is <v, x^>; autograd does the rest (op.py).
+x^ = (x - mean) rstd and x = ReLU(start_i + end_j). The op is <v, x^>; autograd does the rest (op.py). v comes
+less its mean: x^ sums to 0, so that changes nothing, but an error of the mean no longer reaches the score.
 """
 
 from __future__ import annotations
@@ -33,33 +34,40 @@ def _widths(length: int, max_width: int) -> Iterator[tuple[int, slice, slice, sl
         first = last
 
 
-def forward(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> Tensor:
-    """start, end [N, T, S], v [S] -> [3, N, C]: <v, x^>, mean and reciprocal deviation of x."""
+def forward(start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """start, end [N, T, S], v [S] of sum 0 -> <v, x^> [N, C]; mean and rstd of x [2, N, C]."""
     start, end, v = wide(start), wide(end), wide(v)
     rows, length, _ = start.shape
-    kept = start.new_empty(3, rows, count(length, max_width))
+    scores = start.new_empty(rows, count(length, max_width))
+    moments = start.new_empty(2, *scores.shape)
     for _, spans, starts, ends in _widths(length, max_width):
         x = (start[:, starts] + end[:, ends]).relu()  # [N, T - w + 1, S]
         mean = x.mean(2)
         centred = x - mean[..., None]
         rstd = (centred.square().mean(2) + eps).rsqrt()
-        kept[0, :, spans], kept[1, :, spans], kept[2, :, spans] = (centred * v).sum(2) * rstd, mean, rstd
-    return kept
+        scores[:, spans], moments[0, :, spans], moments[1, :, spans] = (centred * v).sum(2) * rstd, mean, rstd
+    return scores, moments
 
 
 def backward(
-    d_scores: Tensor, kept: Tensor, start: Tensor, end: Tensor, v: Tensor, max_width: int, eps: float
+    d_scores: Tensor,
+    scores: Tensor,
+    moments: Tensor,
+    start: Tensor,
+    end: Tensor,
+    v: Tensor,
+    max_width: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = g rstd (v - mean(v) - x^ <v, x^> / S) where x > 0, to both ends; dv = sum g x^."""
+    """dx = g rstd (v - x^ <v, x^> / S) where x > 0, to both ends; dv = sum g x^."""
     start_wide, end_wide, v_wide = wide(start), wide(end), wide(v)
     d_start, d_end, d_v = (torch.zeros_like(x) for x in (start_wide, end_wide, v_wide))
-    centred_v = v_wide - v_wide.mean()
     for _, spans, starts, ends in _widths(start.shape[1], max_width):
-        x = (start_wide[:, starts] + end_wide[:, ends]).relu()
-        score, mean, rstd = (part[:, spans, None] for part in kept)
-        normal = (x - mean) * rstd
-        g = d_scores[:, spans, None]
-        dx = torch.where(x == 0, 0.0, (g * rstd) * (centred_v - normal * (score / x.shape[2])))
+        score, mean, rstd, g = (part[:, spans, None] for part in (scores, *moments, d_scores))
+        # What a span without upstream holds is not looked at, NaN included.
+        x = torch.where(g == 0, 0.0, (start_wide[:, starts] + end_wide[:, ends]).relu())
+        normal = torch.where(g == 0, 0.0, (x - mean) * rstd)
+        dx = torch.where(x == 0, 0.0, (g * rstd) * (v_wide - normal * (score / x.shape[2])))
         d_start[:, starts] += dx
         d_end[:, ends] += dx
         d_v += (g * normal).sum((0, 1))

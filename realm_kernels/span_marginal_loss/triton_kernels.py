@@ -22,8 +22,6 @@ from ..marginal_loss.triton_kernels import (
     _wide,
 )
 
-INTERPRETED = triton.knobs.runtime.interpret  # set by TRITON_INTERPRET=1 before this module is imported
-
 
 @triton.jit
 def _spans(span_scores, correct, valid, row, c, R, C):

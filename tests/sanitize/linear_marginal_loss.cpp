@@ -140,7 +140,7 @@ void run(const Problem& problem, const Expected& wanted, int num_threads, const 
   params.isa = realm_kernels::choose_isa(isa);
   Elements scratch = floats(linear_marginal_loss_scratch(params));
   params.scratch = start(scratch);
-  Elements workspace = floats(realm_kernels::linear_marginal_loss_workspace(rows, vocabulary));
+  Elements workspace = floats(realm_kernels::linear_marginal_loss_workspace(params));
   // First without a backward to come.
   for (float* const kept : {static_cast<float*>(nullptr), start(workspace)}) {
     params.workspace = kept;

@@ -7,12 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+from ..config import RunConfig, override
 
 if TYPE_CHECKING:
     from ..machine import Machine
@@ -45,25 +48,54 @@ def _is_lost_rank(error: Exception) -> bool:
     return isinstance(error, rk.LostRankError)
 
 
-def _read_defaults(context: typer.Context, path: Path | None) -> Path | None:
+def _read_options(context: typer.Context, path: Path | None) -> Path | None:
     """The values of a JSON object become the command's defaults; flags go before them."""
-    if path is None:
-        return None
-    with one_clear_line():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
-        known = sorted(p.name for p in context.command.params if p.name not in ("help", "config"))
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{path}: {context.info_name} has no option {name!r}: {', '.join(known)}")
-    context.default_map = values
+    if path is not None:
+        with one_clear_line():
+            _take(context, path, [])
     return path
+
+
+def _read_run(context: typer.Context, path: Path | None) -> Path | None:
+    """The same; what is no option of the command may be a part of a run's configuration."""
+    if path is not None:
+        with one_clear_line():
+            _take(context, path, [part.name for part in fields(RunConfig)])
+    return path
+
+
+def with_file(context: typer.Context, config: RunConfig) -> RunConfig:
+    """A configuration with what the file of the command says of its parts."""
+    return override(config, context.obj, str(context.params["config"])) if context.obj else config
+
+
+def _take(context: typer.Context, path: Path, parts: list[str]) -> None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(values).__name__}")
+    # An option by its flag, without the dashes before it, or by its name.
+    options = {}
+    for parameter in context.command.params:
+        if parameter.name not in ("help", "config"):
+            flags = [flag.lstrip("-").replace("-", "_") for flag in parameter.opts]
+            options |= dict.fromkeys([parameter.name, *flags], parameter.name)
+    context.default_map, context.obj = {}, {}
+    for name, value in values.items():
+        option = options.get(name.replace("-", "_"))
+        if value is None:
+            continue
+        if option is not None and not isinstance(value, dict):
+            context.default_map[option] = value
+        elif name in parts:
+            context.obj[name] = value
+        else:
+            known = ", ".join(sorted({*options, *parts}))
+            raise ValueError(f"{path}: {context.info_name} has no option {name!r}: {known}")
 
 
 class Device(str, Enum):
@@ -93,6 +125,15 @@ def join(device: Device, timeout: float, refresh_ranks: int = 0) -> Machine:
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", is_eager=True, callback=_read_defaults, help="A JSON object of options; flags override."
+        "--config", is_eager=True, callback=_read_options, help="A JSON object of options; flags override."
+    ),
+]
+RunFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_read_run,
+        help="A JSON object of options, and of parts of a run as its config.json has them; flags override.",
     ),
 ]

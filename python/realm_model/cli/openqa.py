@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .common import ConfigFile, Device, DeviceName, Timeout, console, errors, join, one_clear_line
+from .common import ConfigFile, Device, DeviceName, Timeout, console, join, one_clear_line
+from .progress import bars
+from .prompt import ask, readable
 from .published import Index
 
 if TYPE_CHECKING:
@@ -68,15 +68,16 @@ def index(
     with one_clear_line():
         from ..corpus import BlockStore
         from ..machine import device_named, use_threads
-        from ..openqa.folder import load_embedder, require_same_vocabulary
+        from ..openqa.folder import load_embedder, with_words, words_in
         from ..openqa.index import build_index
         from ..published.conversion import DTYPES
 
         place = device_named(device.value)
         use_threads(threads)
-        store, embedder = BlockStore.open(corpus), load_embedder(model).to(place)
-        require_same_vocabulary(model, store, embedder.config)
-        with _bar("encoding blocks", len(store)) as see:
+        store, embedder = BlockStore.open(corpus), load_embedder(model)
+        embedder = with_words(embedder, words_in(model, store, embedder.config)).to(place)
+        with bars(console) as add:
+            see = add("encoding", len(store), "blocks")
             identity = build_index(embedder, store, out, dtype=DTYPES[dtype.value], report=see)
         console.print(
             f"{out}: {len(store)} blocks of corpus {identity.corpus[:12]} by model {identity.model[:12]}",
@@ -180,7 +181,7 @@ def finetune(
         )
         try:
             with ExitStack() as stack:
-                see = stack.enter_context(_bar("fine-tuning", steps, unit="steps"))
+                see = stack.enter_context(bars(console))("fine-tuning", steps, "steps")
                 sinks = [lambda record: see(record["step"] + 1, f"loss {record['loss']:.3f}")]
                 if tensorboard and ranks.rank == 0:
                     sinks.append(stack.enter_context(tensorboard_of(out / "tensorboard", {"finetune": 0})))
@@ -238,7 +239,8 @@ def evaluate(
             if parts.store is None:
                 raise ValueError("--bm25 needs --corpus")
             own.append({"name": "BM25", **evaluate_bm25(parts.store, asked).as_dict()})
-        with _bar("answering" if parts.can_read else "retrieving", len(asked), unit="questions") as see:
+        with bars(console) as add:
+            see = add("answering" if parts.can_read else "retrieving", len(asked), "questions")
             result = evaluate_model(parts, asked, see)
         own.append({"name": name or model.name, **result.as_dict()})
         write_whole(out, json.dumps(own, indent=2) + "\n")
@@ -277,21 +279,9 @@ def answer(
             console.print(report.answer_view(found, titles))
 
         if question is not None:
-            show(question)
-            return
-        console.print("a question, or an empty line to stop")
-        while line := _ask():
-            try:
-                show(line)
-            except ValueError as error:
-                errors.print(str(error), style="red", markup=False, soft_wrap=True)
-
-
-def _ask() -> str:
-    try:
-        return console.input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+            show(readable(question))
+        else:
+            ask(show)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -304,25 +294,3 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "name" in row for row in rows):
         raise ValueError(f"{path} must hold the rows that `evaluate` writes")
     return rows
-
-
-@contextmanager
-def _bar(title: str, total: int, unit: str = "blocks") -> Iterator[Any]:
-    """A bar with the rate and the time left; see(done, shown) moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4, speed_estimate_period=60) as bars:
-        task = bars.add_task(title, total=total, rate="", shown="")
-
-        def see(done: int, shown: str = "") -> None:
-            speed = bars.tasks[task].speed
-            rate = f"{speed:.1f} {unit}/s" if speed else ""
-            bars.update(task, completed=done, rate=rate, shown=shown)
-
-        yield see

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ..config import RunConfig, StageConfig
 from ..config import preset as preset_named
-from .common import ConfigFile, Device, DeviceName, Timeout, console, join, one_clear_line
-from .training import Masks, Mode, Refresh, RefreshRanks, train
+from .common import ConfigFile, Device, DeviceName, RunFile, Timeout, console, join, one_clear_line, with_file
+from .progress import Bars, See, bars
+from .training import MaybeMasks, MaybeMode, MaybeRefresh, RefreshRanks, train, with_choices
 
 
 class Preset(str, Enum):
@@ -34,7 +34,7 @@ Start = Annotated[
 ]
 Steps = Annotated[int | None, typer.Option(help="Of this stage, in the place of the preset's.")]
 Batch = Annotated[int | None, typer.Option(help="Of this stage, in the place of the preset's.")]
-Accumulate = Annotated[int, typer.Option(help="Batches to a step.")]
+Accumulate = Annotated[int | None, typer.Option(help="Batches to a step, in the place of the preset's.")]
 Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Forward passes under autocast.")]
 Seed = Annotated[int, typer.Option(help="Draws the held-out blocks, the weights and the batches.")]
 Threads = Annotated[int, typer.Option(help="Of torch.")]
@@ -63,19 +63,13 @@ def corpus(
     Example: `realm-model corpus paragraphs.jsonl --out runs/squad/corpus --block 128`
     """
     with one_clear_line():
-        from ..corpus import build_corpus, read_documents
+        from ..corpus import build_corpus
+        from ..corpus.documents import read_files
 
-        columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, refresh_per_second=4) as bars:
-            task = bars.add_task("reading", total=None)
-
-            def see(what: str, documents: int, blocks: int) -> None:
-                speed = documents / max(bars.tasks[task].elapsed or 0, 1e-3)
-                shown = f"{what}: {documents:,} documents, {blocks:,} blocks, {speed:,.0f} documents/s"
-                bars.update(task, description=shown)
-
-            documents = (document for path in files for document in read_documents(path))
-            store = build_corpus(documents, out, vocabulary, vocabulary_size, block, tagger, see)
+        with bars(console) as add:
+            reading = _Reading(add, files)
+            documents = read_files(files, reading.bytes)
+            store = build_corpus(documents, out, vocabulary, vocabulary_size, block, tagger, reading.see)
         console.print(
             f"{out}: {len(store)} blocks of {store.num_documents} documents, {len(store.bodies.values)} "
             f"wordpieces, {len(store.salient.values)} salient spans, fingerprint {store.fingerprint[:12]}",
@@ -85,6 +79,7 @@ def corpus(
 
 
 def ict(
+    context: typer.Context,
     corpus: Corpus,
     out: RunOut,
     preset: Sizes = Preset.squad,
@@ -98,7 +93,7 @@ def ict(
     timeout: Timeout = 1800,
     tensorboard: TensorBoard = False,
     fresh: Fresh = False,
-    config: ConfigFile = None,
+    config: RunFile = None,
 ) -> None:
     """Warm the retriever up by the Inverse Cloze Task: a sentence looks for the block it was taken from.
 
@@ -107,26 +102,23 @@ def ict(
     Example: `realm-model ict --corpus runs/squad/corpus --out runs/squad/ict`
     """
     with one_clear_line():
-        run = _configure(corpus, preset, start, bfloat16, seed, threads)
+        run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
         run = replace(run, ict=_stage(run.ict, steps, batch))
         train(run, out, join(device, timeout), "ict", tensorboard, fresh)
 
 
 def pretrain(
+    context: typer.Context,
     corpus: Corpus,
     out: RunOut,
     preset: Sizes = Preset.squad,
     start: Start = None,
     steps: Steps = None,
     batch: Batch = None,
-    accumulate: Accumulate = 1,
-    mode: Annotated[
-        Mode, typer.Option(help="The marginal of the paper, or of the released code.")
-    ] = Mode.sequence,
-    masks: Annotated[Masks, typer.Option(help="Salient spans, or an ablation.")] = Masks.salient,
-    refresh: Annotated[
-        Refresh | None, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
-    ] = None,
+    accumulate: Accumulate = None,
+    mode: MaybeMode = None,
+    masks: MaybeMasks = None,
+    refresh: MaybeRefresh = None,
     refresh_ranks: RefreshRanks = 0,
     bfloat16: Bfloat16 = False,
     device: DeviceName = Device.auto,
@@ -135,7 +127,7 @@ def pretrain(
     timeout: Timeout = 1800,
     tensorboard: TensorBoard = False,
     fresh: Fresh = False,
-    config: ConfigFile = None,
+    config: RunFile = None,
 ) -> None:
     """Pre-train on text: Inverse Cloze Task (not where --from is a run), copy start of the reader, REALM with
     an index refreshed in the background. --steps, --batch and --accumulate are of the last.
@@ -147,19 +139,58 @@ def pretrain(
     Example: `realm-model pretrain --corpus runs/squad/corpus --out runs/squad/realm`
     """
     with one_clear_line():
-        run = _configure(corpus, preset, start, bfloat16, seed, threads)
-        marginal = replace(run.marginal, mode=mode.value, masks=masks.value)
-        if refresh is not None:
-            marginal = replace(marginal, refresh=refresh.value)
-        realm = replace(_stage(run.realm, steps, batch), accumulate=accumulate)
-        run = replace(run, marginal=marginal, realm=realm)
+        run = _configure(context, corpus, preset, start, bfloat16, seed, threads)
+        run = with_choices(run, mode, masks, refresh)
+        realm = _stage(run.realm, steps, batch)
+        run = replace(
+            run, realm=replace(realm, accumulate=realm.accumulate if accumulate is None else accumulate)
+        )
         train(run, out, join(device, timeout, refresh_ranks), "realm", tensorboard, fresh)
 
 
+class _Reading:
+    """The bars of a corpus: how far the files are read, and, where the first reading learns the vocabulary,
+    how many of their documents are packed in the second.
+    """
+
+    def __init__(self, add: Bars, files: list[Path]) -> None:
+        self.add, self.read, self.documents = add, 0, 0
+        self.size = sum(path.stat().st_size for path in files if path.is_file())
+        self.stages: dict[str, See] = {}
+
+    def bytes(self, read: int) -> None:
+        self.read = read
+
+    def see(self, what: str, documents: int, blocks: int) -> None:
+        is_second = what == "blocks" and "vocabulary" in self.stages
+        if what not in self.stages:
+            if is_second:
+                self.stages["vocabulary"](self.read // 1000, f"{self.documents:,} documents")
+            sizes = (self.documents, "docs") if is_second else (self.size // 1000, "kB")
+            self.stages[what] = self.add(what, *sizes)
+        if is_second:
+            self.stages[what](documents, f"{blocks:,} blocks")
+            return
+        self.documents = documents
+        learns = what == "vocabulary" and self.read == self.size  # which takes a while
+        shown = f"{documents:,} documents" + (", learning" if learns else "")
+        self.stages[what](self.read // 1000, shown)
+
+
 def _configure(
-    corpus: Path, name: Preset, start: Path | None, bfloat16: bool, seed: int, threads: int
+    context: typer.Context,
+    corpus: Path,
+    name: Preset,
+    start: Path | None,
+    bfloat16: bool,
+    seed: int,
+    threads: int,
 ) -> RunConfig:
-    config = replace(preset_named(name.value, str(corpus)), bfloat16=bfloat16, seed=seed, threads=threads)
+    """The preset, what the configuration file says of its parts, the options, and the sizes of --from."""
+    config = with_file(context, preset_named(name.value, str(corpus)))
+    if config.text is not None:
+        config = replace(config, text=replace(config.text, directory=str(corpus)))
+    config = replace(config, bfloat16=bfloat16, seed=seed, threads=threads)
     if start is None:
         return config
     from ..start import start_from

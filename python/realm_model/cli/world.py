@@ -11,8 +11,19 @@ from typing import Annotated
 import typer
 
 from ..config import preset
-from .common import Device, DeviceName, Timeout, console, join, one_clear_line
-from .training import Masks, Mode, Refresh, RefreshRanks, train
+from .common import (
+    ConfigFile,
+    Device,
+    DeviceName,
+    RunFile,
+    Timeout,
+    console,
+    join,
+    one_clear_line,
+    with_file,
+)
+from .prompt import ask, readable
+from .training import MaybeMasks, MaybeMode, MaybeRefresh, RefreshRanks, train, with_choices
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
@@ -27,24 +38,29 @@ class World(str, Enum):
 
 @app.command()
 def pretrain(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The run folder; a run that was killed goes on from here.")],
     world: Annotated[World, typer.Option(help="How large the world is.")] = World.easy,
     data: Annotated[
         Path | None, typer.Option(help="A folder with facts.jsonl and patterns.jsonl; else generated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the world, the weights and the batches.")] = 0,
-    mode: Annotated[
-        Mode, typer.Option(help="The marginal of the paper, or of the released code.")
-    ] = Mode.sequence,
-    masks: Annotated[Masks, typer.Option(help="Salient spans, or an ablation.")] = Masks.salient,
-    refresh: Annotated[
-        Refresh, typer.Option(help="Swap the index at a fixed step, or when it is ready.")
-    ] = Refresh.fixed_lag,
+    mode: MaybeMode = None,
+    masks: MaybeMasks = None,
+    refresh: MaybeRefresh = None,
+    refresh_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps; with more than the run has, the index stays as it began."),
+    ] = None,
+    frozen_retriever: Annotated[
+        bool, typer.Option("--frozen-retriever", help="REALM trains the reader alone: an ablation.")
+    ] = False,
     refresh_ranks: RefreshRanks = 0,
     device: DeviceName = Device.auto,
     threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
     timeout: Timeout = 1800,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
+    config: RunFile = None,
 ) -> None:
     """Pre-train: Inverse Cloze Task, copy start of the reader, REALM with an index refreshed in the
     background.
@@ -54,19 +70,21 @@ def pretrain(
 
     Example: `realm-model world pretrain --out runs/demo --world easy --seed 0`
     """
-    base = preset(world.value, None if data is None else str(data))
-    config = replace(
-        base,
-        seed=seed,
-        threads=threads,
-        marginal=replace(base.marginal, mode=mode.value, masks=masks.value, refresh=refresh.value),
-    )
     with one_clear_line():
-        train(config, out, join(device, timeout, refresh_ranks), fresh=fresh)
+        run = with_file(context, preset(world.value, None if data is None else str(data)))
+        if data is not None:
+            run = replace(run, world=replace(run.world, data=str(data)))
+        run = with_choices(run, mode, masks, refresh)
+        if refresh_every is not None:
+            run = replace(run, marginal=replace(run.marginal, refresh_every=refresh_every))
+        if frozen_retriever:
+            run = replace(run, realm=replace(run.realm, retriever_lr=0.0))
+        run = replace(run, seed=seed, threads=threads)
+        train(run, out, join(device, timeout, refresh_ranks), fresh=fresh)
 
 
 @app.command()
-def evaluate(run: RunFolder, device: DeviceName = Device.auto) -> None:
+def evaluate(run: RunFolder, device: DeviceName = Device.auto, config: ConfigFile = None) -> None:
     """Evaluate the last checkpoint of a run on held-out subjects: print a table, write evaluation.json and
     plots.
 
@@ -96,6 +114,7 @@ def swap(
     run: RunFolder,
     seed: Annotated[int, typer.Option(help="Draws the new objects.")] = 1,
     device: DeviceName = Device.auto,
+    config: ConfigFile = None,
 ) -> None:
     """Swap the facts of the corpus, make the index again, train nothing: do the answers follow (Appendix C)?
 
@@ -123,9 +142,13 @@ def swap(
 
 @app.command()
 def answer(
-    question: Annotated[str, typer.Argument(help="A sentence of the world with [MASK] for the answer.")],
+    question: Annotated[
+        str | None,
+        typer.Argument(help="A sentence with [MASK] for the answer. Without one the command is a prompt."),
+    ] = None,
     run: RunFolder = Path("runs/demo"),
     device: DeviceName = Device.auto,
+    config: ConfigFile = None,
 ) -> None:
     """Fill the [MASK] of a sentence, and show what each retrieved document was worth for it.
 
@@ -134,8 +157,18 @@ def answer(
     with one_clear_line():
         from .. import report
         from ..answer import answer as answer_question
+        from ..evaluate import build_table
         from ..machine import device_named
         from ..pretrain import load_run
 
         setting, model = load_run(run, device_named(device.value))
-        console.print(report.answer_table(answer_question(setting, model, question)))
+        with console.status("building the index"):
+            table = build_table(model, setting.corpus.documents)
+
+        def show(asked: str) -> None:
+            console.print(report.answer_table(answer_question(setting, model, table, asked)))
+
+        if question is not None:
+            show(readable(question))
+        else:
+            ask(show)

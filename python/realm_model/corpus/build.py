@@ -44,9 +44,9 @@ def build_corpus(
     Sentences of a document are packed greedily into blocks of up to block_wordpieces (288 in the paper), not
     counting title and special tokens; a longer sentence is cut between words. Blocks never hold two
     documents. Documents are streamed; memory does not grow with their number, but for eight bytes each.
-    vocabulary: a vocab.txt, or a directory with one or with a tokenizer.json; None learns lower-case
-        wordpieces from the documents, which are then spooled to the disk. In the store the special tokens
-        come first ([PAD] 0 to [MASK] 4) and the rest in its order.
+    vocabulary: a vocab.txt or a tokenizer.json, or a directory with one; None learns lower-case wordpieces
+        from the documents, which are then spooled to the disk. In the store the special tokens come first
+        ([PAD] 0 to [MASK] 4) and the rest in its order.
     vocabulary_size: of a vocabulary that is learned.
     tagger: of named entities, by name or as a function of a text; a document's own spans go before it.
 
@@ -247,6 +247,7 @@ def _learn(
     spool = directory / "spool.jsonl"
 
     def texts() -> Iterator[str]:
+        number = 0
         with spool.open("w", encoding="utf-8") as file:
             for number, document in enumerate(documents, start=1):
                 file.write(json.dumps(asdict(document)) + "\n")
@@ -254,6 +255,7 @@ def _learn(
                 yield document.text
                 if number % BATCH == 0:
                     progress("vocabulary", number, 0)
+        progress("vocabulary", number, 0)
 
     def again() -> Iterator[Document]:
         with spool.open(encoding="utf-8") as file:
@@ -272,8 +274,8 @@ def _learn(
 
 
 def _given(path: Path) -> Tokenizer:
-    """The tokenizer of a vocab.txt, or of a directory that holds one, with the special tokens first."""
-    given = read_tokenizer(path.parent if path.name == VOCABULARY else path, sys.maxsize)
+    """The tokenizer of a file or a directory, with the special tokens first."""
+    given = read_tokenizer(path, sys.maxsize)
     vocabulary = given.get_vocab()
     words = sorted(vocabulary, key=vocabulary.__getitem__)
     tokenizer = wordpiece([*SPECIAL, *(word for word in words if word not in SPECIAL)])

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 # A longer line is a file that is not what its name says, and would be held in memory whole.
 MAX_LINE_BYTES = 8 << 20
 COLUMNS = ("id", "title", "text")
+
+# Sees the number of bytes read so far.
+See = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,19 @@ class Document:
     source: str = ""
 
 
-def read_documents(path: str | Path) -> Iterator[Document]:
+def _unseen(read: int) -> None:
+    pass
+
+
+def read_files(paths: Iterable[Path], see: See) -> Iterator[Document]:
+    """read_documents of several files, one after the other."""
+    before = 0
+    for path in paths:
+        yield from read_documents(path, lambda read, before=before: see(before + read))  # type: ignore[misc]
+        before += path.stat().st_size
+
+
+def read_documents(path: str | Path, see: See = _unseen) -> Iterator[Document]:
     """The documents of a file, one at a time; the form is told by the suffix.
 
     Raises ValueError, naming the file and the line, for another suffix, a file that cannot be read, invalid
@@ -43,20 +58,22 @@ def read_documents(path: str | Path) -> Iterator[Document]:
     if path.suffix not in readers:
         raise ValueError(f"{path} must end in {', '.join(readers)}: the suffix tells the form")
     try:
-        yield from readers[path.suffix](path)
+        yield from readers[path.suffix](path, see)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+def read_lines(path: Path, see: See = _unseen) -> Iterator[tuple[str, str]]:
     """Lines that are not blank, each with the words that name its place, "FILE, line N".
 
     Raises ValueError for invalid UTF-8 and for lines longer than 8 MiB.
     """
     with path.open("rb") as file:
-        number = 0
+        number = read = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
+            read += len(line)
+            see(read)
             where = f"{path}, line {number}"
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"{where}: a line may have {MAX_LINE_BYTES} bytes, got more")
@@ -72,8 +89,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield text.removesuffix("\n").removesuffix("\r"), where
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    for line, where in read_lines(path):
+def _read_jsonl(path: Path, see: See) -> Iterator[Document]:
+    for line, where in read_lines(path, see):
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -83,9 +100,9 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
         yield _document(record, where)
 
 
-def _read_tsv(path: Path) -> Iterator[Document]:
+def _read_tsv(path: Path, see: See) -> Iterator[Document]:
     columns: tuple[str, ...] | None = None
-    for line, where in read_lines(path):
+    for line, where in read_lines(path, see):
         fields = [_unquote(field) for field in line.split("\t")]
         if columns is None:
             header = tuple(field.strip().lower() for field in fields)
@@ -100,9 +117,11 @@ def _read_tsv(path: Path) -> Iterator[Document]:
         yield _document(dict(zip(columns, fields, strict=True)), where)
 
 
-def _read_squad(path: Path) -> Iterator[Document]:
+def _read_squad(path: Path, see: See) -> Iterator[Document]:
     try:
-        articles = json.loads(path.read_bytes().decode("utf-8"))["data"]
+        data = path.read_bytes()
+        see(len(data))
+        articles = json.loads(data.decode("utf-8"))["data"]
         for article in articles:
             title = article["title"].replace("_", " ")
             for number, paragraph in enumerate(article["paragraphs"]):
@@ -122,8 +141,19 @@ def _document(record: dict[str, Any], where: str) -> Document:
     title = record.get("title")
     if title is not None and not isinstance(title, str):
         raise ValueError(f"{where}: title must be a string, got {title!r}")
+    for name in COLUMNS:
+        require_unicode(record.get(name), name, where)
     text = str(record["text"])
     return Document(str(record["id"]), title or "", text, _spans(record.get("spans"), text, where), where)
+
+
+def require_unicode(value: Any, name: str, where: str) -> None:
+    """Raise ValueError for a text with half of a character, which JSON can hold and UTF-8 cannot."""
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{where}: {name} must be Unicode, got a lone {half} at {error.start}") from error
 
 
 def _spans(given: Any, text: str, where: str) -> tuple[tuple[int, int], ...] | None:

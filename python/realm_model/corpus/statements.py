@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from array import array
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +68,8 @@ def prepare_text(store: BlockStore, text: TextConfig, model: ModelConfig, seed: 
             f"{store.block_wordpieces}"
         )
     rng = random.Random(seed)
-    blocks = list(range(len(store)))
-    rng.shuffle(blocks)
+    blocks = array("q", range(len(store)))
+    rng.shuffle(blocks)  # type: ignore[arg-type]
     count = round(text.held_out * len(blocks))
     held_out, train = blocks[:count], np.sort(np.array(blocks[count:], dtype=np.int64))
     parts = np.diff(np.asarray(store.sentences.ends), prepend=0)
@@ -78,8 +80,9 @@ def prepare_text(store: BlockStore, text: TextConfig, model: ModelConfig, seed: 
             f"{store.directory} must hold two blocks of two sentences and a salient span to train on, got "
             f"{len(contexts)} and {len(own)}"
         )
-    asking = [block for block in held_out if parts[block] > 1 and len(store.spans(block))][:MAX_HELD_OUT]
-    questions = SpanStatements(store, np.array(asking, dtype=np.int64), model.query_length)
+    able = (block for block in held_out if parts[block] > 1 and len(store.spans(block)))
+    asking = np.fromiter(islice(able, MAX_HELD_OUT), dtype=np.int64)
+    questions = SpanStatements(store, asking, model.query_length)
     begins = questions.ends - np.diff(questions.ends, prepend=0)
     drawn = [rng.randrange(low, high) for low, high in zip(begins, questions.ends, strict=True)]
     documents = Documents(

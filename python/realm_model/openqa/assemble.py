@@ -18,8 +18,9 @@ from .folder import (
     index_identity,
     load_embedder,
     load_reader,
-    require_same_vocabulary,
     tuned_with,
+    with_words,
+    words_in,
 )
 from .index import Identity, open_index
 from .questions import Question
@@ -109,10 +110,11 @@ def assemble(
     """
     store = BlockStore.open(corpus)
     embedder = load_embedder(model)
-    require_same_vocabulary(model, store, embedder.config)
+    reader = load_reader(model, seed, embedder.config)
+    words = words_in(model, store, embedder.config)
+    embedder, reader = with_words(embedder, words), with_words(reader, words)
     table, identity = open_index(index, device=device)
     identity.require(index, index_identity(model, store, embedder), corpus, model)
-    reader = load_reader(model, seed, embedder.config)
     for name in _SHARED:
         own, other = getattr(embedder.config, name), getattr(reader.config, name)
         if own != other:

@@ -12,7 +12,7 @@ from .assemble import BlockTexts, Parts
 from .questions import Question
 
 RECALL_AT = (1, 5, 20, 100)
-READ_AT_ONCE = 8  # questions
+AT_ONCE = 64  # questions
 
 Report = Callable[[int], None]  # sees the number of questions done
 
@@ -41,19 +41,20 @@ def evaluate(parts: Parts, questions: Sequence[Question], report: Report = lambd
     """
     parts.check(questions)
     k = min(max(RECALL_AT), len(parts.model.records))
-    rows = parts.model.retrieve([question.question for question in questions], k).indices.numpy()
+    rows: list[np.ndarray] = []
     matches: list[bool] = []
     overlaps: list[float | None] = []
-    if parts.can_read:
-        for first in range(0, len(questions), READ_AT_ONCE):
-            batch = questions[first : first + READ_AT_ONCE]
-            answers = parts.model.answer([question.question for question in batch], READ_AT_ONCE)
-            for question, answer in zip(batch, answers, strict=True):
+    for first in range(0, len(questions), AT_ONCE):
+        batch = questions[first : first + AT_ONCE]
+        texts = [question.question for question in batch]
+        rows.append(parts.model.retrieve(texts, k).indices.numpy())
+        if parts.can_read:
+            for question, answer in zip(batch, parts.model.answer(texts), strict=True):
                 matches.append(question.exact_match(answer.text))
                 overlaps.append(question.f1(answer.text))
-            report(first + len(batch))
+        report(first + len(batch))
     found = [overlap for overlap in overlaps if overlap is not None]
-    recall, gold = recalls(rows, questions, parts.model.records, parts.store)
+    recall, gold = recalls(np.concatenate(rows), questions, parts.model.records, parts.store)
     return Evaluation(
         questions=len(questions),
         recall=recall,

@@ -9,7 +9,9 @@ a run of fine-tuning      embedder/, reader/ and index.json: whose index it was 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -22,15 +24,20 @@ from ..model import Realm
 from ..published import Embedder, OpenQA, PublishedConfig, Reader
 from ..published.config import CONFIG
 from ..published.files import fill, read_weights
-from ..published.tokenizer import TOKENIZER, VOCABULARY, read_tokenizer, write_tokenizer
+from ..published.models import Published
+from ..published.tokenizer import TOKENIZER, VOCABULARY, read_tokenizer, vocabulary_rows, write_tokenizer
 from ..run_folder import CHECKPOINTS, is_run
 from .index import AnyEmbedder, Identity, fingerprint, require_vocabulary
 from .twin import TwinEmbedder, published_config
+
+P = TypeVar("P", bound=Published)
 
 EMBEDDER, ENCODER, READER, INDEX = "embedder", "encoder", "reader", "index.json"
 # Class -> the prefix of the part among its weights.
 _EMBEDDERS = {"RealmEmbedder": "", TwinEmbedder.architecture: "", "RealmForOpenQA": "embedder."}
 _READERS = {"RealmReader": "", "RealmForOpenQA": "reader.", "RealmKnowledgeAugEncoder": ""}
+# What ends the names of weights with a row for each word.
+_BY_WORD = (".word_embeddings.weight", ".predictions.decoder.weight", ".predictions.bias", ".decoder.bias")
 
 
 def load_embedder(directory: Path) -> AnyEmbedder:
@@ -112,22 +119,32 @@ def save_tuned(model: OpenQA, identity: Identity, out: Path) -> None:
     (out / f"{INDEX}.partial").rename(out / INDEX)
 
 
-def require_same_vocabulary(directory: Path, store: BlockStore, config: PublishedConfig) -> None:
-    """Raise ValueError where the model was made with another vocabulary than the corpus, as far as its folder
-    tells.
+def words_in(directory: Path, store: BlockStore, config: PublishedConfig) -> Tensor | None:
+    """Of each word of a corpus its row in the vocabulary of a model, int64 [V]: a store has the special
+    tokens first, BERT has them elsewhere. None where the two are the same, or the folder does not tell.
+
+    Raises ValueError where the model lacks words, or where its embedder and its reader have different ones.
     """
     require_vocabulary(config.vocab_size, store)
-    own = []
-    if is_run(directory):
-        own.append(_load_run(directory)[1])
-    for folder in (directory, directory / EMBEDDER):
+    own = [_load_run(directory)[1]] if is_run(directory) else []
+    for folder in (directory, *(directory / name for name in (EMBEDDER, ENCODER, READER))):
         if (folder / VOCABULARY).is_file() or (folder / TOKENIZER).is_file():
             own.append(read_tokenizer(folder, config.vocab_size))
-    if any(tokenizer.get_vocab() != store.tokenizer.get_vocab() for tokenizer in own):
-        raise ValueError(
-            f"the corpus {store.directory} and the model {directory} have different vocabularies: build the "
-            f"corpus with the model's"
-        )
+    if any(tokenizer.get_vocab() != own[0].get_vocab() for tokenizer in own):
+        raise ValueError(f"the embedder and the reader of {directory} have different vocabularies")
+    if not own or own[0].get_vocab() == store.tokenizer.get_vocab():
+        return None
+    return vocabulary_rows(store.tokenizer, own[0], directory)
+
+
+def with_words(model: P, rows: Tensor | None) -> P:
+    """A model with `rows` of its vocabulary, in their order, as the whole of it; None leaves it as it is."""
+    if rows is None:
+        return model
+    other = type(model)(replace(model.config, vocab_size=len(rows)))
+    weights = {k: w[rows] if k.endswith(_BY_WORD) else w for k, w in model.state_dict().items()}
+    other.load_state_dict(weights)
+    return other.train(model.training)
 
 
 def _load_run(directory: Path) -> tuple[Realm, Tokenizer]:

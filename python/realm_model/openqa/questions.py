@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..corpus.documents import read_lines
+from ..corpus.documents import read_lines, require_unicode
 from ..metrics import exact_match, f1, holds_answer, regex_match
 
 
@@ -103,6 +103,10 @@ def split_by_article(
             )
         article[question.id] = titles[question.document_id]
     names = sorted(set(article.values()))
+    if len(names) < 2:
+        raise ValueError(
+            f"split_by_article: the questions must be about two articles or more, got {', '.join(names)}"
+        )
     if not 0 < articles < len(names):
         raise ValueError(
             f"split_by_article: articles must be in [1, {len(names) - 1}], as the questions are about "
@@ -158,6 +162,8 @@ def _question(given: Any, question: Any, answers: Any, document_id: Any, where: 
     for answer in answers:
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"{where}: an answer must be a text that is not empty, got {answer!r}")
+    for name, text in (("question", question), *(("answers", answer) for answer in answers)):
+        require_unicode(text, name, where)
     if document_id is not None and not isinstance(document_id, str):
         raise ValueError(f"{where}: paragraph must be the id of a document, got {document_id!r}")
     return Question(str(given), question, tuple(answers), document_id)

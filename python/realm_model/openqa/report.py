@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..published import Answer, ReadBlock
-from ..report import SMOOTHING, draw, read_metrics
+from ..published import Answer
+from ..report import AROUND, SMOOTHING, draw, excerpt, read_metrics, share
 from .evaluate import RECALL_AT
 
 _PLOTTED = {
@@ -18,7 +18,6 @@ _PLOTTED = {
     "retrieved": "a retrieved block holds an answer",
     "read": "a block that is read does",
 }
-AROUND = 160  # characters of a block that are shown on either side of the answer
 
 
 def evaluations_table(rows: list[dict[str, Any]]) -> Table:
@@ -50,46 +49,29 @@ def plot(run: Path) -> list[Path]:
     loss = {"fine-tuning": curves.pop(_PLOTTED["loss"])}
     return [
         draw(run / "loss.png", "loss, smoothed", loss, {}),
-        draw(run / "found.png", "share of the questions, smoothed", curves, {}),
+        draw(run / "found.png", "share of the questions, smoothed", curves, {}, is_share=True),
     ]
 
 
 def answer_view(answer: Answer, titles: dict[int, str]) -> Group:
-    """The answer, its evidence with the answer marked, and every block read with what it was worth.
-
-    Retrieval utility is not told: it needs p(y|null, x), and an extractive reader finds no span in nothing.
-    """
-    best = next(block for block in answer.read if block.block == answer.block)
+    """The answer, its evidence with the answer marked, and every block read with what it was worth."""
     headline = Text.assemble("answer: ", (answer.evidence[answer.start : answer.end] or "(none)", "bold"))
     headline.append(f"   reader logit {answer.score:.3f}")
     places = [(answer.start, answer.end)] if answer.end > answer.start else []
-    evidence = _marked(best.text, places, _name(best, titles))
+    evidence = excerpt(_name(answer.block, titles), answer.evidence, places, 3 * AROUND)
     table = Table(title="blocks read", title_justify="left")
     table.add_column("document")
-    for name in ("f(x,z)", "p(z|x)", "p(y|z,x)", "p(z|x,y)"):
+    for name in ("f(x,z)", "p(z|x)", "p(y|z,x)", "p(z|x,y)", "utility"):
         table.add_column(name, justify="right", no_wrap=True)
     for block in answer.read:
-        numbers = (block.relevance, block.prior, block.likelihood, block.posterior)
-        text = _marked(block.text, list(block.places), _name(block, titles))
-        table.add_row(text, *(f"{number:.3f}" for number in numbers))
+        text = excerpt(_name(block.block, titles), block.text, block.places)
+        shares = map(share, (block.prior, block.likelihood, block.posterior))
+        table.add_row(text, f"{block.relevance:.2f}", *shares, f"{block.utility:.2f}")
     return Group(headline, evidence, table)
 
 
-def _name(block: ReadBlock, titles: dict[int, str]) -> str:
-    return titles.get(block.block) or f"block {block.block}"
-
-
-def _marked(text: str, places: list[tuple[int, int]], name: str) -> Text:
-    """The title and the part of a text around the first place, all places marked."""
-    first = places[0][0] if places else 0
-    start, end = max(0, first - AROUND), min(len(text), first + AROUND)
-    view = Text.assemble((name, "bold"), ": ")
-    offset = len(view) + (3 if start > 0 else 0) - start
-    view.append("..." if start > 0 else "").append(text[start:end]).append("..." if end < len(text) else "")
-    for begin, stop in places:
-        if start <= begin and stop <= end:
-            view.stylize("bold reverse", begin + offset, stop + offset)
-    return view
+def _name(row: int, titles: dict[int, str]) -> str:
+    return titles.get(row) or f"block {row}"
 
 
 def _number(value: float | None) -> str:

@@ -60,7 +60,10 @@ def write_weights(weights: dict[str, Tensor], directory: Path, *, safe: bool) ->
             tied = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
             weights[key] = tensor.clone() if tied else tensor.contiguous()
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(weights, partial, metadata={"format": "pt"})
+        partial.chmod(mode)  # save_file leaves it to the owner alone
     else:
         torch.save(weights, partial)
     # By rename, since `weights` may still be mapped from the file that is replaced.

@@ -33,6 +33,9 @@ HasAnswer = Literal["raw", "wordpieces"]
 class ReadBlock:
     """What one block that was read was worth for the answer y (section 3.1): p(z|x) over the blocks read,
     p(y|z,x) the share of y's spans in the block's own softmax, and p(z|x,y).
+
+    The utility of pre-training compares with the null document, in which an extractive reader finds nothing.
+    This one compares with all blocks read: what is above 0 is what fine-tuning makes more relevant.
     """
 
     block: int  # its row
@@ -41,6 +44,7 @@ class ReadBlock:
     prior: float
     likelihood: float
     posterior: float
+    utility: float  # log p(y|z,x) - log p(y|x) in nats, -inf where the block does not hold y
     places: tuple[tuple[int, int], ...]  # text[start:end] is the answer as it is written there
 
 
@@ -260,6 +264,7 @@ class OpenQA(Published):
                         prior=worth[0][b, j].item(),
                         likelihood=worth[1][b, j].item(),
                         posterior=worth[2][b, j].item(),
+                        utility=worth[3][b, j].item(),
                         places=tuple((offsets[i][0], offsets[n][1]) for i, n in places[b][j]),
                     )
                 )
@@ -314,13 +319,14 @@ class OpenQA(Published):
 
 def _worth(
     scores: Tensor, span_scores: Tensor, correct: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Prior, likelihood and posterior of the blocks, [B, K] each, for the correct spans as the answer."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prior, likelihood, posterior and utility of the blocks, [B, K], for the correct spans as the answer."""
     log_likelihood = span_scores.masked_fill(~correct, -torch.inf).logsumexp(-1)
     log_likelihood -= span_scores.masked_fill(~valid, -torch.inf).logsumexp(-1)
     log_likelihood = log_likelihood.masked_fill(~correct.any(-1), -torch.inf)
     worth = rk.posterior(scores, log_likelihood)
-    return worth.prior, log_likelihood.exp(), worth.posterior
+    utility = (log_likelihood - worth.log_marginal[:, None]).masked_fill(~correct.any(-1), -torch.inf)
+    return worth.prior, log_likelihood.exp(), worth.posterior, utility
 
 
 def _body(join: Encoding) -> list[int]:

@@ -5,30 +5,33 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, normalizers, processors
+from torch import Tensor
 
 from ..inputs import PAD, SPECIAL, load_tokenizer, wordpiece
 
 VOCABULARY, TOKENIZER, TOKENIZER_CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
 
 
-def read_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """From vocab.txt, or tokenizer.json where there is none, with BERT's templates:
+def read_tokenizer(place: Path, vocab_size: int) -> Tokenizer:
+    """From the vocab.txt of a directory, or its tokenizer.json where there is none, or one such file, with
+    BERT's templates:
 
         [CLS] x [SEP]    and    [CLS] x [SEP] body [SEP], segments 0 and 1
 
     vocab.txt may end its lines with CRLF, as some published ones do: whoever keeps the CR knows no word.
-    Raises ValueError for a vocabulary without BERT's special tokens, with [PAD] anywhere but at 0 (the place
-    every mask here goes by, whatever config.json says), or larger than the model's.
+    Raises ValueError for a vocabulary without BERT's special tokens, with a token twice, with [PAD] anywhere
+    but at 0 (the place every mask here goes by, whatever config.json says), or larger than the model's.
     """
-    path = directory / VOCABULARY
-    if path.is_file():
+    path = place if place.is_file() else place / VOCABULARY
+    if path.is_file() and path.suffix != ".json":
         words = _read_lines(path)
         ids = {word: number for number, word in enumerate(words) if word in SPECIAL}
         tokenizer = wordpiece(words)
-        tokenizer.normalizer = _normalizer(directory / TOKENIZER_CONFIG)
+        tokenizer.normalizer = _normalizer(path.parent / TOKENIZER_CONFIG)
     else:
-        path = directory / TOKENIZER
+        path = path if path.is_file() else place / TOKENIZER
         tokenizer = _read_json(path)
         ids = {word: number for word, number in tokenizer.get_vocab().items() if word in SPECIAL}
     lacking = [token for token in SPECIAL if token not in ids]
@@ -67,13 +70,36 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / TOKENIZER_CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def vocabulary_rows(ours: Tokenizer, theirs: Tokenizer, place: Path) -> Tensor:
+    """Of each word of our vocabulary its row in that of the model in `place`: int64 [V].
+
+    Raises ValueError for words that the model lacks.
+    """
+    words, known = ours.get_vocab(), theirs.get_vocab()
+    lacking = [word for word in words if word not in known]
+    if lacking:
+        raise ValueError(
+            f"{place} must know the words of the corpus, lacks {len(lacking)} of {len(words)}, such as "
+            f"{min(lacking)!r}: build the corpus with this directory as its vocabulary"
+        )
+    return torch.tensor([known[word] for word in sorted(words, key=words.__getitem__)])
+
+
 def _read_lines(path: Path) -> list[str]:
     """One token a line. LF and CRLF alone end one: other line separators may be tokens."""
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8: {error}") from error
-    return [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    words = [line.removesuffix("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    seen: dict[str, int] = {}
+    for number, word in enumerate(words, start=1):
+        first = seen.setdefault(word, number)
+        if first != number:
+            raise ValueError(
+                f"{path}, line {number}: a token may stand once, got {word!r} as in line {first}"
+            )
+    return words
 
 
 def _read_json(path: Path) -> Tokenizer:
