@@ -166,7 +166,7 @@ CASES = [
     ("evaluate", {"model": "unfinished"}, "unfinished is a run without a corpus and an index"),
     ("evaluate", {"model": "cutreader"}, "cutreader/reader/model.safetensors is damaged"),
     ("evaluate", {"model": "realm", "corpus": "corpus", "index": "ictindex"}, "do not belong together"),
-    ("evaluate", {"out": "corpus"}, "corpus: Is a directory"),
+    ("evaluate", {"out": "corpus"}, "cannot write corpus: Is a directory"),
     ("evaluate", {"threads": 0}, "threads must be at least 1, got 0"),
     ("world evaluate", {"run": "corpus"}, "corpus is no run folder"),
     ("world evaluate", {"run": "edited"}, "is not of the model of its config.json"),

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import realm_kernels as rk
 from realm_model.config import ModelConfig, RealmConfig, preset
 from realm_model.evaluate import build_table
-from realm_model.inputs import prepare, world_tokenizer
+from realm_model.inputs import IGNORE, MASK, prepare, world_tokenizer
 from realm_model.masking import mask_statements
 from realm_model.model import Realm, embed_documents
 from realm_model.objectives import fresh_scores, realm_loss, retrieve
@@ -86,6 +86,37 @@ def test_the_loss_is_the_marginal_over_the_candidates(model, corpus, mode):
     expected = -torch.logsumexp(log_prior + log_likelihood.squeeze(2), dim=1).mean()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(posterior.prior.float(), log_prior.exp())
+
+
+@pytest.mark.parametrize("mode", ["sequence", "token"])
+def test_the_modes_differ_in_where_the_documents_are_summed_out(model, corpus, mode):
+    """Of several masked tokens: the paper's product under the sum, the released code's sum for each token."""
+    table, config = build_table(model, corpus.documents), RealmConfig(mode=mode, candidates=3)
+    ids = corpus.own[torch.arange(4)].ids.clone()
+    positions = torch.tensor([[1, 2, 3]]).repeat(4, 1)
+    targets = ids.gather(1, positions)
+    targets[0, 1:], targets[1, 2:] = IGNORE, IGNORE  # one token, two tokens, three
+    ids = ids.scatter(1, positions, torch.where(targets == IGNORE, ids.gather(1, positions), MASK))
+    exclude = torch.full((4, 1), -1)
+    with torch.no_grad():  # an untrained retriever and reader would hardly tell documents apart
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        loss, _ = realm_loss(model, corpus.documents, table, (ids, positions, targets), exclude, config)
+        queries = model.retriever.queries(ids)
+        rows, _ = retrieve(queries, table, corpus.documents, config.candidates, exclude)
+        log_prior = fresh_scores(model, corpus.documents, queries, rows).double().log_softmax(1)  # [B, K]
+        hidden = model.read(ids, positions, corpus.documents.read(rows))
+        log_p = (hidden @ model.reader.weight.T + model.reader.bias).double().log_softmax(-1)
+    total, by_token, tokens = 0.0, 0.0, 0
+    for b in range(4):
+        kept = [j for j in range(3) if targets[b, j] != IGNORE]
+        own = torch.stack([log_p[b, :, j, targets[b, j]] for j in kept], dim=1)  # [K, tokens]
+        total += torch.logsumexp(log_prior[b] + own.sum(1), dim=0).item()
+        by_token += torch.logsumexp(log_prior[b, :, None] + own, dim=0).sum().item()
+        tokens += len(kept)
+    expected = {"sequence": -total / 4, "token": -by_token / tokens}
+    assert abs(expected["sequence"] - expected["token"]) > 1  # so either could fail for the other
+    assert loss.item() == pytest.approx(expected[mode], rel=1e-4)
 
 
 def test_retriever_and_reader_both_learn_from_the_marginal(model, corpus):

@@ -198,9 +198,12 @@ def test_two_batches_to_a_step_have_the_gradient_of_one_twice_as_large(store):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_bfloat16_changes_a_loss_by_its_rounding_only(store):
+@pytest.mark.parametrize("stage", ["ict", "reader", "realm"])
+def test_bfloat16_changes_a_loss_by_its_rounding_only(store, stage):
     config = config_for(store)
     config = replace(config, model=replace(config.model, dropout=0.0))
+    others = [name for name in ("ict", "reader", "realm") if name != stage]
+    config = replace(config, **{name: StageConfig(0, 1) for name in others})
     exact, rounded = (
         Trainer(make_setting(replace(config, bfloat16=flag))).advance()["loss"] for flag in (False, True)
     )

@@ -27,7 +27,7 @@ from .model import Realm
 from .optimizer import StageOptimizer
 from .ranks import Ranks
 from .reading import start_reading
-from .run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own
+from .run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own, write_whole
 from .stages import IctStage, ReaderStage, RealmStage, Stage
 from .start import load_start
 from .world import World, draw_world, generate_source, load_source
@@ -325,7 +325,7 @@ def _claim(
 ) -> MetricsLog:
     """Make the folder and write config.json. The metrics, as they were at the checkpoint."""
     begin(out, fresh)
-    (out / CONFIG).write_text(to_json(config) + "\n", encoding="utf-8")
+    write_whole(out / CONFIG, to_json(config) + "\n")
     log = MetricsLog(out / METRICS)
     log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     return log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,17 @@ class MetricsLog:
         self.file.close()
 
 
+def write_whole(path: Path, text: str) -> None:
+    """The file is what it was, or all of `text`, whenever the process dies."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
 def is_run(directory: Path) -> bool:
     """A run folder, whose model is in its checkpoints: not one of fine-tuning that has ended."""
     begun = (directory / CHECKPOINTS).is_dir() or (directory / METRICS).is_file()
@@ -58,7 +70,11 @@ def require_own(out: Path, fresh: bool) -> None:
 def begin(out: Path, fresh: bool) -> None:
     """Make the folder; `fresh`: drop the run that it holds. Raises OSError where that cannot be."""
     if fresh and out.is_dir():
-        shutil.rmtree(out)
+        # By rename: half a run, which a kill would leave, could be neither gone on with nor dropped.
+        dropped = out.with_name(f".{out.name}.dropped")
+        shutil.rmtree(dropped, ignore_errors=True)
+        os.replace(out, dropped)
+        shutil.rmtree(dropped)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

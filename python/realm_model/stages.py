@@ -139,9 +139,10 @@ class ReaderStage(_Stateless):
         self.model.eval()
         unused = torch.Generator()  # salient masks draw nothing
         ids, _, _ = mask_statements(statements, "salient", unused)
-        found = rk.mips_topk(self.model.retriever.queries(ids), self.table, RETRIEVED).indices.cpu()
+        k = min(RETRIEVED, self.table.num_rows)
+        found = rk.mips_topk(self.model.retriever.queries(ids), self.table, k).indices.cpu()
         self.model.train()
-        return found.gather(1, column[:, None]).squeeze(1)
+        return found.gather(1, column.clamp(max=k - 1)[:, None]).squeeze(1)
 
 
 class RealmStage:

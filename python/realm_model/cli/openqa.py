@@ -244,6 +244,7 @@ def evaluate(
         from ..openqa.evaluate import evaluate as evaluate_model
         from ..openqa.evaluate import evaluate_bm25
         from ..openqa.questions import read_questions
+        from ..run_folder import write_whole
 
         use_threads(threads)
         rows: list[dict[str, Any]] = [row for path in beside or () for row in _read_rows(path)]
@@ -261,7 +262,7 @@ def evaluate(
             see = add("answering" if parts.can_read else "retrieving", len(asked), "questions")
             result = evaluate_model(parts, asked, see)
         own.append({"name": name or model.name, **result.as_dict()})
-        out.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(own, indent=2) + "\n")
         console.print(report.evaluations_table(rows + own))
 
 

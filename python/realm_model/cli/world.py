@@ -102,11 +102,12 @@ def evaluate(run: RunFolder, device: DeviceName = Device.auto, config: ConfigFil
         from ..evaluate import evaluate as evaluate_model
         from ..machine import device_named
         from ..pretrain import load_run
+        from ..run_folder import write_whole
 
         setting, model = load_run(run, device_named(device.value))
         with console.status("evaluating"):
             result = evaluate_model(model, setting.corpus, setting.config.marginal, setting.corpus.held_out)
-        (run / "evaluation.json").write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(run / "evaluation.json", json.dumps(result.as_dict(), indent=2) + "\n")
         console.print(report.evaluations_table(report.read_metrics(run), result.as_dict()))
         console.print("plots: " + ", ".join(str(path) for path in report.plot(run)))
         question = report.question_text(setting)
@@ -134,6 +135,7 @@ def swap(
         from .. import report
         from ..machine import device_named
         from ..pretrain import load_run
+        from ..run_folder import write_whole
         from ..swap import corpus_swap
 
         setting, model = load_run(run, device_named(device.value))
@@ -143,7 +145,7 @@ def swap(
             who: {when: result.as_dict() for when, result in vars(swap).items()}
             for who, swap in swaps.items()
         }
-        (run / "swap.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_whole(run / "swap.json", json.dumps(values, indent=2) + "\n")
         console.print(report.swap_table(values))
 
 

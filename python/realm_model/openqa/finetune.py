@@ -20,7 +20,7 @@ from ..optimizer import ReleasedAdamW
 from ..published.openqa import HasAnswer
 from ..ranks import Ranks
 from ..reader import Form
-from ..run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own
+from ..run_folder import CHECKPOINTS, CONFIG, METRICS, MetricsLog, Record, begin, require_own, write_whole
 from .assemble import Beams, Parts, assemble
 from .folder import save_tuned
 from .questions import Question, read_questions
@@ -208,7 +208,7 @@ def _claim(
 ) -> MetricsLog:
     """Make the folder and write config.json. The metrics, as they were at the checkpoint."""
     begin(out, fresh)
-    (out / CONFIG).write_text(json.dumps(_values(config, parts), indent=2) + "\n", encoding="utf-8")
+    write_whole(out / CONFIG, json.dumps(_values(config, parts), indent=2) + "\n")
     log = MetricsLog(out / METRICS)
     log.cut(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     return log
