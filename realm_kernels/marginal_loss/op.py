@@ -5,7 +5,7 @@ kept between them but what the caller holds anyway, so a backward may run any nu
 
 At the sizes of one training step torch's dispatcher costs more than the kernel behind it. So `call`, the way
 of the public function, goes through the ops only where something listens there (`observed`) or another
-backend than C++ serves.
+backend than C++ serves; else `_Direct` keeps what the backward scales.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def marginal_loss_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
 torch.library.impl("realm_kernels::marginal_loss", "CompositeExplicitAutograd")(marginal_loss_fwd)
 
 
-# The arguments behind the inputs of the backward's schema: needs_scores, needs_log_likelihood, count.
+# Behind the inputs in the backward's schema: needs_scores, needs_log_likelihood, count. The last may lack.
 _NEEDS = (True, True, None)
 
 
