@@ -1,21 +1,14 @@
-"""score_spans, forward and backward, beside plain torch and torch.compile: time and peak memory.
-
-python -m benchmarks.bench_score_spans [threads] [seconds a shape]
-"""
+"""score_spans, forward and backward, beside plain torch. Bytes and flops: score_spans/plan.py."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
+import pytest
 import torch
 from torch import Tensor, nn
 
 import realm_kernels as rk
+from realm_kernels.score_spans.plan import cost
 from realm_kernels.score_spans.reference import count
-
-from .interleaved_marginal_loss import ratios
-from .memory import peak_of
 
 # The released reader: joins of 320 wordpieces, spans of at most ten, representations of 256.
 SHAPES = {"N=5 T=320 S=256": (5, 320, 256, 10), "N=40 T=320 S=256": (40, 320, 256, 10)}
@@ -47,28 +40,35 @@ class Head(nn.Module):
         )
 
 
-def main(threads: int = 1, seconds: float = 4.0) -> None:
-    torch.set_num_threads(threads)
-    for name, (rows, length, width, max_width) in SHAPES.items():
-        torch.manual_seed(0)
-        head = Head(length, width, max_width)
-        start, end = (torch.randn(rows, length, width, requires_grad=True) for _ in range(2))
-        d_scores = torch.randn(rows, count(length, max_width))
-        leaves = [start, end, *head.parameters()]
-        peers = {"torch eager": head.plain, "torch.compile": torch.compile(head.plain)}
-        steps = {who: step_of(f, start, end, d_scores) for who, f in {"ours": head.fused, **peers}.items()}
-        print(f"score_spans {name} C={count(length, max_width)}", ratios(steps, leaves, seconds), flush=True)
-        for who, step in steps.items():
-            for leaf in leaves:
-                leaf.grad = None
-            print(f"  {who}: peak memory {peak_of(step)[1] / 2**20:.0f} MiB", flush=True)
+def inputs(shape: str) -> tuple[Head, list[Tensor], Tensor]:
+    """The head, both halves, and the upstream gradient."""
+    rows, length, width, max_width = SHAPES[shape]
+    torch.manual_seed(0)
+    head = Head(length, width, max_width)
+    halves = [torch.randn(rows, length, width, requires_grad=True) for _ in range(2)]
+    return head, halves, torch.randn(rows, count(length, max_width))
 
 
-def step_of(
-    score: Callable[[Tensor, Tensor], Tensor], start: Tensor, end: Tensor, d_scores: Tensor
-) -> Callable[[], None]:
-    return lambda: score(start, end).backward(d_scores)
+@pytest.mark.parametrize("implementation", ["realm_kernels", "torch eager"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_score_spans(benchmark, measure, quick, shape, implementation):
+    if quick and shape != "N=5 T=320 S=256":
+        pytest.skip("--quick runs one shape")
+    head, halves, d_scores = inputs(shape)
+    benchmark.group = f"score_spans {shape}"
 
+    def step():
+        for leaf in (*halves, *head.parameters()):
+            leaf.grad = None
+        scores = (head.fused if implementation == "realm_kernels" else head.plain)(*halves)
+        scores.backward(d_scores)
+        return scores.detach()
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1, float(sys.argv[2]) if len(sys.argv) > 2 else 4.0)
+    rows, length, width, max_width = SHAPES[shape]
+    moved, flops = cost(rows, length, width, max_width, 4)
+    # The backward reads the same and writes a gradient of each half; 15 operations where the forward has 10.
+    moved += moved + 2 * 4 * rows * length * width
+    scores = measure(implementation, step, bytes_moved=moved, flops=5 * flops // 2)
+    if implementation == "realm_kernels":
+        expected = head.double().plain(*(half.detach()[:1].double() for half in halves)).detach()
+        assert (scores[:1] - expected).abs().max() <= 2.0**-16 * expected.abs().max()

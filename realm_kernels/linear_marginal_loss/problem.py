@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..marginal_loss import op as _marginal_loss  # noqa: F401  (registers the op called here)
-from ..marginal_loss.reference import relevance, result_dtype
+from ..marginal_loss.problem import result_dtype
+from ..marginal_loss.reference import relevance
 
 
 class Needs(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..backends import explained_by
 from . import distributed, op, plan, reference
 from .checks import OP, REDUCTIONS, check, check_choice, check_null_index
+from .problem import Problem, result_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -91,7 +92,7 @@ def marginal_loss(
         )
     check(OP, scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
     check_choice(OP, "reduction", reduction, REDUCTIONS)
-    return op.call(scores, log_likelihood, token_mask, doc_mask, log_weight, mode, reduction)
+    return op.call(Problem(scores, log_likelihood, token_mask, doc_mask, log_weight, mode), reduction)
 
 
 @torch.no_grad()
@@ -123,7 +124,7 @@ def posterior(
     log_p = reference.log_prior(scores, doc_mask, log_weight)
     result = reference.marginal(log_p, reference.columns(tokens, token_mask, mode))
     scored = reference.scored_columns(log_p, tokens, token_mask, mode)
-    dtype = reference.result_dtype(scores, log_likelihood, log_weight)
+    dtype = result_dtype(scores, log_likelihood, log_weight)
 
     shown = torch.where(scored[:, None, :], result.posterior, 0.0)
     if mode == "sequence" or log_likelihood.dim() == 2:

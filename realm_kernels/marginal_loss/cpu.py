@@ -9,22 +9,20 @@ from .. import native
 from ..backends import Backend, forced_variant
 from ..validation import dtype_name
 from .checks import DTYPES
-from .reference import result_dtype
+from .problem import Problem
 
 
-def refuses(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-) -> str | None:
-    if scores.device.type != "cpu":
-        return f"the arguments are on {scores.device}"
+def refuses(problem: Problem) -> str | None:
+    if not problem.scores.is_cpu:
+        return f"the arguments are on {problem.scores.device}"
     if native.cpu is None:
         return native.cpu_missing
     return None
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch's own takes its time also where the dtype is the same."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -43,63 +41,33 @@ def array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
-def _extents(log_likelihood: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides [B, K, M] of what may be [B, K]."""
-    if log_likelihood.dim() == 2:
-        return (*log_likelihood.shape, 1), (*log_likelihood.stride(), 1)
-    return tuple(log_likelihood.shape), log_likelihood.stride()
-
-
 Kept = tuple[Tensor | None, Tensor | None]
 
 
-def room_to_keep(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    log_weight: Tensor | None,
-    mode: str,
-    needs_scores: bool,
-    needs_log_likelihood: bool,
-) -> Kept:
+def room_to_keep(problem: Problem, needs_scores: bool, needs_log_likelihood: bool) -> Kept:
     """Where the forward leaves r [B, K] and the posterior, [B, K] or [B, K, M] in mode "token", for the
     backward, which then scales them. A backward without them finds them again from the inputs."""
-    dtype = result_dtype(scores, log_likelihood, log_weight)
-    residual = torch.empty(scores.shape, dtype=dtype) if needs_scores else None
-    shape = log_likelihood.shape if mode == "token" else scores.shape
-    return residual, torch.empty(shape, dtype=dtype) if needs_log_likelihood else None
+    dtype, scores = problem.loss_dtype, problem.scores
+    columns = problem.log_likelihood if problem.mode == "token" else scores
+    return (
+        _room_like(scores, dtype) if needs_scores else None,
+        _room_like(columns, dtype) if needs_log_likelihood else None,
+    )
 
 
-def forward(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    reduction: str,
-    *,
-    kept: Kept = (None, None),
-) -> tuple[Tensor, Tensor | int]:
+def forward(problem: Problem, reduction: str, *, kept: Kept = (None, None)) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
-    needs a tensor makes one. log_likelihood: [B, K, M] or [B, K]."""
+    needs a tensor makes one."""
     assert native.cpu is not None
-    dtype = result_dtype(scores, log_likelihood, log_weight)
-    scores, log_weight = scores.contiguous(), contiguous(log_weight)
-    token_mask, doc_mask = contiguous(token_mask), contiguous(doc_mask)
+    count = None
     if reduction == "none":
-        count = torch.empty(scores.shape[:1], dtype=torch.int64)
-        loss = torch.empty(scores.shape[:1], dtype=dtype)
+        loss = torch.empty(problem.scores.shape[:1], dtype=problem.loss_dtype)
+        count = torch.empty(problem.scores.shape[:1], dtype=torch.int64)
     else:
-        count = None
-        loss = torch.empty((), dtype=dtype)
+        loss = torch.empty((), dtype=problem.loss_dtype)
+    problem = _in_rows(problem)
     total = native.cpu.marginal_loss_fwd(
-        array(scores),
-        array(log_likelihood),
-        array(log_weight),
-        pointer(token_mask),
-        pointer(doc_mask),
-        *_extents(log_likelihood),
-        mode == "token",
+        *_inputs(problem),
         reduction,
         array(loss),
         pointer(count),
@@ -113,37 +81,24 @@ def forward(
 def backward(
     d_loss: Tensor,
     count: Tensor | int | None,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     needs_scores: bool,
     needs_log_likelihood: bool,
     *,
     kept: Kept = (None, None),
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
-    dtype = result_dtype(scores, log_likelihood, log_weight)
-    d_scores = _gradient_of(scores, dtype) if needs_scores else torch.empty(0, dtype=dtype)
+    dtype, log_likelihood = problem.loss_dtype, problem.log_likelihood
+    d_scores = _room_like(problem.scores, dtype) if needs_scores else torch.empty(0, dtype=dtype)
     d_log_likelihood = (
-        _gradient_of(log_likelihood, log_likelihood.dtype)
+        _room_like(log_likelihood, log_likelihood.dtype)
         if needs_log_likelihood
         else torch.empty(0, dtype=log_likelihood.dtype)
     )
-    if d_loss.dtype != dtype:
-        d_loss = d_loss.to(dtype)
-    d_loss, scores, log_weight = d_loss.contiguous(), scores.contiguous(), contiguous(log_weight)
-    token_mask, doc_mask = contiguous(token_mask), contiguous(doc_mask)
+    d_loss = cast(d_loss, dtype).contiguous()
+    problem = _in_rows(problem)
     native.cpu.marginal_loss_bwd(
-        array(scores),
-        array(log_likelihood),
-        array(log_weight),
-        pointer(token_mask),
-        pointer(doc_mask),
-        *_extents(log_likelihood),
-        mode == "token",
+        *_inputs(problem),
         "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
         array(d_loss),
         1 if count is None else int(count),
@@ -156,11 +111,42 @@ def backward(
     return d_scores, d_log_likelihood
 
 
-def _gradient_of(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _room_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Fresh memory, contiguous. empty_like is the faster one, and keeps the strides of what has others."""
     if tensor.dtype == dtype and tensor.is_contiguous():
         return torch.empty_like(tensor)
     return torch.empty(tensor.shape, dtype=dtype)
+
+
+def _in_rows(problem: Problem) -> Problem:
+    """The kernel takes log-likelihoods of any strides and nothing else. To be held by its caller: what
+    _inputs passes are addresses, which keep nothing alive."""
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
+    return Problem(
+        scores.contiguous(),
+        log_likelihood,
+        contiguous(token_mask),
+        contiguous(doc_mask),
+        contiguous(log_weight),
+        mode,
+    )
+
+
+def _inputs(problem: Problem) -> tuple[object, ...]:
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
+    sizes, strides = tuple(log_likelihood.shape), log_likelihood.stride()
+    if len(sizes) == 2:
+        sizes, strides = (*sizes, 1), (*strides, 1)
+    return (
+        array(scores),
+        array(log_likelihood),
+        array(log_weight),
+        pointer(token_mask),
+        pointer(doc_mask),
+        sizes,
+        strides,
+        mode == "token",
+    )
 
 
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

@@ -12,18 +12,12 @@ from .. import native
 from ..backends import Backend
 from ..validation import dtype_name
 from . import reference
+from .problem import Problem
 
 
-def refuses(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-) -> str | None:
+def refuses(problem: Problem) -> str | None:
     return native.cuda_unusable() or (
-        None if scores.device.type == "cuda" else f"the arguments are on {scores.device}"
+        None if problem.scores.is_cuda else f"the arguments are on {problem.scores.device}"
     )
 
 
@@ -69,35 +63,26 @@ def _launch(
 
 
 def forward(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     log_prior = reference.log_prior(scores, doc_mask, log_weight).contiguous()
     scored = reference.scored_columns(log_prior, log_likelihood, token_mask, mode).contiguous()
     loss, count = log_prior.new_empty(scores.shape[0]), scored.sum(1)
     _launch(log_prior, log_likelihood, token_mask, scored, mode, loss=loss)
-    dtype = reference.result_dtype(scores, log_likelihood, log_weight)
     total = count if reduction == "none" else count.sum()
-    return reference.reduce(loss, count, reduction).to(dtype), total
+    return reference.reduce(loss, count, reduction).to(problem.loss_dtype), total
 
 
 def backward(
     d_loss: Tensor,
     count: Tensor | None,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     needs_scores: bool,
     needs_log_likelihood: bool,
 ) -> tuple[Tensor, Tensor]:
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     log_prior = reference.log_prior(scores, doc_mask, log_weight).contiguous()
     scored = reference.scored_columns(log_prior, log_likelihood, token_mask, mode).contiguous()
     g = d_loss.double() if count is None else d_loss.double() / count.clamp(min=1)
@@ -117,7 +102,7 @@ def backward(
         d_scores=d_scores if needs_scores else None,
         d_log_likelihood=d_log_likelihood if needs_log_likelihood else None,
     )
-    return d_scores.to(reference.result_dtype(scores, log_likelihood, log_weight)), d_log_likelihood
+    return d_scores.to(problem.loss_dtype), d_log_likelihood
 
 
 BACKEND = Backend(name="cuda", refuses=refuses, forward=forward, backward=backward, default=False)

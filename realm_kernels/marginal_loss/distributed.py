@@ -21,6 +21,7 @@ from .. import backends
 from ..ranks import Ranks
 from . import reference
 from .checks import OP, REDUCTIONS, check, check_choice
+from .problem import result_dtype
 from .reference import MODES, Best, Marginal
 
 
@@ -80,7 +81,7 @@ def _agree(ranks: Ranks, inputs: tuple[Any, ...]) -> torch.dtype:
     try:
         check_here(*inputs)
         scores, log_likelihood, token_mask, _, log_weight, mode, reduction = inputs
-        wide = reference.result_dtype(scores, log_likelihood, log_weight) == torch.float64
+        wide = result_dtype(scores, log_likelihood, log_weight) == torch.float64
         tokens = log_likelihood.shape[2] if log_likelihood.dim() == 3 else 1
         same = [
             scores.shape[0],

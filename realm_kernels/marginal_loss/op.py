@@ -5,7 +5,7 @@ kept between them but what the caller holds anyway, so a backward may run any nu
 
 At the sizes of one training step torch's dispatcher costs more than the kernel behind it. So `call`, the way
 of the public function, goes through the ops only where something listens there (`observed`) or another
-backend than C++ serves.
+backend than C++ serves; else `_Direct` keeps what the backward scales.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from . import checks, cpu, cuda, reference, triton
-from .reference import result_dtype
+from .problem import Problem
 
 BACKENDS = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)
 
@@ -40,145 +40,99 @@ torch.library.define(
 )
 
 
-def backend_for(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-) -> backends.Backend:
-    return backends.choose(
-        checks.OP, BACKENDS, scores, log_likelihood, token_mask, doc_mask, log_weight, mode
-    )
+def backend_for(problem: Problem) -> backends.Backend:
+    return backends.choose(checks.OP, BACKENDS, problem)
 
 
-def marginal_loss_fwd(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    reduction: str = "none",
-) -> tuple[Tensor, Tensor]:
+def marginal_loss_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
     """loss and count, the examples or tokens it sums: [B] each for reduction "none", else one number each."""
-    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
-    loss, count = backend_for(*inputs).forward(*inputs, reduction)
+    problem, (reduction,) = _split(arguments, ("none",))
+    loss, count = backend_for(problem).forward(problem, reduction)
     return loss, count if isinstance(count, Tensor) else torch.tensor(count)
 
 
 torch.library.impl("realm_kernels::marginal_loss", "CompositeExplicitAutograd")(marginal_loss_fwd)
 
 
+# Behind the inputs in the backward's schema: needs_scores, needs_log_likelihood, count. The last may lack.
+_NEEDS = (True, True, None)
+
+
+def _split(arguments: Sequence[Any], defaults: tuple[Any, ...]) -> tuple[Problem, tuple[Any, ...]]:
+    """The inputs of a schema and what comes behind them; torch leaves out what is the default."""
+    inputs = len(Problem._fields)
+    rest = tuple(arguments[inputs:])
+    return Problem(*arguments[:inputs]), rest + defaults[len(rest) :]
+
+
 @torch.library.register_fake("realm_kernels::marginal_loss")
-def _(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    reduction: str = "none",
-) -> tuple[Tensor, Tensor]:
-    shape = scores.shape[:1] if reduction == "none" else ()
-    loss = scores.new_empty(shape, dtype=result_dtype(scores, log_likelihood, log_weight))
-    return loss, scores.new_empty(shape, dtype=torch.int64)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, (reduction,) = _split(arguments, ("none",))
+    shape = problem.scores.shape[:1] if reduction == "none" else ()
+    loss = problem.scores.new_empty(shape, dtype=problem.loss_dtype)
+    return loss, problem.scores.new_empty(shape, dtype=torch.int64)
 
 
-def marginal_loss_bwd(
-    d_loss: Tensor,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    needs_scores: bool,
-    needs_log_likelihood: bool,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
-    backend = backend_for(*inputs)
+def marginal_loss_bwd(d_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, (*needs, count) = _split(arguments, _NEEDS)
+    backend = backend_for(problem)
     assert backend.backward is not None
-    return backend.backward(d_loss, count, *inputs, needs_scores, needs_log_likelihood)
+    return backend.backward(d_loss, count, problem, *needs)
 
 
 torch.library.impl("realm_kernels::marginal_loss_bwd", "CompositeExplicitAutograd")(marginal_loss_bwd)
 
 
 @torch.library.register_fake("realm_kernels::marginal_loss_bwd")
-def _(
-    d_loss: Tensor,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    needs_scores: bool,
-    needs_log_likelihood: bool,
-    count: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    dtype = result_dtype(scores, log_likelihood, log_weight)
-    d_scores = scores.new_empty(scores.shape if needs_scores else (0,), dtype=dtype)
+def _(d_loss: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    problem, (needs_scores, needs_log_likelihood, _) = _split(arguments, _NEEDS)
+    scores, log_likelihood = problem.scores, problem.log_likelihood
+    d_scores = scores.new_empty(scores.shape if needs_scores else (0,), dtype=problem.loss_dtype)
     return d_scores, log_likelihood.new_empty(log_likelihood.shape if needs_log_likelihood else (0,))
 
 
 # The second derivative is rare: the specification serves it on every device.
-torch.library.impl("realm_kernels::marginal_loss_bwd_bwd", "CompositeExplicitAutograd")(
-    reference.double_backward
-)
+def marginal_loss_bwd_bwd(
+    v_scores: Tensor | None, v_log_likelihood: Tensor | None, d_loss: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem, (count,) = _split(arguments, (None,))
+    return reference.double_backward(v_scores, v_log_likelihood, d_loss, count, problem)
+
+
+torch.library.impl("realm_kernels::marginal_loss_bwd_bwd", "CompositeExplicitAutograd")(marginal_loss_bwd_bwd)
 
 
 @torch.library.register_fake("realm_kernels::marginal_loss_bwd_bwd")
 def _(
-    v_scores: Tensor | None,
-    v_log_likelihood: Tensor | None,
-    d_loss: Tensor,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    count: Tensor | None,
+    v_scores: Tensor | None, v_log_likelihood: Tensor | None, d_loss: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = result_dtype(scores, log_likelihood, log_weight)
-    d_scores = scores.new_empty(scores.shape, dtype=dtype)
+    problem, _ = _split(arguments, (None,))
+    scores, log_likelihood = problem.scores, problem.log_likelihood
     return (
-        d_loss.new_empty(d_loss.shape, dtype=dtype),
-        d_scores,
+        d_loss.new_empty(d_loss.shape, dtype=problem.loss_dtype),
+        scores.new_empty(scores.shape, dtype=problem.loss_dtype),
         log_likelihood.new_empty(log_likelihood.shape),
     )
 
 
-def call(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-    reduction: str,
-) -> Tensor:
+def call(problem: Problem, reduction: str) -> Tensor:
     """The loss, through torch's dispatcher where something listens there and straight to C++ else.
 
     log_likelihood: [B, K, M] or [B, K].
     """
-    inputs = (scores, log_likelihood, token_mask, doc_mask, log_weight, mode)
-    if observed(scores, log_likelihood, token_mask, doc_mask, log_weight) or (
-        backend_for(*inputs) is not cpu.BACKEND
-    ):
-        tokens = reference.with_tokens(log_likelihood)
-        return torch.ops.realm_kernels.marginal_loss(scores, tokens, *inputs[2:], reduction)[0]
+    scores, log_likelihood, _, _, log_weight, _ = tensors = problem
+    if observed(*tensors[:5]) or backend_for(problem) is not cpu.BACKEND:
+        return torch.ops.realm_kernels.marginal_loss(*problem.with_tokens(), reduction)[0]
     if torch.is_grad_enabled() and (
         scores.requires_grad
         or log_likelihood.requires_grad
         or (log_weight is not None and log_weight.requires_grad)
     ):
-        return _Direct.apply(*inputs, reduction)
-    return cpu.forward(*inputs, reduction)[0]
+        return _Direct.apply(*problem, reduction)
+    return cpu.forward(problem, reduction)[0]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def observed(*tensors: Tensor | None) -> bool:
@@ -191,8 +145,8 @@ def observed(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
     ):
         return True
-    for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter)):
+    for tensor in tensors:  # noqa: SIM110  (a generator takes twice as long)
+        if tensor is not None and not (tensor.is_cpu and type(tensor) in _PLAIN):
             return True
     return False
 
@@ -206,105 +160,82 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _backward(ctx: Any, d_loss: Tensor, _d_count: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, divisor = ctx.saved_tensors
-    return _backward_by_op(ctx, ctx.mode, ctx.forced, d_loss, inputs, divisor)
+    *tensors, divisor = ctx.saved_tensors
+    return _backward_by_op(ctx, ctx.forced, d_loss, Problem._make([*tensors, ctx.mode]), divisor)
 
 
 def _backward_by_op(
-    ctx: Any,
-    mode: str,
-    forced: str | None,
-    d_loss: Tensor,
-    inputs: Sequence[Tensor | None],
-    divisor: Tensor | None,
+    ctx: Any, forced: str | None, d_loss: Tensor, problem: Problem, divisor: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    wants_scores, wants_log_likelihood, _, _, wants_log_weight = ctx.needs_input_grad[:5]
-    wants_relevance = wants_scores or wants_log_weight
+    wants = ctx.needs_input_grad
+    needs = wants[0] or wants[4], wants[1]
     with backends.use_backend(forced):
-        gradients = torch.ops.realm_kernels.marginal_loss_bwd(
-            d_loss, *inputs, mode, wants_relevance, wants_log_likelihood, divisor
-        )
-    return _gradients(ctx.needs_input_grad, 0, inputs, *gradients)
+        gradients = torch.ops.realm_kernels.marginal_loss_bwd(d_loss, *problem, *needs, divisor)
+    return _gradients(wants, 0, problem, *gradients)
 
 
 class _Direct(torch.autograd.Function):
     """The autograd of the op without the op, for the C++ backend."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        scores, log_likelihood, _, _, log_weight, mode, reduction = inputs
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        problem, reduction = Problem(*arguments[:6]), arguments[6]
         wants = ctx.needs_input_grad
-        kept = cpu.room_to_keep(scores, log_likelihood, log_weight, mode, wants[0] or wants[4], wants[1])
-        loss, count = cpu.BACKEND.forward(*inputs, kept=kept)
-        ctx.save_for_backward(*inputs[:5], *kept)
-        ctx.plan = mode, backends.forced_backend(), count if reduction == "mean" else None
+        kept = cpu.room_to_keep(problem, wants[0] or wants[4], wants[1])
+        loss, count = cpu.BACKEND.forward(problem, reduction, kept=kept)
+        ctx.save_for_backward(*arguments[:5], *kept)
+        ctx.plan = problem.mode, backends.forced_backend(), count if reduction == "mean" else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, residual, posterior = ctx.saved_tensors
+        *tensors, residual, posterior = ctx.saved_tensors
         mode, forced, divisor = ctx.plan
+        problem, wants = Problem._make([*tensors, mode]), ctx.needs_input_grad
         # With create_graph the gradient itself is differentiated: its op knows how.
         if torch.is_grad_enabled() or observed(d_loss) or forced != backends.forced_backend():
             divisor = torch.tensor(divisor) if isinstance(divisor, int) else divisor
-            shape = inputs[1].shape
-            inputs[1] = reference.with_tokens(inputs[1])
-            gradients = _backward_by_op(ctx, mode, forced, d_loss, inputs, divisor)
+            gradients = _backward_by_op(ctx, forced, d_loss, problem.with_tokens(), divisor)
             wide = gradients[1]
-            return gradients[0], None if wide is None else wide.view(shape), *gradients[2:]
-        wants = ctx.needs_input_grad
-        needs = wants[0] or wants[4], wants[1]
+            return gradients[0], None if wide is None else wide.view_as(tensors[1]), *gradients[2:]
+        needs, kept = (wants[0] or wants[4], wants[1]), (residual, posterior)
         assert cpu.BACKEND.backward is not None
-        kept = residual, posterior
-        found = cpu.BACKEND.backward(d_loss, divisor, *inputs, mode, *needs, kept=kept)
-        return _gradients(wants, 0, inputs, *found)
+        return _gradients(
+            wants, 0, problem, *cpu.BACKEND.backward(d_loss, divisor, problem, *needs, kept=kept)
+        )
 
 
 def _gradients(
-    wants: tuple[bool, ...],
-    first: int,
-    inputs: Sequence[Tensor | None],
-    d_relevance: Tensor,
-    d_log_likelihood: Tensor,
+    wants: tuple[bool, ...], first: int, problem: Problem, d_relevance: Tensor, d_log_likelihood: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """One gradient for each argument, of which scores, log_likelihood .. log_weight begin at `first`."""
-    scores, log_likelihood, _, _, log_weight = inputs
+    """One gradient for each argument, of which the problem's begin at `first`."""
     gradients: list[Tensor | None] = [None] * len(wants)
     if wants[first]:
-        gradients[first] = cast(d_relevance, scores)
+        gradients[first] = cpu.cast(d_relevance, problem.scores.dtype)
     if wants[first + 1]:
-        gradients[first + 1] = cast(d_log_likelihood, log_likelihood)
+        gradients[first + 1] = cpu.cast(d_log_likelihood, problem.log_likelihood.dtype)
     if wants[first + 4]:
-        gradients[first + 4] = cast(d_relevance, log_weight)
+        assert problem.log_weight is not None
+        gradients[first + 4] = cpu.cast(d_relevance, problem.log_weight.dtype)
     return tuple(gradients)
-
-
-def cast(gradient: Tensor, tensor: Tensor | None) -> Tensor:
-    """The gradient in the dtype of its input; torch's own cast takes its time also where that is the same."""
-    assert tensor is not None
-    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
 
 
 torch.library.register_autograd("realm_kernels::marginal_loss", _backward, setup_context=_save_inputs)
 
 
 def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.mode, ctx.needs_scores, ctx.needs_log_likelihood = inputs[:9]
-    ctx.save_for_backward(*tensors, inputs[9] if len(inputs) > 9 else None)
+    problem, (*ctx.needs, count) = _split(inputs[1:], _NEEDS)
+    ctx.mode = problem.mode
+    ctx.save_for_backward(inputs[0], *problem[:5], count)
 
 
-def _double_backward(ctx: Any, v_scores: Tensor, v_log_likelihood: Tensor) -> tuple[Tensor | None, ...]:
-    d_loss, *inputs, divisor = ctx.saved_tensors
-    d_d_loss, d_relevance, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd_bwd(
-        v_scores if ctx.needs_scores else None,
-        v_log_likelihood if ctx.needs_log_likelihood else None,
-        d_loss,
-        *inputs,
-        ctx.mode,
-        divisor,
-    )
-    gradients = _gradients(ctx.needs_input_grad, 1, inputs, d_relevance, d_log_likelihood)
-    return (d_d_loss.to(d_loss.dtype) if ctx.needs_input_grad[0] else None, *gradients[1:])
+def _double_backward(ctx: Any, *directions: Tensor) -> tuple[Tensor | None, ...]:
+    d_loss, *tensors, count = ctx.saved_tensors
+    problem = Problem._make([*tensors, ctx.mode])
+    needed = (v if need else None for v, need in zip(directions, ctx.needs, strict=True))
+    d_d_loss, *found = torch.ops.realm_kernels.marginal_loss_bwd_bwd(*needed, d_loss, *problem, count)
+    wants = ctx.needs_input_grad
+    return (d_d_loss.to(d_loss.dtype) if wants[0] else None, *_gradients(wants, 1, problem, *found)[1:])
 
 
 torch.library.register_autograd(

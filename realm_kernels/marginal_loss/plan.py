@@ -10,6 +10,7 @@ from ..backends import Explanation
 from ..ranks import HEADER_BYTES
 from . import distributed, op, reference
 from .checks import OP, REDUCTIONS, check, check_choice
+from .problem import Problem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +52,7 @@ def explain(
     if group is None:
         check(OP, *inputs)
         check_choice(OP, "reduction", reduction, REDUCTIONS)
-        backend = op.backend_for(scores, reference.with_tokens(log_likelihood), *inputs[2:])
+        backend = op.backend_for(Problem(*inputs).with_tokens())
     else:
         ranks = distributed.ranks_of(scores, group)
         distributed.check_here(*inputs, reduction)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from .problem import Problem
 
 MODES = ("sequence", "token")
 
@@ -23,14 +24,6 @@ class Marginal(NamedTuple):
     log_marginal: Tensor  # [B, M] log p(y|x) = log sum_z p(z|x) p(y|z,x)
     posterior: Tensor  # [B, K, M] p(z|x,y)
     residual: Tensor  # [B, K, M] r(z) = p(z|x,y) - p(z|x), accurate also where the two nearly agree
-
-
-def result_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Of the loss: float64 where any input is, float32 for everything else."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
 
 
 def relevance(scores: Tensor, doc_mask: Tensor | None, log_weight: Tensor | None) -> Tensor:
@@ -172,23 +165,19 @@ def reduce(loss: Tensor, count: Tensor, reduction: str) -> Tensor:
 
 
 def forward(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """loss, the sum of -log_marginal over the scored columns, and count int64, how many those are.
 
     Both are [B] for reduction "none", else one number each.
     """
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     log_p = log_prior(scores, doc_mask, log_weight)
     scored = scored_columns(log_p, log_likelihood, token_mask, mode)
     log_marginal = marginal(log_p, columns(log_likelihood, token_mask, mode)).log_marginal
     loss, count = torch.where(scored, -log_marginal, 0.0).sum(1), scored.sum(1)
-    loss = reduce(loss, count, reduction).to(result_dtype(scores, log_likelihood, log_weight))
+    loss = reduce(loss, count, reduction).to(problem.loss_dtype)
     return loss, count if reduction == "none" else count.sum()
 
 
@@ -201,12 +190,7 @@ def upstream(d_loss: Tensor, count: Tensor | None, batch: int) -> Tensor:
 def backward(
     d_loss: Tensor,
     count: Tensor | None,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     needs_scores: bool,
     needs_log_likelihood: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -216,11 +200,12 @@ def backward(
     d_scores [B, K] has the dtype of the loss (log_weight has the same gradient), d_log_likelihood [B, K, M]
     its own.
     """
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     log_p = log_prior(scores, doc_mask, log_weight)
     scored = scored_columns(log_p, log_likelihood, token_mask, mode)[:, None, :]  # [B, 1, M] or [B, 1, 1]
     _, posterior, residual = marginal(log_p, columns(log_likelihood, token_mask, mode))
     g = upstream(d_loss, count, scores.shape[0])[:, None, None]
-    d_scores = scores.new_empty(0, dtype=result_dtype(scores, log_likelihood, log_weight))
+    d_scores = scores.new_empty(0, dtype=problem.loss_dtype)
     d_log_likelihood = log_likelihood.new_empty(0)
     if needs_scores:
         live = scored & (residual != 0)  # an infinite or NaN g must not turn a zero into NaN
@@ -238,13 +223,8 @@ def double_backward(
     v_scores: Tensor | None,
     v_log_likelihood: Tensor | None,
     d_loss: Tensor,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
     count: Tensor | None,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of <v_scores, d_scores> + <v_log_likelihood, d_log_likelihood> in closed form.
 
@@ -252,6 +232,7 @@ def double_backward(
     V(prior). Returns d_d_loss [B] and d_scores [B, K] in the dtype of the loss, d_log_likelihood [B, K, M] in
     its own.
     """
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     log_p = log_prior(scores, doc_mask, log_weight)
     scored = scored_columns(log_p, log_likelihood, token_mask, mode)[:, None, :]
     log_marginal, posterior, residual = marginal(log_p, columns(log_likelihood, token_mask, mode))
@@ -271,7 +252,7 @@ def double_backward(
         d_d_loss = upstream(d_d_loss.sum(), count, 1)[0]
     d_scores = -g[:, None] * (along - covariance(prior, v_s)).sum(2)
     d_log_likelihood = select_tokens((-g[:, None, None] * along).expand(log_likelihood.shape), token_mask)
-    dtype = result_dtype(scores, log_likelihood, log_weight)
+    dtype = problem.loss_dtype
     return d_d_loss.to(dtype), d_scores.to(dtype), d_log_likelihood.to(log_likelihood.dtype).contiguous()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
-from .reference import result_dtype
+from .problem import Problem
 
 TILE = 1024  # float64 numbers of a tile at most
 PER_THREAD = 4  # of these for each thread: more spills
@@ -18,15 +18,8 @@ MAX_REGISTERS = 255
 REDUCE_BLOCK = 1024
 
 
-def refuses(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
-) -> str | None:
-    return unserved(scores.device)
+def refuses(problem: Problem) -> str | None:
+    return unserved(problem.scores.device)
 
 
 def unserved(device: torch.device) -> str | None:
@@ -75,18 +68,14 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def forward(
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     from . import triton_kernels as kernels
 
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     batch, documents, tokens = log_likelihood.shape
-    dtype = result_dtype(scores, log_likelihood, log_weight)
+    dtype = problem.loss_dtype
     losses = scores.new_empty(batch, dtype=dtype if reduction == "none" else torch.float64)
     counts = scores.new_empty(batch, dtype=torch.int64)
     with on_device(scores.device):
@@ -117,19 +106,15 @@ def forward(
 def backward(
     d_loss: Tensor,
     count: Tensor | None,
-    scores: Tensor,
-    log_likelihood: Tensor,
-    token_mask: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    mode: str,
+    problem: Problem,
     needs_scores: bool,
     needs_log_likelihood: bool,
 ) -> tuple[Tensor, Tensor]:
     from . import triton_kernels as kernels
 
+    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     batch, documents, tokens = log_likelihood.shape
-    dtype = result_dtype(scores, log_likelihood, log_weight)
+    dtype = problem.loss_dtype
     d_scores = scores.new_empty(scores.shape if needs_scores else (0,), dtype=dtype)
     d_log_likelihood = torch.empty(
         log_likelihood.shape if needs_log_likelihood else (0,),

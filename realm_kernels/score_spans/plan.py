@@ -44,5 +44,5 @@ def explain(
         "made anew in each pass, 12 bytes a span kept",
         bytes=bytes_moved,
         flops=flops,
-        limit="the larger of bytes / bandwidth and flops / float32 rate: each span reads rows in the caches",
+        limit="the larger of bytes / bandwidth and flops / float32 rate: spans read rows that lie in cache",
     )

@@ -8,6 +8,7 @@ from ..backends import explained_by
 from . import plan
 from .checks import check
 from .op import call
+from .problem import Problem
 
 __all__ = ["span_marginal_loss"]
 
@@ -60,4 +61,5 @@ def span_marginal_loss(
     >>> loss = rk.span_marginal_loss(scores, span_scores, correct, normalization="global")
     """
     check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
-    return call(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
+    problem = Problem(scores, span_scores, correct, valid, doc_mask, log_weight, normalization)
+    return call(problem, reduction)

@@ -8,6 +8,7 @@ from ..backends import Explanation
 from ..marginal_loss.plan import FLOPS_PER_EXP
 from .checks import OP, check
 from .op import backend_for
+from .problem import Problem
 
 
 def cost(batch: int, documents: int, spans: int, span_bytes: int, score_bytes: int) -> tuple[int, int]:
@@ -28,11 +29,12 @@ def explain(
     reduction: str = "mean",
 ) -> Explanation:
     check(scores, span_scores, correct, valid, doc_mask, log_weight, normalization, reduction)
+    problem = Problem(scores, span_scores, correct, valid, doc_mask, log_weight, normalization)
     batch, documents, spans = span_scores.shape
     bytes_moved, flops = cost(batch, documents, spans, span_scores.element_size(), scores.element_size())
     return Explanation(
         op=OP,
-        backend=backend_for(scores, span_scores, correct, valid, doc_mask, log_weight, normalization).name,
+        backend=backend_for(problem).name,
         plan=f"B={batch} K={documents} C={spans} normalization {normalization}: sums over spans, then "
         "the marginal over documents, float64 inside",
         bytes=bytes_moved,

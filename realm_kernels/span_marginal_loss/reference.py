@@ -27,9 +27,9 @@ from ..marginal_loss.reference import (
     peak,
     reduce,
     relevance,
-    result_dtype,
     upstream,
 )
+from .problem import Problem
 
 
 def masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
@@ -56,25 +56,20 @@ def likelihood(right: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    scores: Tensor,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    normalization: str,
+    problem: Problem,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, count (1 for an example with a correct span in some document) and what the backward needs.
 
     kept: float64 [4, B, K]: A, I, and of each document the posterior and r, 0 where nothing is pulled.
     """
+    scores, span_scores, correct, valid, doc_mask, log_weight, _ = problem
     u = relevance(scores, doc_mask, log_weight)  # [B, K]
     is_right, is_wrong = span_masks(correct, valid, u != -torch.inf)
     wide = span_scores.double()
     right, wrong = masked_logsumexp(wide, is_right), masked_logsumexp(wide, is_wrong)
     log_likelihood, log_normalizer = likelihood(right, wrong)
-    if normalization == "global":
+    if problem.is_global:
         # Without a valid span a document has no part in the softmax over spans: N = -inf masks it.
         u = torch.where((u == -torch.inf) | (log_normalizer == -torch.inf), -torch.inf, u + log_normalizer)
     found = marginal(normalised(u, *peak(u)), log_likelihood[:, :, None])
@@ -83,7 +78,7 @@ def forward(
     loss = torch.where(counted, -found.log_marginal[:, 0], 0.0)
     kept = torch.stack([right, wrong, found.posterior[:, :, 0], found.residual[:, :, 0]])
     count = counted.long()
-    dtype = result_dtype(scores, span_scores, log_weight)
+    dtype = problem.loss_dtype
     return reduce(loss, count, reduction).to(dtype), count if reduction == "none" else count.sum(), kept
 
 
@@ -122,13 +117,7 @@ def backward(
     d_loss: Tensor,
     count: Tensor | None,
     kept: Tensor,
-    scores: Tensor,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    normalization: str,
+    problem: Problem,
     needs_scores: bool,
     needs_span_scores: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -139,9 +128,10 @@ def backward(
     of a and n, the shares of a span among the correct and among the valid spans of its document. An empty
     tensor for what is not needed. count: the divisor of reduction "mean"; None for the others.
     """
+    scores, span_scores, correct, valid, doc_mask, log_weight, _ = problem
     right, wrong, posterior, residual = kept
     g = upstream(d_loss, count, scores.shape[0])[:, None]
-    d_scores = scores.new_empty(0, dtype=result_dtype(scores, span_scores, log_weight))
+    d_scores = scores.new_empty(0, dtype=problem.loss_dtype)
     d_span_scores = span_scores.new_empty(0)
     # Selected, not multiplied: an infinite or NaN g must not turn a zero into NaN.
     d_relevance = torch.where(residual != 0, -g * residual, 0.0)
@@ -152,7 +142,7 @@ def backward(
         share = shares(span_scores, *span_masks(correct, valid, is_document), right, wrong)
         d_likelihood = torch.where(posterior != 0, -g * posterior, 0.0)
         d_wide = _times(d_likelihood, share.difference)
-        if normalization == "global":
+        if problem.is_global:
             d_wide = d_wide + _times(d_relevance, share.valid)
         d_span_scores = d_wide.to(span_scores.dtype)
     return d_scores, d_span_scores
@@ -168,13 +158,7 @@ def double_backward(
     d_loss: Tensor,
     count: Tensor | None,
     kept: Tensor,
-    scores: Tensor,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    normalization: str,
+    problem: Problem,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of <v_scores, d_scores> + <v_span_scores, d_span_scores> in closed form.
 
@@ -184,8 +168,9 @@ def double_backward(
     h_u = h_l - V(p) v_u, and a span adds its own: d a_c = a_c (v_c - alpha), d n_c = n_c (v_c - nu).
     Returns d_d_loss and d_scores [B, K] in the dtype of the loss, d_span_scores [B, K, C] in its own.
     """
+    scores, span_scores, correct, valid, doc_mask, log_weight, _ = problem
     right, wrong, posterior, residual = kept
-    is_global = normalization == "global"
+    is_global = problem.is_global
     u = relevance(scores, doc_mask, log_weight)
     share = shares(span_scores, *span_masks(correct, valid, u != -torch.inf), right, wrong)
     v_t = torch.zeros_like(share.right)
@@ -209,7 +194,7 @@ def double_backward(
     d_span_scores = h_l[:, :, None] * share.difference + of_right - of_valid
     if is_global:
         d_span_scores = d_span_scores + h_u[:, :, None] * share.valid
-    dtype = result_dtype(scores, span_scores, log_weight)
+    dtype = problem.loss_dtype
     return (
         d_d_loss.to(dtype),
         (-g[:, None] * h_u).to(dtype),

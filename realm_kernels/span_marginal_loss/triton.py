@@ -7,20 +7,12 @@ from torch import Tensor
 
 from .. import backends
 from ..marginal_loss import triton as marginal_loss
-from ..marginal_loss.reference import result_dtype
 from ..marginal_loss.triton import MAX_REGISTERS, PER_THREAD, TILE, as_bytes, contiguous, on_device
+from .problem import Problem
 
 
-def refuses(
-    scores: Tensor,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    normalization: str,
-) -> str | None:
-    return marginal_loss.unserved(scores.device)
+def refuses(problem: Problem) -> str | None:
+    return marginal_loss.unserved(problem.scores.device)
 
 
 def span_tile(spans: int) -> dict[str, int]:
@@ -35,21 +27,16 @@ def span_tile(spans: int) -> dict[str, int]:
 
 
 def forward(
-    scores: Tensor,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    normalization: str,
+    problem: Problem,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..marginal_loss.triton_kernels import marginal_loss_reduce_kernel
     from . import triton_kernels as kernels
 
+    scores, span_scores, correct, valid, doc_mask, log_weight, _ = problem
     batch, documents, spans = span_scores.shape
     rows = batch * documents
-    dtype = result_dtype(scores, span_scores, log_weight)
+    dtype = problem.loss_dtype
     kept = scores.new_empty((4, batch, documents), dtype=torch.float64)
     losses = scores.new_empty(batch, dtype=dtype if reduction == "none" else torch.float64)
     counts = scores.new_empty(batch, dtype=torch.int64)
@@ -71,7 +58,7 @@ def forward(
                 has_correct,
                 rows,
                 spans,
-                GLOBAL=normalization == "global",
+                GLOBAL=problem.is_global,
                 C_END=-(-spans // tile["BLOCK_C"]) * tile["BLOCK_C"],
                 **tile,
             )
@@ -105,21 +92,16 @@ def backward(
     d_loss: Tensor,
     count: Tensor | None,
     kept: Tensor,
-    scores: Tensor,
-    span_scores: Tensor,
-    correct: Tensor,
-    valid: Tensor | None,
-    doc_mask: Tensor | None,
-    log_weight: Tensor | None,
-    normalization: str,
+    problem: Problem,
     needs_scores: bool,
     needs_span_scores: bool,
 ) -> tuple[Tensor, Tensor]:
     from . import triton_kernels as kernels
 
+    scores, span_scores, correct, valid, doc_mask, log_weight, _ = problem
     batch, documents, spans = span_scores.shape
     rows = batch * documents
-    dtype = result_dtype(scores, span_scores, log_weight)
+    dtype = problem.loss_dtype
     d_scores = scores.new_empty(scores.shape if needs_scores else (0,), dtype=dtype)
     d_span_scores = torch.empty(
         span_scores.shape if needs_span_scores else (0,), dtype=span_scores.dtype, device=scores.device
@@ -140,7 +122,7 @@ def backward(
                 rows,
                 documents,
                 spans,
-                GLOBAL=normalization == "global",
+                GLOBAL=problem.is_global,
                 REDUCED=d_loss.dim() == 0,
                 **tile,
             )

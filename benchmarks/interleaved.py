@@ -1,14 +1,16 @@
-"""marginal_loss and span_marginal_loss beside plain torch and torch.compile, call by call in turn.
+"""The small ops beside plain torch and torch.compile, call by call in turn: the ratios of their README.md.
 
-On a machine that others use too, times of two runs do not compare; the median of the ratios of neighbouring
-calls does. python -m benchmarks.interleaved_marginal_loss [threads] [seconds a shape] [--compile]
+`make bench` has each implementation's time by itself and its share of the limit. On a machine that others use
+too such times do not compare; the median of the ratios of neighbouring calls does.
+
+    python -m benchmarks.interleaved [threads] [seconds a shape] [--compile] [--op score_spans]
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +20,9 @@ import torch
 
 import realm_kernels as rk
 
+from . import bench_score_spans as score
 from . import marginal_loss_peers as peers
+from .memory import peak_of
 
 MARGINAL = [*itertools.product((4, 16, 64, 512), (8, 50, 1000))]  # B, K
 # The reader's spans of its top five blocks, and the retriever's loss over its beam.
@@ -53,25 +57,25 @@ def step_of(loss_of: Callable[..., torch.Tensor], *arguments: Any, **options: An
     return lambda: loss_of(*arguments, **options).backward()
 
 
-def main(threads: int = 1, seconds: float = 0.5, compiled: bool = False) -> None:
-    torch.set_num_threads(threads)
-    torch._dynamo.config.cache_size_limit = 1000  # each shape its own code, as a trainer of that shape has it
+def peers_of(loss_of: Callable[..., torch.Tensor], compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
+    both = {"torch eager": loss_of}
+    return both | {"torch.compile": torch.compile(loss_of, dynamic=False)} if compiled else both
 
-    def beside(peer: Callable[..., torch.Tensor], *arguments: Any) -> dict[str, Callable[[], None]]:
-        steps = {"torch eager": step_of(peer, *arguments)}
-        if compiled:
-            steps["torch.compile"] = step_of(torch.compile(peer, dynamic=False), *arguments)
-        return steps
 
+def marginal_loss(seconds: float, compiled: bool) -> None:
     for batch, documents in MARGINAL:
         for tokens, mode in ((0, "sequence"), (1, "sequence"), (1, "token"), (20, "sequence"), (20, "token")):
             s = torch.randn(batch, documents).requires_grad_()
             shape = (batch, documents, tokens) if tokens else (batch, documents)
             x = (-10 * torch.rand(shape)).requires_grad_()
             peer = partial(peers.marginal_loss, mode=mode) if tokens else peers.marginal_loss_of_answers
-            steps = {"ours": step_of(rk.marginal_loss, s, x, mode=mode)} | beside(peer, s, x)
+            others = {who: step_of(f, s, x) for who, f in peers_of(peer, compiled).items()}
+            steps = {"ours": step_of(rk.marginal_loss, s, x, mode=mode)} | others
             name = f"B={batch} K={documents} " + (f"M={tokens} {mode}" if tokens else "[B, K]")
             print(f"marginal_loss {name}: {ratios(steps, (s, x), seconds)}", flush=True)
+
+
+def span_marginal_loss(seconds: float, compiled: bool) -> None:
     for normalization in ("document", "global"):
         for batch, documents, spans in SPANS:
             s = torch.randn(batch, documents).requires_grad_()
@@ -80,15 +84,45 @@ def main(threads: int = 1, seconds: float = 0.5, compiled: bool = False) -> None
             right[:, 0, 0] = True
             peer = partial(peers.span_marginal_loss, normalization=normalization)
             steps = {"ours": step_of(rk.span_marginal_loss, s, x, right, normalization=normalization)}
+            steps |= {who: step_of(f, s, x, right) for who, f in peers_of(peer, compiled).items()}
             name = f"B={batch} K={documents} C={spans} {normalization}"
-            told = ratios(steps | beside(peer, s, x, right), (s, x), seconds)
-            print(f"span_marginal_loss {name}: {told}", flush=True)
+            print(f"span_marginal_loss {name}: {ratios(steps, (s, x), seconds)}", flush=True)
+
+
+def score_spans(seconds: float, compiled: bool) -> None:
+    """Also the peak of memory above what was there before a call."""
+    for name in score.SHAPES:
+        head, halves, d_scores = score.inputs(name)
+        functions = {"ours": head.fused} | peers_of(head.plain, compiled)
+        steps = {who: lambda f=f: f(*halves).backward(d_scores) for who, f in functions.items()}  # noqa: B023
+        leaves = [*halves, *head.parameters()]
+        print(f"score_spans {name}: {ratios(steps, leaves, seconds)}", flush=True)
+        for who, step in steps.items():
+            for leaf in leaves:
+                leaf.grad = None
+            print(f"  {who}: peak memory {peak_of(step)[1] / 2**20:.0f} MiB", flush=True)
+
+
+OPS = {"marginal_loss": marginal_loss, "span_marginal_loss": span_marginal_loss, "score_spans": score_spans}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("threads", type=int, nargs="?", default=1)
+    parser.add_argument("seconds", type=float, nargs="?", default=0.5, help="of each shape")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile too: the first time half an hour"
+    )
+    parser.add_argument("--op", action="append", choices=OPS, help="only this; may be given again")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    # Each shape its own code, as a trainer of that shape has it.
+    torch._dynamo.config.recompile_limit = 1000
+    for op in arguments.op or OPS:
+        OPS[op](arguments.seconds, arguments.compile)
 
 
 if __name__ == "__main__":
-    numbers = [argument for argument in sys.argv[1:] if argument != "--compile"]
-    main(
-        int(numbers[0]) if numbers else 1,
-        float(numbers[1]) if len(numbers) > 1 else 0.5,
-        "--compile" in sys.argv,
-    )
+    main()
