@@ -39,7 +39,7 @@ squad: $(READY)
 
 SQUAD_EVALUATION = --corpus $(SQUAD)/corpus --questions $(SQUAD)/held_out.jsonl --length 176
 # From nothing, so with a rate fifty times the released one. Of many questions few blocks are read.
-SQUAD_TUNING = --steps 150 --batch 16 --reader-beam 2 --searcher-beam 1000 --lr 5e-4 --length 176
+SQUAD_TUNING = --steps 1000 --batch 16 --reader-beam 2 --searcher-beam 1000 --lr 5e-4 --length 176
 
 test: $(READY)
 	$(BIN)/python -m pytest tests

@@ -94,6 +94,14 @@ def test_an_untrained_reader_of_two_layers_fills_a_mask_from_the_place_with_the_
     assert (confused == words[places]).float().mean() < 0.5
 
 
+@pytest.mark.parametrize(("hidden", "heads"), [(64, 1), (64, 2), (64, 16), (8, 1)])
+def test_a_reader_of_any_width_and_number_of_heads_can_begin(hidden, heads):
+    config = ModelConfig(hidden=hidden, reader_layers=2, heads=heads, query_length=20, document_length=40)
+    model = Realm(config, 100)
+    start_reading(model.reader, torch.full((100,), 1.0))
+    assert all(parameter.isfinite().all() for parameter in model.reader.parameters())
+
+
 def test_an_untrained_reader_sees_where_the_words_of_a_question_stand():
     config = ModelConfig(hidden=256, layers=1, reader_layers=2, heads=4, query_length=20, document_length=80)
     torch.manual_seed(0)

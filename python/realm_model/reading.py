@@ -65,10 +65,12 @@ def _read_in_two_layers(bert: BertModel) -> None:
     first, last = bert.encoder.layer[0].attention, bert.encoder.layer[-1].attention
     hidden, width = bert.config.hidden_size, first.self.attention_head_size
     heads = torch.arange(hidden).split(width)  # the rows of each
-    marking, summing = heads[-max(1, len(heads) // 4) :], heads[len(heads) - len(heads) // 2 :]
-    near, copying = heads[: len(heads) - len(marking)], heads[: len(heads) - len(summing)]
+    count = len(heads)
+    marks, sums = max(1, count // 4) if count > 1 else 0, count // 2
+    near, marking = heads[: count - marks], heads[count - marks :]
+    copying, summing = heads[: count - sums], heads[count - sums :]
     sines = 2 * max(1, min(8, width // 4))
-    places = slice(SUMS + len(summing), SUMS + len(summing) + sines)
+    places = slice(SUMS + sums, SUMS + sums + sines)
     bert.embeddings.word_embeddings.weight[:, ASKED : places.start] = 0.0
     bert.embeddings.token_type_embeddings.weight[0, ASKED] = CLEAR * bert.config.initializer_range
     _set_positions(bert, places)
@@ -81,6 +83,7 @@ def _read_in_two_layers(bert: BertModel) -> None:
         _look_at(first.self, rows, places, OFFSETS[number % len(OFFSETS)], SHARP)
         first.self.value.weight[rows] = torch.randn(width, hidden) / hidden**0.5 * words
     first.output.dense.weight[MARK] = 0.0
+    # A word that the query lacks looks at [CLS], which is neither asked for nor a mark.
     for rows in marking:
         _compare(first.self, rows, torch.diag(words))
         _add(first.self, rows[0], ASKED, IN_QUERY / CLEAR)
@@ -88,7 +91,7 @@ def _read_in_two_layers(bert: BertModel) -> None:
         first.self.value.weight[rows[0]] = 0.0
         first.self.value.weight[rows[0], ASKED] = 1 / CLEAR
         first.self.value.weight[rows[0], OWN] = -1 / hidden**0.5
-        first.output.dense.weight[MARK, rows[0]] = CLEAR / len(marking)
+        first.output.dense.weight[MARK, rows[0]] = CLEAR / marks
 
     for rows in copying:
         _compare(last.self, rows, turn.T)  # all neighbours at once
@@ -105,6 +108,7 @@ def _look_at(attention: nn.Module, rows: Tensor, places: slice, offset: int, sha
     """The head of these rows looks at the place `offset` further, from wherever it is."""
     sines, width = places.stop - places.start, len(rows)
     attention.key.weight[rows] = attention.query.weight[rows] = 0.0
+    # The last rows: the first may ask for the idf.
     attention.key.weight[rows[-sines:], places] = torch.eye(sines)
     shift = _shift(_rates(sines // 2), offset)
     attention.query.weight[rows[-sines:], places] = sharp * width**0.5 * shift
@@ -114,7 +118,7 @@ def _compare(attention: nn.Module, rows: Tensor, seen: Tensor) -> None:
     """The head of these rows looks for places like its own, in a random projection of what is seen: of the
     n coordinates of seen [n, H] x, each about as large as one.
     """
-    width, count = len(rows), int(seen.any(dim=1).sum())
+    width, count = len(rows), max(1, int(seen.any(dim=1).sum()))
     projection = torch.randn(width, len(seen)) / width**0.5 @ seen
     both = MATCH**0.5 * width**0.25 / count**0.5 * projection
     attention.query.weight[rows] = attention.key.weight[rows] = both
