@@ -59,6 +59,7 @@ class CMakeBuild(build_ext):
         arguments = [
             "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # an isolated build's ninja moves
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module_dir}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -70,8 +71,7 @@ class CMakeBuild(build_ext):
             if wanted:
                 arguments.append(f"-DREALM_KERNELS_CUDA_ARCHITECTURES={wanted}")
         module_dir.mkdir(parents=True, exist_ok=True)
-        # A build environment's cmake and ninja move from one build to the next, so nothing of them is kept.
-        subprocess.run(["cmake", "--fresh", *arguments, str(ROOT)], cwd=build_dir, check=True)
+        subprocess.run(["cmake", *arguments, str(ROOT)], cwd=build_dir, check=True)
         subprocess.run(["cmake", "--build", "."], cwd=build_dir, check=True)
 
 
