@@ -154,7 +154,8 @@ def test_every_stage_has_its_loss_where_the_model_is(setting, model):
 def test_a_model_elsewhere_is_evaluated_and_asked(setting, model):
     result = evaluate(model, setting.corpus, CONFIG, setting.corpus.held_out[torch.arange(8)])
     assert 0 <= result.recall[5] <= 1 and result.log_marginal < 0
-    answer = answer_module.answer(setting, model, "the [MASK]")
+    table = build_table(model, setting.corpus.documents)
+    answer = answer_module.answer(setting, model, table, "the [MASK]")
     assert len(answer.candidates) == CONFIG.candidates
 
 
