@@ -50,5 +50,5 @@ def refused(rank, size, config, out, builders):
     """What each rank is told of a run that cannot begin."""
     try:
         pretrain(config, out, lambda record: None, machine=Machine(refresh_ranks=builders))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
