@@ -62,6 +62,7 @@ def save(folder: Path, number: int, checkpoint: Checkpoint) -> None:
     plain = {"format": checkpoint.format, "state": _take_tensors(checkpoint.state, "", tensors)}
     save_file(tensors, partial / TENSORS)
     (partial / STATE).write_text(json.dumps(plain), encoding="utf-8")
+    (partial / TENSORS).chmod((partial / STATE).stat().st_mode)  # save_file leaves it to the owner alone
     checkpoint.tokenizer.save(str(partial / TOKENIZER))
     for path in (*partial.iterdir(), partial):
         _flush(path)
