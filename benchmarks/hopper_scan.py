@@ -26,7 +26,7 @@ WIKIPEDIA = 13_353_718  # REALM's blocks
 TABLES = (
     ("bfloat16", WIKIPEDIA, 128, ((1, 8), (64, 8), (128, 8), (128, 100), (256, 8), (512, 8), (512, 100))),
     ("int8", WIKIPEDIA, 128, ((1, 8), (64, 8), (128, 8), (512, 8), (512, 100))),
-    ("bfloat16", 1_000_000, 768, ((64, 8), (512, 8))),
+    ("bfloat16", 1_000_000, 768, ((64, 8), (128, 8), (256, 8), (512, 8))),
 )
 HEADER = "scanned          N    D     B    k  limit, ms   empty  maxima   whole  of the limit  repairs  plan"
 

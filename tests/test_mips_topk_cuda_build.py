@@ -57,6 +57,15 @@ class Compiled:
         found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         self.registers = {name: int(registers) for name, registers, _, _ in found}
         self.spills = {name: int(stack) + int(local) for name, _, stack, local in found}
+        elf = subprocess.run(
+            [cuobjdump(), "-elf", self.cubin], capture_output=True, text=True, check=True
+        ).stdout
+        parts = re.split(r"^\.nv\.info\.(\S+)$", elf, flags=re.M)
+        found = zip(parts[1::2], parts[2::2], strict=True)
+        dims = {name: re.search(r"CTA_PER_CLUSTER\s+Format:.*\s+Value:(.*)", said) for name, said in found}
+        self.clusters = {
+            name: tuple(int(x, 16) for x in at[1].split()) if at else (1, 1, 1) for name, at in dims.items()
+        }
         return self
 
 
@@ -103,7 +112,7 @@ def test_the_scan_is_made_of_wgmma_and_tma(compiled):
         columns = 64 if "ShapeE2" in name else 128
         depth = 32 if "Int8" in name else 16
         assert products == {f"{wanted}.64x{columns}x{depth}"}, (name, products)
-        assert "UTMALDG.2D" in sass, name
+        assert re.search(r"\bUTMALDG\.2D \[", sass), name
         # Registers go from the producer to the consumers.
         assert len(re.findall(r"USETMAXREG", sass)) == 2, name
         if "ShapeE0" in name:
@@ -112,6 +121,24 @@ def test_the_scan_is_made_of_wgmma_and_tma(compiled):
             assert len(re.findall(rf"\b{wanted}\b", sass)) == 2 * 4 * (1 + 2 + 3 + 4), name
             assert len(re.findall(rf"\b{wanted}\b.*gsb0", sass)) == 2 * 4, name
             assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1", sass)) == 2 * 4, name
+
+
+@needs_nvcc
+def test_blocks_that_stream_queries_share_them_in_clusters_of_two(compiled):
+    scan = compiled[0]
+    assert set(scan.clusters) == set(scan.sass)
+    for name, sass in scan.sass.items():
+        is_deep = "ShapeE1" in name
+        assert scan.clusters[name] == (2 if is_deep else 1, 1, 1), name
+        assert ("UTMALDG.2D.MULTICAST" in sass) == is_deep, name
+        # All of a cluster meet before the first load and after the last arrival, and nothing else waits for
+        # what was stored to be seen by the whole device.
+        meetings = 2 if is_deep else 0
+        for instruction in ("UCGABAR_ARV", "UCGABAR_WAIT", r"MEMBAR\.\w+\.GPU"):
+            assert len(re.findall(rf"\b{instruction}\b", sass)) == meetings, (name, instruction)
+        # Consumers, with a block of queries or two, free a stage within a tile and after it, in both blocks.
+        arrivals = len(re.findall(r"SYNCS\.ARRIVE\.TRANS64\.RED\.A1T0", sass))
+        assert arrivals == (4 if is_deep else 0), name
 
 
 @needs_nvcc
@@ -179,6 +206,23 @@ def test_every_plan_keeps_to_its_budgets():
                         assert found["bytes"] <= 256 << 20 or found["batch"] == 1
                         assert found["stages"] >= 3
                         assert found["selected"] * found["group"] >= min(k, N)
+
+
+@needs_module
+@pytest.mark.parametrize("D", [128, 768])
+@pytest.mark.parametrize("N", [100_000, H200_SHAPE["N"]])
+def test_blocks_of_the_scan_share_out_the_device(N, D):
+    for B in range(65, 16_000, 97):
+        found = plan(B, D, N=N)
+        cluster = 2 if found["shape"] == "deep" else 1
+        queries = -(-min(B, found["batch"]) // 64)  # blocks of 64
+        columns = -(-queries // (4 if found["shape"] == "deep" else 8))  # of the grid
+        workers, rest = divmod(found["blocks"], columns * cluster)
+        assert rest == 0
+        # Steps of all waves, against tiles shared out evenly.
+        tiles = -(-N // 128)
+        steps = -(-found["blocks"] // 132) * -(-tiles // (workers * cluster))
+        assert steps <= 1.15 * (tiles * columns / 132) + 8, (B, found)
 
 
 @needs_module

@@ -37,6 +37,8 @@ SCANS = [
     pytest.param("deep", torch.bfloat16, 128, 200, 768, 128, 2, 2, False, id="deep-D768"),
     pytest.param("deep", torch.bfloat16, 250, 300, 328, 64, 4, 1, True, id="deep-ragged-D-masked"),
     pytest.param("deep", torch.int8, 70, 300, 1040, 32, 3, 1, True, id="deep-int8-three-blocks"),
+    pytest.param("deep", torch.bfloat16, 300, 700, 192, 128, 3, 2, True, id="deep-two-query-blocks-masked"),
+    pytest.param("deep", torch.float16, 66, 100, 320, 64, 2, 2, False, id="deep-blocks-without-rows"),
     pytest.param("narrow", torch.bfloat16, 5, 700, 128, 128, 1, 2, False, id="narrow-B5"),
     pytest.param("narrow", torch.bfloat16, 64, 400, 768, 64, 1, 1, True, id="narrow-more-panels-than-stages"),
     pytest.param("narrow", torch.bfloat16, 9, 900, 320, 128, 1, 1, False, id="narrow-stages-of-either-group"),
@@ -96,6 +98,13 @@ def test_no_order_of_threads_and_transfers_matters(model, shape, blocks, N, D, s
     check_scan(model, shape, torch.bfloat16, 40, N, D, 128, blocks, 1, False, seed)
 
 
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_clusters_of_any_size_find_the_same(tmp_path, cluster):
+    sized = cases.build(tmp_path, ("sm90/layout.h", "kDeepCluster = 2;", f"kDeepCluster = {cluster};"))
+    for seed in range(3):
+        check_scan(sized, "deep", torch.bfloat16, 130, 128 * 9 - 5, 192, 128, 3, 2, True, seed)
+
+
 # Mistakes that such kernels are prone to. The model must notice each: by wrong numbers or a deadlock.
 MISTAKES = {
     "a stage is not waited for": (
@@ -140,16 +149,54 @@ MISTAKES = {
         "2 * (thread % 4) + i / 2 % 2;",
     ),
 }
+CLUSTER_MISTAKES = {
+    "a block is told twice that a stage is free and the other one never": (
+        "sm90/scan_parts.h",
+        "barrier_arrive_at(barrier, lane);",
+        "barrier_arrive(barrier);",
+    ),
+    "a stage is free when the warps of its own block are done": (
+        "sm90/scan_parts.h",
+        "const int readers = kCluster * kConsumerWarps",
+        "const int readers = kConsumerWarps",
+    ),
+    "a block announces the bytes that it loads itself": (
+        "sm90/scan_parts.h",
+        "static_cast<uint32_t>(plan.stage_bytes)",
+        "static_cast<uint32_t>((plan.stage_bytes + kStageBytes) / 2)",
+    ),
+    "both blocks load the same queries": ("sm90/scan_parts.h", "int b = share.rank;", "int b = 0;"),
+    "queries are loaded for one block": ("sm90/scan_parts.h", "(1 << kCluster) - 1", "1 << share.rank"),
+    "others load before the barriers are made": (
+        "sm90/scan_parts.h",
+        "    cluster_sync();  // before",
+        "    __syncthreads();  // before",
+    ),
+    "a block ends while others arrive at it": (
+        "sm90/scan.h",
+        "    cluster_sync();  // the others",
+        "    // ",
+    ),
+    "a block without rows takes no part": (
+        "sm90/layout.h",
+        "ceil_div(num_rows, cluster * kTileRows) * cluster",
+        "ceil_div(num_rows, kTileRows)",
+    ),
+}
 
 
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.replace(" ", "-"))
+@pytest.mark.parametrize("mistake", MISTAKES | CLUSTER_MISTAKES, ids=lambda m: m.replace(" ", "-"))
 def test_the_model_notices_mistakes(tmp_path, mistake):
-    broken = cases.build(tmp_path, MISTAKES[mistake])
-    wide = ("wide", torch.bfloat16, 250, 128 * 9, 128, 64, 4)
-    narrow = ("narrow", torch.bfloat16, 5, 128 * 5, 768, 64, 1)  # more panels than stages
+    broken = cases.build(tmp_path, (MISTAKES | CLUSTER_MISTAKES)[mistake])
+    if mistake in CLUSTER_MISTAKES:
+        scan = ("deep", torch.bfloat16, 250, 128 * 9, 192, 128, 4)  # an odd number of tiles
+    elif "pass" in mistake:
+        scan = ("narrow", torch.bfloat16, 5, 128 * 5, 768, 64, 1)  # more panels than stages
+    else:
+        scan = ("wide", torch.bfloat16, 250, 128 * 9, 128, 64, 4)
     for seed in range(10):
         try:
-            check_scan(broken, *(narrow if "pass" in mistake else wide), 1, False, seed)
+            check_scan(broken, *scan, 1, False, seed)
         except (AssertionError, RuntimeError):
             return
     pytest.fail("every run was right")

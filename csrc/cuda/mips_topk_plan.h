@@ -133,12 +133,31 @@ inline int scattered_step(int runs) {
   return runs == 1 ? 0 : step % runs;
 }
 
+// Blocks of the scan: clusters of them for each block of queries, that share out the tiles. One wave of
+// clusters fills the device, unless several waves of less work leave fewer multiprocessors idle: of ten
+// blocks of queries and clusters of two, twelve of 132 in one wave, two in each of two. Below a
+// thirty-second it is not worth a second start.
+inline int scan_blocks(int multiprocessors, int query_blocks, int cluster, int64_t tiles) {
+  constexpr int kMaxWaves = 8;
+  const int each = query_blocks * cluster;
+  const int64_t shares = ceil_div<int64_t>(tiles, cluster);
+  int64_t clusters = 1, time = shares * ceil_div(each, multiprocessors);
+  for (int waves = 1; waves <= kMaxWaves; ++waves) {
+    const int64_t fit = waves * multiprocessors / each, used = fit < shares ? fit : shares;
+    const int64_t taken = used < 1 ? time : waves * ceil_div(shares, used);
+    if (taken * 33 < time * 32) {
+      clusters = used;
+      time = taken;
+    }
+  }
+  return each * static_cast<int>(clusters);
+}
+
 // The scan of a pass of `batch` queries, at most p.batch: the last pass may have fewer.
 inline void plan_scan(SearchPlan& p, const SearchShape& s, int64_t batch) {
   choose_shape(p, batch, static_cast<int>(p.scanned_pitch * bytes_of(s.scanned) / sm90::kPanelBytes));
   const int64_t tiles = ceil_div<int64_t>(s.num_rows, sm90::kTileRows);
-  const int64_t workers = s.multiprocessors / p.query_blocks;
-  p.scan_blocks = p.query_blocks * static_cast<int>(workers < 1 ? 1 : workers < tiles ? workers : tiles);
+  p.scan_blocks = scan_blocks(s.multiprocessors, p.query_blocks, sm90::cluster_blocks(p.shape), tiles);
 }
 
 // Groups of `group` rows, and as many queries a pass as then fit the workspace.

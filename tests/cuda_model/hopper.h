@@ -22,15 +22,22 @@ inline uint32_t shared_address(const void* pointer) { return machine().address(p
 
 inline void barrier_init(uint64_t* barrier, uint32_t count) {
   auto& b = machine().barrier(barrier);
+  b = {};  // also what was told to it too early
   b.count = b.pending = count;
 }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(uint64_t* barrier) {
+inline void barrier_arrive(void* barrier) {
   auto& b = machine().barrier(barrier);
   machine().require(b.pending > 0, "a barrier gets more arrivals than it was made for");
   --b.pending;
   b.settle();
   machine().progress();
+}
+inline void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  barrier_arrive(machine().at(machine().of_cluster(rank), shared_address(barrier)));
+}
+inline void cluster_sync() {
+  machine().meet(machine().cluster(), static_cast<int>(machine().cluster_size() * blockDim.x));
 }
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   machine().barrier(barrier).bytes += bytes;
@@ -43,25 +50,37 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-inline void tma_load(const TensorMap* map, void* to, uint64_t* barrier, int column, int row) {
-  const uint32_t address = shared_address(to);
+inline void tma_load_to(cuda_model::Block& block, const TensorMap* map, uint32_t address, uint32_t barrier,
+                        int column, int row) {
   machine().require(address % kAtomBytes == 0, "TMA: the target does not start a swizzle atom");
   machine().require((column * map->element_bytes) % kPanelBytes == 0, "TMA: a panel starts between panels");
-  std::memset(machine().at(address), 0xFF, static_cast<size_t>(map->box_rows) * kPanelBytes);  // NaN
-  machine().later([map, address, barrier, column, row] {
+  std::memset(machine().at(block, address), 0xFF, static_cast<size_t>(map->box_rows) * kPanelBytes);  // NaN
+  machine().later([&block, map, address, barrier, column, row] {
     for (int r = 0; r < map->box_rows; ++r) {
       for (int c = 0; c < kPanelBytes; ++c) {
         const int64_t byte = int64_t{column} * map->element_bytes + c;
         const bool inside = row + r < map->rows && byte < map->row_bytes;
         // The hardware swizzles the address it writes to, not the offset in the box.
-        *machine().at(swizzled(address + static_cast<uint32_t>(r * kPanelBytes + c))) =
+        *machine().at(block, swizzled(address + static_cast<uint32_t>(r * kPanelBytes + c))) =
             inside ? map->base[(row + r) * map->row_stride + byte] : 0;
       }
     }
-    auto& b = machine().barrier(barrier);
+    auto& b = machine().barrier(machine().at(block, barrier));
     b.bytes -= map->box_rows * kPanelBytes;
     b.settle();
   });
+}
+inline void tma_load(const TensorMap* map, void* to, uint64_t* barrier, int column, int row) {
+  tma_load_to(machine().block(), map, shared_address(to), shared_address(barrier), column, row);
+}
+inline void tma_load_multicast(const TensorMap* map, void* to, uint64_t* barrier, int column, int row,
+                               uint16_t blocks) {
+  machine().require(blocks >> machine().cluster_size() == 0, "TMA: a block that the cluster does not have");
+  for (unsigned rank = 0; rank < machine().cluster_size(); ++rank) {
+    if ((blocks >> rank & 1) != 0) {
+      tma_load_to(machine().of_cluster(rank), map, shared_address(to), shared_address(barrier), column, row);
+    }
+  }
 }
 inline void tma_prefetch(const TensorMap*) {}
 

@@ -1,11 +1,13 @@
 // A model of the parts of a GPU that the kernels in csrc/cuda use, so that g++ compiles the same kernels and
-// a CPU runs them: the threads of a block are fibers, switched at random wherever a real one could wait.
+// a CPU runs them: the threads of a cluster of blocks are fibers, switched at random wherever a real one
+// could wait.
 //
 // What the hardware does behind a kernel's back is made as nasty as it may be. A TMA transfer ruins its
-// target when it is issued and fills it some random time later. A wgmma runs when it is issued or as late as
-// the wait for it, and until then its accumulators hold NaN; its sums are truncated. Descriptors are decoded
-// bit by bit, addresses swizzled as the PTX ISA says, phases of barriers counted. So a stage freed too early,
-// a wrong parity, a missing wait or a wrong offset gives wrong numbers or a deadlock that is told, not luck.
+// targets when it is issued and fills each some random time later. Blocks of a cluster begin at different
+// times and fall behind. A wgmma runs when it is issued or as late as the wait for it, and until then its
+// accumulators hold NaN; its sums are truncated. Descriptors are decoded bit by bit, addresses swizzled as
+// the PTX ISA says, phases of barriers counted. So a stage freed too early, a wrong parity, a missing wait or
+// a wrong offset gives wrong numbers or a deadlock that is told, not luck.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +37,8 @@ namespace cuda_model {
 
 constexpr size_t kStackBytes = 96 * 1024;
 constexpr int kMisalignment = 48;  // of the dynamic shared memory, as nothing promises more than 16
-constexpr int kPatience = 2000;    // rounds without progress that mean a deadlock
+constexpr unsigned kLongestPause = 300;
+constexpr int kPatience = 2000;  // rounds without progress that mean a deadlock
 
 struct Barrier {
   uint32_t count = 0, pending = 0, phase = 0;
@@ -65,8 +68,19 @@ struct Rendezvous {
   uint64_t slots[2][32] = {};
 };
 
+struct Block {
+  unsigned index = 0;
+  unsigned pause = 0;  // rounds in which it stands still
+  std::unique_ptr<unsigned char[]> memory;
+  std::vector<Rendezvous> warps;
+  Rendezvous all;
+  std::map<int, Rendezvous> named;
+  size_t alive = 0;  // threads
+};
+
 struct Fiber {
   ucontext_t context;
+  Block* block = nullptr;
   std::unique_ptr<char[]> stack;
   unsigned thread = 0;
   bool done = false;
@@ -98,25 +112,39 @@ class Machine {
     return machine;
   }
 
-  // A launch: every block in turn, on `threads` fibers and `shared_bytes` of dynamic shared memory.
+  // A launch: cluster after cluster, a block on `threads` fibers and `shared_bytes` of dynamic shared memory.
   void launch(unsigned blocks, unsigned threads, size_t shared_bytes, uint64_t seed,
-              const std::function<void()>& kernel) {
+              const std::function<void()>& kernel, unsigned cluster = 1) {
     random_.seed(seed);
     slowness_ = chance(2) ? 2 : 20;
     kernel_ = &kernel;
-    for (unsigned block = 0; block < blocks; ++block) {
-      run_block(block, blocks, threads, shared_bytes);
+    gridDim.x = blocks;
+    blockDim.x = threads;
+    require(blocks % cluster == 0, "a launch of part of a cluster");
+    if (!error_.empty()) {
+      fail();
+    }
+    for (unsigned first = 0; first < blocks; first += cluster) {
+      run_cluster(first, cluster, threads, shared_bytes);
     }
   }
 
-  unsigned char* shared() { return memory_.get() + kMisalignment; }
-  uint32_t address(const void* pointer) const {
-    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - memory_.get());
+  unsigned char* shared() { return block().memory.get() + kMisalignment; }
+  // In the shared memory of the block that runs, or of another one of its cluster.
+  uint32_t address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - block().memory.get());
   }
-  unsigned char* at(uint32_t address) {
+  unsigned char* at(uint32_t address) { return at(block(), address); }
+  unsigned char* at(Block& of, uint32_t address) {
     require(address < memory_bytes_, "shared memory is left");
-    return memory_.get() + address;
+    require(of.alive > 0, "shared memory of a block that has ended is touched");
+    return of.memory.get() + address;
   }
+  Block& of_cluster(unsigned rank) {
+    require(rank < blocks_.size(), "a block that the cluster does not have");
+    return blocks_[rank];
+  }
+  unsigned cluster_size() const { return static_cast<unsigned>(blocks_.size()); }
   Barrier& barrier(void* pointer) { return barriers_[pointer]; }
   Fiber& fiber() { return *current_; }
   bool chance(int one_in) { return random_() % static_cast<unsigned>(one_in) == 0; }
@@ -145,9 +173,10 @@ class Machine {
       yield();
     }
   }
-  Rendezvous& warp() { return warps_[current_->thread / 32]; }
-  Rendezvous& block() { return block_; }
-  Rendezvous& named(int id) { return named_[id]; }
+  Block& block() { return *current_->block; }
+  Rendezvous& warp() { return block().warps[current_->thread / 32]; }
+  Rendezvous& named(int id) { return block().named[id]; }
+  Rendezvous& cluster() { return cluster_; }
 
   uint64_t exchange(uint64_t value, unsigned from_lane) {
     Rendezvous& place = warp();
@@ -170,44 +199,61 @@ class Machine {
     machine.require(machine.current_->open.empty() && machine.current_->groups.empty(),
                     "a thread ends with a wgmma under way");
     machine.current_->done = true;
+    --machine.block().alive;
     machine.progress();
     machine.yield_forever();
   }
 
-  void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_bytes) {
-    gridDim.x = blocks;
-    blockDim.x = threads;
-    blockIdx.x = block;
-    // Swizzling looks at addresses: the memory starts on a multiple of 1024 of them, namely at 0.
+  void start(Block& block, unsigned thread) {
+    fibers_.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *fibers_.back();
+    fiber.block = &block;
+    fiber.thread = thread;
+    fiber.stack.reset(new char[kStackBytes]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Machine::enter, 0);
+    ++block.alive;
+  }
+
+  void run_cluster(unsigned first, unsigned size, unsigned threads, size_t shared_bytes) {
     memory_bytes_ = shared_bytes + kMisalignment;
-    memory_.reset(new unsigned char[memory_bytes_]);
-    std::memset(memory_.get(), 0xFF, memory_bytes_);
     barriers_.clear();
-    warps_.assign((threads + 31) / 32, Rendezvous{});
-    block_ = Rendezvous{};
-    named_.clear();
+    cluster_ = Rendezvous{};
     fibers_.clear();
-    for (unsigned t = 0; t < threads; ++t) {
-      auto fiber = std::make_unique<Fiber>();
-      fiber->thread = t;
-      fiber->stack.reset(new char[kStackBytes]);
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
-      fiber->context.uc_stack.ss_size = kStackBytes;
-      fiber->context.uc_link = nullptr;
-      makecontext(&fiber->context, &Machine::enter, 0);
-      fibers_.push_back(std::move(fiber));
+    blocks_.clear();
+    blocks_.resize(size);
+    for (unsigned rank = 0; rank < size; ++rank) {
+      Block& block = blocks_[rank];
+      block.index = first + rank;
+      block.pause = size > 1 ? random_() % kLongestPause : 0;
+      // Swizzling looks at addresses: the memory starts on a multiple of 1024 of them, namely at 0.
+      block.memory.reset(new unsigned char[memory_bytes_]);
+      std::memset(block.memory.get(), 0xFF, memory_bytes_);
+      block.warps.assign((threads + 31) / 32, Rendezvous{});
+      for (unsigned thread = 0; thread < threads; ++thread) {
+        start(block, thread);
+      }
     }
-    size_t alive = threads;
+    const size_t count = fibers_.size();
+    size_t alive = count;
     idle_ = 0;
     while (alive > 0) {
       alive = 0;
-      const size_t start = random_() % threads;
-      for (size_t i = 0; i < threads; ++i) {
-        Fiber& fiber = *fibers_[(start + i) % threads];
-        if (!fiber.done && !(chance(8))) {
+      for (Block& block : blocks_) {
+        block.pause = block.pause > 0           ? block.pause - 1
+                      : size > 1 && chance(128) ? random_() % kLongestPause
+                                                : 0;
+      }
+      const size_t start = random_() % count;
+      for (size_t i = 0; i < count; ++i) {
+        Fiber& fiber = *fibers_[(start + i) % count];
+        if (!fiber.done && fiber.block->pause == 0 && !chance(8)) {
           current_ = &fiber;
           threadIdx.x = fiber.thread;
+          blockIdx.x = fiber.block->index;
           swapcontext(&scheduler_, &fiber.context);
           current_ = nullptr;
           if (!error_.empty()) {
@@ -222,9 +268,12 @@ class Machine {
         transfers_.erase(transfers_.begin() + static_cast<std::ptrdiff_t>(chosen));
         transfer();
         progress();
+        if (!error_.empty()) {
+          fail();
+        }
       }
       if (++idle_ > kPatience) {
-        error_ = "deadlock: no thread of block " + std::to_string(block) + " can go on";
+        error_ = "deadlock: no thread of block " + std::to_string(first) + " or its cluster can go on";
         fail();
       }
     }
@@ -243,12 +292,10 @@ class Machine {
 
   std::mt19937_64 random_;
   const std::function<void()>* kernel_ = nullptr;
-  std::unique_ptr<unsigned char[]> memory_;
-  size_t memory_bytes_ = 0;
+  size_t memory_bytes_ = 0;  // of a block
   std::map<void*, Barrier> barriers_;
-  std::vector<Rendezvous> warps_;
-  Rendezvous block_;
-  std::map<int, Rendezvous> named_;
+  std::vector<Block> blocks_;  // of the cluster that runs
+  Rendezvous cluster_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::function<void()>> transfers_;
   ucontext_t scheduler_;
@@ -280,7 +327,7 @@ T from_bits(uint64_t bits) {
 // CUDA's own names.
 inline void __syncthreads() {
   auto& m = realm_kernels::cuda_model::machine();
-  m.meet(m.block(), static_cast<int>(blockDim.x));
+  m.meet(m.block().all, static_cast<int>(blockDim.x));
 }
 inline void __syncwarp() {
   auto& m = realm_kernels::cuda_model::machine();

@@ -16,8 +16,10 @@ std::string error;
 template <class Element, Shape kShape>
 void run_scan(const sm90::ScanArguments& a, const TensorMap& rows, const TensorMap& queries, int blocks,
               uint64_t seed) {
-  machine().launch(static_cast<unsigned>(blocks), sm90::kThreads, static_cast<size_t>(a.plan.bytes()), seed,
-                   [&] { sm90::scan<Element, kShape, true>(a, &rows, &queries); });
+  machine().launch(
+      static_cast<unsigned>(blocks), sm90::kThreads, static_cast<size_t>(a.plan.bytes()), seed,
+      [&] { sm90::scan<Element, kShape, true>(a, &rows, &queries); },
+      static_cast<unsigned>(sm90::cluster_blocks(kShape)));
 }
 
 template <class Element>
@@ -84,7 +86,8 @@ const char* model_scan(int scanned, int shape, const void* queries, const void* 
     if (!sm90::fits(kind, a.plan)) {
       throw std::runtime_error("the shape does not fit shared memory");
     }
-    run_scan(static_cast<Scanned>(scanned), kind, a, row_map, query_map, workers * a.query_blocks, seed);
+    run_scan(static_cast<Scanned>(scanned), kind, a, row_map, query_map,
+             workers * sm90::cluster_blocks(kind) * a.query_blocks, seed);
   });
 }
 

@@ -90,20 +90,30 @@ struct RingPosition {
   }
 };
 
-// Which tiles and queries a persistent block owns. Blocks of one worker and different query blocks have
-// neighbouring numbers, read the same tiles at about the same time, and share them in L2.
-struct Share {
-  int query_block;
-  int first_tile;
-  int tile_step;
-};
-RK_BOTH constexpr Share share_of(int block, int num_blocks, int query_blocks) {
-  return {block % query_blocks, block / query_blocks, num_blocks / query_blocks};
-}
-
 // Shapes of the scan. kWide: queries on M, all panels of up to 512 of them stay in shared memory. kDeep:
 // queries on M, both operands stream, for rows too wide for kWide. kNarrow: rows on M, up to 64 queries stay.
 enum class Shape { kWide, kDeep, kNarrow };
+
+// The blocks of a cluster take neighbouring tiles and the same queries. Where queries stream, each loads a
+// part of every panel of them for the whole cluster, and L2 is asked for the panel once. Two blocks fit any
+// pair of multiprocessors; how many clusters of four do, a device tells and a plan would have to ask.
+constexpr int kDeepCluster = 2;
+RK_BOTH constexpr int cluster_blocks(Shape shape) { return shape == Shape::kDeep ? kDeepCluster : 1; }
+
+// Which tiles and queries a persistent block owns. Clusters of different query blocks that read the same
+// tiles have neighbouring numbers, read them at about the same time, and share them in L2. All blocks of a
+// cluster take as many tiles, for each waits for the others' loads: the last ones may hold no rows, only
+// zeros.
+struct Share {
+  int query_block;
+  int rank;  // in the cluster
+  int first_tile, tile_step, end_tile;
+};
+RK_BOTH constexpr Share share_of(int block, int num_blocks, int query_blocks, int cluster, int num_rows) {
+  const int index = block / cluster, rank = block % cluster;
+  return {index % query_blocks, rank, index / query_blocks * cluster + rank, num_blocks / query_blocks,
+          ceil_div(num_rows, cluster * kTileRows) * cluster};
+}
 
 constexpr int kDeepBlocks = 4;  // of queries: two a consumer group, 2 x 64 accumulators
 constexpr int kMaxWideBlocks = 8;

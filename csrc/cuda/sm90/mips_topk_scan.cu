@@ -9,9 +9,10 @@ namespace cuda {
 namespace sm90 {
 namespace {
 
-// One block a multiprocessor: the 1 lets setmaxnreg share out all of its registers.
+// One block a multiprocessor, clusters of as many as share queries: the 1 lets setmaxnreg share out all of
+// its registers.
 template <class Element, Shape kShape, bool kWithMaxima>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __cluster_dims__(cluster_blocks(kShape), 1, 1) __launch_bounds__(kThreads, 1)
     mips_topk_scan_kernel(const __grid_constant__ ScanArguments arguments,
                           const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap queries) {
   scan<Element, kShape, kWithMaxima>(arguments, &rows, &queries);

@@ -34,6 +34,19 @@ RK_DEVICE void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");
 }
+// At the barrier that has this place in the shared memory of block `rank` of the cluster. It says that reads
+// are done and hands over nothing that was written, so the order within a block, the default, will do: to
+// release to the cluster would be to wait until all that was stored has reached L2.
+RK_DEVICE void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 RK_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile(
       "mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -51,6 +64,11 @@ RK_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+// Every thread of every block of the cluster.
+RK_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 
 // A box of the tensor to shared memory, swizzled; what lies outside the tensor becomes zero and counts as
 // bytes.
@@ -60,6 +78,15 @@ RK_DEVICE void tma_load(const TensorMap* map, void* to, uint64_t* barrier, int c
       "%4}], "
       "[%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+// The same to this place in every block of the cluster whose bit is set, its bytes told to the barrier there.
+RK_DEVICE void tma_load_multicast(const TensorMap* map, void* to, uint64_t* barrier, int column, int row,
+                                  uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(blocks)
       : "memory");
 }
 RK_DEVICE void tma_prefetch(const TensorMap* map) {

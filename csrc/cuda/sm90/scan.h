@@ -33,7 +33,6 @@ struct WideConsumer {
   Share share;
   int group;
   uint64_t queries, rows;  // descriptors: of the group's first block, of the first stage
-  int tiles;
   int valid_tile = -1;
   uint32_t valid = 0xFFFFFFFFu;
 
@@ -53,7 +52,7 @@ struct WideConsumer {
         item.rows = rows;
       }
     }
-    return item.tile < tiles;
+    return item.tile < share.end_tile;
   }
 
   // All waits come first: a series of wgmma in one block of instructions is committed by the last of them.
@@ -121,7 +120,7 @@ struct WideConsumer {
       even[i] = odd[i] = T{};
     }
     Item item{share.first_tile, group, {}, queries, rows}, other = item;
-    if (item.tile >= tiles) {
+    if (item.tile >= share.end_tile) {
       return;
     }
     barrier_wait(ring.resident, 0);
@@ -154,17 +153,17 @@ struct WideConsumer {
 
 // kDeep. Both operands stream: a stage is a panel of 128 rows and the same panel of up to 256 queries, of
 // which a consumer group owns two blocks, every second one. A stage is free one stage later, when its
-// products are.
+// products are; that is told to every block of the cluster, for each loads a part of the queries.
 template <class Element, bool kWithMaxima>
 struct DeepConsumer {
   using T = typename Element::Accumulator;
+  static constexpr int kCluster = cluster_blocks(Shape::kDeep);
 
   const ScanArguments& a;
   const Ring& ring;
   Share share;
   int group;
   uint32_t stages;
-  int tiles;
 
   RK_DEVICE void run() {
     if (group + kConsumerGroups < a.plan.blocks) {
@@ -182,7 +181,7 @@ struct DeepConsumer {
       upper[i] = lower[i] = T{};
     }
     RingPosition at;
-    for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+    for (int tile = share.first_tile; tile < share.end_tile; tile += share.tile_step) {
       int previous = at.stage;
 #pragma unroll 1
       for (int p = 0; p < a.plan.panels; ++p) {
@@ -205,7 +204,7 @@ struct DeepConsumer {
         wgmma_commit();
         if (p > 0) {
           wgmma_wait<1>();
-          arrive_warp(ring.empty + previous);
+          arrive_warp_at_cluster<kCluster>(ring.empty + previous);
         }
         previous = at.stage;
         at = at.plus(1, ring.stages);
@@ -214,7 +213,7 @@ struct DeepConsumer {
       if constexpr (kTwo) {
         wgmma_wait<0>(lower);
       }
-      arrive_warp(ring.empty + previous);
+      arrive_warp_at_cluster<kCluster>(ring.empty + previous);
       if constexpr (kWithMaxima) {
         const uint32_t valid = a.row_mask == nullptr ? 0xFFFFFFFFu : valid_columns(a, tile);
         const int first_query = (share.query_block * a.plan.blocks + group) * kBlockQueries;
@@ -243,7 +242,6 @@ struct NarrowConsumer {
   int group;
   uint32_t queries, stages;
   T* exchange;  // [2 halves, 4 warps, 64 queries]
-  int tiles;
 
   RK_DEVICE void run() {
     T upper[32], lower[32];  // rows 0..63 and 64..127
@@ -254,7 +252,7 @@ struct NarrowConsumer {
     RingPosition at;
     barrier_wait(ring.resident, 0);
     int turn = group;
-    for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+    for (int tile = share.first_tile; tile < share.end_tile; tile += share.tile_step) {
       turn ^= 1;
       if (turn == 0) {
         pass(at);
@@ -362,11 +360,12 @@ struct NarrowConsumer {
 // The kernel. Its arguments are the same in every thread; roles differ by warp group, norms are told once.
 template <class Element, Shape kShape, bool kWithMaxima>
 RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorMap* queries) {
+  constexpr int kCluster = cluster_blocks(kShape);
   const SharedPlan& plan = a.plan;
   unsigned char* memory = aligned_memory();
-  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks);
+  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks, kCluster, a.num_rows);
   const bool measures = Element::kBytes == 2 && share.query_block == 0;
-  const Ring ring = make_ring(plan, memory, kConsumerWarps + (measures ? kNormWarps : 0));
+  const Ring ring = make_ring<kCluster>(plan, memory, measures);
   const int warp = uniform(threadIdx.x / kWarp), warp_group = warp / (kWarpGroup / kWarp);
   if (warp_group == 0) {
     give_registers<kProducerRegisters>();
@@ -383,19 +382,21 @@ RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorM
     }
   } else {
     take_registers<kConsumerRegisters>();
-    const int group = warp_group - 1, tiles = ceil_div(a.num_rows, kTileRows);
+    const int group = warp_group - 1;
     const uint32_t resident = shared_address(memory), stages = shared_address(memory + plan.stages_at());
     if constexpr (kShape == Shape::kWide) {
       const uint32_t first = resident + static_cast<uint32_t>(group * plan.panels * kBlockBytes);
-      WideConsumer<Element, kWithMaxima>{a, ring, share, group, descriptor(first), descriptor(stages), tiles}
-          .run();
+      WideConsumer<Element, kWithMaxima>{a, ring, share, group, descriptor(first), descriptor(stages)}.run();
     } else if constexpr (kShape == Shape::kDeep) {
-      DeepConsumer<Element, kWithMaxima>{a, ring, share, group, stages, tiles}.run();
+      DeepConsumer<Element, kWithMaxima>{a, ring, share, group, stages}.run();
     } else {
       using T = typename Element::Accumulator;
       T* exchange = reinterpret_cast<T*>(memory + plan.exchange_at() + group * kExchangeBytes);
-      NarrowConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, exchange, tiles}.run();
+      NarrowConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, exchange}.run();
     }
+  }
+  if constexpr (kCluster > 1) {
+    cluster_sync();  // the others may still arrive at barriers of this block
   }
 }
 

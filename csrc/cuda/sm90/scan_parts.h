@@ -23,7 +23,7 @@ struct ScanArguments {
 };
 
 // The barriers of the ring: a full one is ended by the bytes that land, an empty one by a warp each that
-// reads.
+// reads, in a cluster also by those of the other blocks, whose shared memory the producer writes to.
 struct Ring {
   uint64_t* full;
   uint64_t* empty;
@@ -36,7 +36,9 @@ RK_DEVICE unsigned char* aligned_memory() {
   return memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
 }
 
-RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, int readers) {
+template <int kCluster>
+RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, bool measures) {
+  const int readers = kCluster * kConsumerWarps + (measures ? kNormWarps : 0);
   auto* barriers = reinterpret_cast<uint64_t*>(memory + plan.barriers_at());
   const Ring ring{barriers, barriers + kMaxStages, barriers + 2 * kMaxStages, plan.stages};
   if (threadIdx.x == 0) {
@@ -47,7 +49,11 @@ RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, int read
     barrier_init(ring.resident, 1);
     barrier_init_fence();
   }
-  __syncthreads();
+  if constexpr (kCluster > 1) {
+    cluster_sync();  // before another block loads to here or arrives here
+  } else {
+    __syncthreads();
+  }
   return ring;
 }
 
@@ -58,11 +64,20 @@ RK_DEVICE void arrive_warp(uint64_t* barrier) {
   }
 }
 
+// At the barriers of all blocks that load to the memory which was read.
+template <int kCluster>
+RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier) {
+  __syncwarp();
+  if (const uint32_t lane = threadIdx.x % kWarp; lane < kCluster) {
+    barrier_arrive_at(barrier, lane);
+  }
+}
+
 // One thread: the queries once, then panel after panel of this block's tiles, as stages become free.
 template <class Element, Shape kShape>
 RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
                        const TensorMap* rows, const TensorMap* queries) {
-  constexpr int kPanelColumns = kPanelBytes / Element::kBytes;
+  constexpr int kPanelColumns = kPanelBytes / Element::kBytes, kCluster = cluster_blocks(kShape);
   const SharedPlan& plan = a.plan;
   const int first_query = share.query_block * plan.blocks * kBlockQueries;
   if (kShape != Shape::kDeep) {
@@ -75,17 +90,17 @@ RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& r
     }
   }
   RingPosition at;
-  const int tiles = ceil_div(a.num_rows, kTileRows);
-  for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+  for (int tile = share.first_tile; tile < share.end_tile; tile += share.tile_step) {
     for (int p = 0; p < plan.panels; ++p) {
       barrier_wait(ring.empty + at.stage, at.empty_parity());
+      // All that lands here, whoever loads it; another block may have done so already.
       barrier_expect(ring.full + at.stage, static_cast<uint32_t>(plan.stage_bytes));
       unsigned char* stage = memory + plan.stages_at() + at.stage * plan.stage_bytes;
       tma_load(rows, stage, ring.full + at.stage, p * kPanelColumns, tile * kTileRows);
       if (kShape == Shape::kDeep) {
-        for (int b = 0; b < plan.blocks; ++b) {
-          tma_load(queries, stage + kStageBytes + b * kBlockBytes, ring.full + at.stage, p * kPanelColumns,
-                   first_query + b * kBlockQueries);
+        for (int b = share.rank; b < plan.blocks; b += kCluster) {
+          tma_load_multicast(queries, stage + kStageBytes + b * kBlockBytes, ring.full + at.stage,
+                             p * kPanelColumns, first_query + b * kBlockQueries, (1 << kCluster) - 1);
         }
       }
       at = at.plus(1, ring.stages);
@@ -146,8 +161,7 @@ RK_DEVICE void measure(const ScanArguments& a, const Share& share, const Ring& r
   const uint32_t base = shared_address(memory + a.plan.stages_at()) +
                         static_cast<uint32_t>(warp * kNormRows * kPanelBytes + lane * 16);
   RingPosition at;
-  const int tiles = ceil_div(a.num_rows, kTileRows);
-  for (int tile = share.first_tile; tile < tiles; tile += share.tile_step) {
+  for (int tile = share.first_tile; tile < share.end_tile; tile += share.tile_step) {
     float squares[kRows] = {};
     for (int p = 0; p < a.plan.panels; ++p) {
       barrier_wait(ring.full + at.stage, at.parity);
