@@ -20,8 +20,8 @@ __all__ = ["LinearMarginalLoss", "MarginalLoss", "SpanMarginalLoss"]
 
 
 class MarginalLoss(nn.Module):
-    """rk.marginal_loss with its mode ("sequence" or "token"), its reduction ("none", "sum", "mean") and the group
-    whose ranks hold the documents fixed.
+    """rk.marginal_loss with its mode ("sequence" or "token"), its reduction ("none", "sum", "mean") and the
+    group whose ranks hold the documents fixed.
 
     >>> import torch, realm_kernels as rk
     >>> loss = rk.nn.MarginalLoss(mode="token")(torch.randn(4, 8), torch.randn(4, 8, 20).log_softmax(2))
