@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _COMMENT = re.compile(r"//[^\n]*")
-_GLOBAL = re.compile(r"__global__\s+(?:void\s+)?(?:__launch_bounds__\s*\([^)]*\)\s*)?(?:void\s+)?(\w+)\s*\(")
+_BOUNDS = r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)"  # which may call a function
+_GLOBAL = re.compile(rf"__global__\s+(?:void\s+)?(?:{_BOUNDS}\s*)?(?:void\s+)?(\w+)\s*\(")
 
 
 def triton_functions(root: Path = ROOT) -> list[str]:
