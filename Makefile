@@ -10,6 +10,7 @@ OUT ?= runs/demo
 # paragraphs.jsonl (id, title, text) and questions.jsonl (question, answers, paragraph)
 SQUAD_DATA ?= ../shared/data/squad
 SQUAD ?= runs/squad
+THREADS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -22,19 +23,19 @@ run: $(READY)
 	$(BIN)/realm-model world pretrain --out $(OUT)
 	$(BIN)/realm-model world evaluate --run $(OUT)
 
-# Killed at any point, the same command goes on. Every stage is evaluated on the articles held out.
+# Killed at any point, the same command goes on; THREADS= of torch. Every stage is evaluated on the articles held out.
 squad: $(READY)
 	test -d $(SQUAD)/corpus || $(BIN)/realm-model corpus $(SQUAD_DATA)/paragraphs.jsonl --out $(SQUAD)/corpus --block 128
 	$(BIN)/realm-model split --corpus $(SQUAD)/corpus --questions $(SQUAD_DATA)/questions.jsonl --articles 30 --out $(SQUAD)
-	$(BIN)/realm-model ict --corpus $(SQUAD)/corpus --out $(SQUAD)/ict
-	$(BIN)/realm-model index --corpus $(SQUAD)/corpus --model $(SQUAD)/ict --out $(SQUAD)/ict-index
-	$(BIN)/realm-model evaluate $(SQUAD_EVALUATION) --model $(SQUAD)/ict --index $(SQUAD)/ict-index --out $(SQUAD)/ict.json --bm25
-	$(BIN)/realm-model pretrain --corpus $(SQUAD)/corpus --from $(SQUAD)/ict --out $(SQUAD)/realm
-	$(BIN)/realm-model index --corpus $(SQUAD)/corpus --model $(SQUAD)/realm --out $(SQUAD)/index
-	$(BIN)/realm-model evaluate $(SQUAD_EVALUATION) --model $(SQUAD)/realm --index $(SQUAD)/index --out $(SQUAD)/realm.json
-	$(BIN)/realm-model finetune --corpus $(SQUAD)/corpus --model $(SQUAD)/realm --index $(SQUAD)/index \
+	$(BIN)/realm-model ict --threads $(THREADS) --corpus $(SQUAD)/corpus --out $(SQUAD)/ict
+	$(BIN)/realm-model index --threads $(THREADS) --corpus $(SQUAD)/corpus --model $(SQUAD)/ict --out $(SQUAD)/ict-index
+	$(BIN)/realm-model evaluate --threads $(THREADS) $(SQUAD_EVALUATION) --model $(SQUAD)/ict --index $(SQUAD)/ict-index --out $(SQUAD)/ict.json --bm25
+	$(BIN)/realm-model pretrain --threads $(THREADS) --corpus $(SQUAD)/corpus --from $(SQUAD)/ict --out $(SQUAD)/realm
+	$(BIN)/realm-model index --threads $(THREADS) --corpus $(SQUAD)/corpus --model $(SQUAD)/realm --out $(SQUAD)/index
+	$(BIN)/realm-model evaluate --threads $(THREADS) $(SQUAD_EVALUATION) --model $(SQUAD)/realm --index $(SQUAD)/index --out $(SQUAD)/realm.json
+	$(BIN)/realm-model finetune --threads $(THREADS) --corpus $(SQUAD)/corpus --model $(SQUAD)/realm --index $(SQUAD)/index \
 		--questions $(SQUAD)/train.jsonl --out $(SQUAD)/tuned $(SQUAD_TUNING)
-	$(BIN)/realm-model evaluate $(SQUAD_EVALUATION) --model $(SQUAD)/tuned --index $(SQUAD)/index --out $(SQUAD)/tuned.json \
+	$(BIN)/realm-model evaluate --threads $(THREADS) $(SQUAD_EVALUATION) --model $(SQUAD)/tuned --index $(SQUAD)/index --out $(SQUAD)/tuned.json \
 		--beside $(SQUAD)/ict.json --beside $(SQUAD)/realm.json
 
 SQUAD_EVALUATION = --corpus $(SQUAD)/corpus --questions $(SQUAD)/held_out.jsonl --length 176

@@ -20,18 +20,22 @@ __all__ = ["LinearMarginalLoss", "MarginalLoss", "SpanMarginalLoss"]
 
 
 class MarginalLoss(nn.Module):
-    """rk.marginal_loss with its mode ("sequence" or "token") and reduction ("none", "sum", "mean") fixed.
+    """rk.marginal_loss with its mode ("sequence" or "token"), its reduction ("none", "sum", "mean") and the
+    group whose ranks hold the documents fixed.
 
     >>> import torch, realm_kernels as rk
     >>> loss = rk.nn.MarginalLoss(mode="token")(torch.randn(4, 8), torch.randn(4, 8, 20).log_softmax(2))
     """
 
-    def __init__(self, *, mode: str = "sequence", reduction: str = "mean") -> None:
+    def __init__(
+        self, *, mode: str = "sequence", reduction: str = "mean", group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
         check_choice("MarginalLoss", "mode", mode, marginal_loss_checks.MODES)
         check_choice("MarginalLoss", "reduction", reduction, marginal_loss_checks.REDUCTIONS)
         self.mode = mode
         self.reduction = reduction
+        self.group = group
 
     def forward(
         self,
@@ -50,6 +54,7 @@ class MarginalLoss(nn.Module):
             log_weight=log_weight,
             mode=self.mode,
             reduction=self.reduction,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

@@ -29,9 +29,10 @@ def call(inputs, mode, reduction, group, g=None, take=lambda x: True):
     leaves = {name: getattr(inputs, name) for name in ("scores", "log_likelihood", "log_weight")}
     leaves = {name: x.clone().requires_grad_() for name, x in leaves.items() if x is not None and take(name)}
     inputs = inputs._replace(**leaves)
-    loss = rk.marginal_loss(
-        inputs.scores, inputs.log_likelihood, **inputs.options(), mode=mode, reduction=reduction, group=group
-    )
+    loss_of = rk.nn.MarginalLoss(
+        mode=mode, reduction=reduction, group=group
+    )  # rk.marginal_loss and its options
+    loss = loss_of(inputs.scores, inputs.log_likelihood, **inputs.options())
     gradients = torch.autograd.grad(loss, list(leaves.values()), torch.ones_like(loss) if g is None else g)
     return loss.detach(), dict(zip(leaves, gradients, strict=True))
 

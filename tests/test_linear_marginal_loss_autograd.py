@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 from linear_marginal_loss_cases import DIFFERENTIABLE, MODES, Case, eager, gradients, make_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import realm_kernels as rk
 from realm_kernels.testing import assert_within
@@ -88,6 +89,39 @@ def test_an_infinite_loss_scale_reaches_no_example_without_a_part():
     case = replace(case, targets=case.targets.index_fill(0, torch.tensor([1]), -100))
     found = gradients(lambda c: c.loss(reduction="sum") * torch.inf, case, ("scores", "hidden"))
     assert (found["scores"][1] == 0).all() and (found["hidden"][1] == 0).all()
+
+
+class _Listening(TorchDispatchMode):
+    """Sees every op, and counts ours."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += "realm_kernels" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _names(node):
+    """Of a node of autograd's graph and all behind it."""
+    yield node.name()
+    for behind, _ in node.next_functions:
+        if behind is not None:
+            yield from _names(behind)
+
+
+@modes
+@reductions
+def test_the_way_past_the_dispatcher_gives_the_same_bits(mode, reduction):
+    """Where nothing listens a call on the CPU takes it, where something does it sees the ops."""
+    case = make_case(2).requiring(*DIFFERENTIABLE)
+    upstream = torch.tensor([1.0, -0.5]) if reduction == "none" else None
+    assert any("_Direct" in name for name in _names(case.loss(mode, reduction).grad_fn))
+    expected = gradients(lambda c: c.loss(mode, reduction), case, upstream=upstream)
+    with _Listening() as listening:
+        found = gradients(lambda c: c.loss(mode, reduction), case, upstream=upstream)
+    assert listening.seen >= 2
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_tied_embeddings_collect_both_gradients():

@@ -27,18 +27,18 @@ from realm_model.objectives import ict_loss, reading_loss, realm_loss
 from realm_model.pretrain import Setting
 from realm_model.world import draw_world, generate_source
 
-DEVICE = torch.device("meta")
+META = torch.device("meta")
 # CUDA takes indices that are on the CPU.
 TAKE_BOTH = {torch.ops.aten._to_copy.default, torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}
 
 
 class There(torch.Tensor):
-    """A tensor on DEVICE that holds its values."""
+    """A tensor on META that holds its values."""
 
     @staticmethod
     def __new__(cls, held):
         there = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=DEVICE
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=META
         )
         there.held = held
         return there
@@ -54,7 +54,7 @@ class There(torch.Tensor):
 
 
 class TwoPlaces(TorchDispatchMode):
-    """Every op of a block by run(), those that make a tensor on DEVICE from nothing too."""
+    """Every op of a block by run(), those that make a tensor on META from nothing too."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
@@ -67,10 +67,10 @@ def run(func, args, kwargs):
     if any(theirs) and func not in TAKE_BOTH:
         host = [tensor for tensor in tensors if not isinstance(tensor, There) and tensor.dim()]
         assert not host, f"{func} is given a tensor of the host"
-    place = kwargs.get("device") or (DEVICE if any(theirs) else torch.device("cpu"))
+    place = kwargs.get("device") or (META if any(theirs) else torch.device("cpu"))
     kwargs = kwargs | {"device": torch.device("cpu")} if "device" in kwargs else kwargs
     out = func(*held(args), **held(kwargs))
-    return there(out) if place == DEVICE else out
+    return there(out) if place == META else out
 
 
 def held(values):
@@ -127,7 +127,7 @@ def model(setting):
             setattr(module, name, nn.Parameter(There(parameter.data), requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, There(buffer))
-    assert realm.device == DEVICE
+    assert realm.device == META
     return realm
 
 
@@ -135,7 +135,7 @@ def test_what_is_on_two_devices_fails_here_too():
     with TwoPlaces(), pytest.raises(AssertionError, match="is given a tensor of the host"):
         There(torch.ones(3)) + torch.ones(3)
     with TwoPlaces():
-        assert (There(torch.ones(3)) + torch.ones(3).to(DEVICE)).cpu().tolist() == [2.0] * 3
+        assert (There(torch.ones(3)) + torch.ones(3).to(META)).cpu().tolist() == [2.0] * 3
 
 
 def test_every_stage_has_its_loss_where_the_model_is(setting, model):

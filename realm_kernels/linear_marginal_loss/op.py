@@ -1,15 +1,21 @@
-"""The torch ops behind linear_marginal_loss: schemas, fake kernels, autograd, choice of the backend."""
+"""The torch ops behind linear_marginal_loss: schemas, fake kernels, autograd, choice of the backend.
+
+As in marginal_loss, a call goes through the ops only where something listens there or another backend than
+C++ serves: torch's dispatcher is serial, and costs a small step more beside two threads than on one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..marginal_loss.op import marginal_loss_bwd, observed
 from ..marginal_loss.reference import reduce
 from . import checks, chunked, cpu, reference, triton
 from .memory import fresh, scale_into
@@ -57,7 +63,6 @@ def _inside(problem: Problem, backend: backends.Backend) -> Iterator[None]:
         yield
 
 
-@torch.library.impl("realm_kernels::linear_marginal_loss", "CompositeExplicitAutograd")
 def linear_marginal_loss_fwd(
     scores: Tensor,
     hidden: Tensor,
@@ -82,6 +87,11 @@ def linear_marginal_loss_fwd(
     with _inside(problem, backend):
         found = backend.forward(problem, Needs(needs_hidden, needs_weight, needs_bias))
     return found.loss.to(problem.loss_dtype), found.counted, found.log_likelihood, *found.units
+
+
+torch.library.impl("realm_kernels::linear_marginal_loss", "CompositeExplicitAutograd")(
+    linear_marginal_loss_fwd
+)
 
 
 @torch.library.register_fake("realm_kernels::linear_marginal_loss")
@@ -112,7 +122,6 @@ def _(
     )
 
 
-@torch.library.impl("realm_kernels::linear_marginal_loss_bwd", "CompositeExplicitAutograd")
 def linear_marginal_loss_bwd(
     d_loss: Tensor,
     scores: Tensor,
@@ -141,7 +150,7 @@ def linear_marginal_loss_bwd(
     needs = Needs(needs_hidden, needs_weight, needs_bias)
     backend = backend_for(problem)
     with _inside(problem, backend):
-        d_scores, _ = torch.ops.realm_kernels.marginal_loss_bwd(
+        d_scores, _ = marginal_loss_bwd(
             d_loss,
             scores,
             log_likelihood,
@@ -169,7 +178,9 @@ def loss(problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
     needs = needs_of(problem)
     # One example's share of d_weight cannot be scaled afterwards, so with "none" nothing is made beforehand.
     beforehand = reduction != "none" or not (needs.weight or needs.bias)
-    each, count, log_likelihood, *_ = torch.ops.realm_kernels.linear_marginal_loss(
+    is_plain = not observed(*problem.tensors) and backend_for(problem) is cpu.BACKEND
+    run = _Direct.apply if is_plain else torch.ops.realm_kernels.linear_marginal_loss
+    each, count, log_likelihood, *_ = run(
         *problem.tensors,
         problem.ignore_index,
         problem.mode,
@@ -195,9 +206,12 @@ def scaled(
     d_bias = problem.weight.new_empty(0)
     if needs.hidden:
         d_hidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
-        torch.mul(units.d_hidden, by_example[:, None, None, None], out=d_hidden)
+        # With a d_weight the scale is one for all examples, and torch multiplies by one number in a third of
+        # the time.
+        scale = by_all if needs.weight or needs.bias else by_example[:, None, None, None]
+        torch.mul(units.d_hidden, scale, out=d_hidden)
         # An infinite scale makes 0 a NaN; on a CPU it costs less to look for one.
-        if d_hidden.device.type != "cpu" or not by_example.isfinite().all():
+        if d_hidden.device.type != "cpu" or not all(map(isfinite, by_example.tolist())):
             d_hidden.masked_fill_(~problem.live()[..., None], 0.0)
     if needs.weight:
         d_weight = fresh(problem.weight, problem.weight.shape, problem.weight.dtype)
@@ -206,6 +220,11 @@ def scaled(
         d_bias = problem.weight.new_empty(problem.weight.shape[0])
         torch.mul(units.d_bias, by_all, out=d_bias)
     return d_hidden, d_weight, d_bias
+
+
+torch.library.impl("realm_kernels::linear_marginal_loss_bwd", "CompositeExplicitAutograd")(
+    linear_marginal_loss_bwd
+)
 
 
 @torch.library.register_fake("realm_kernels::linear_marginal_loss_bwd")
@@ -249,6 +268,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.has_units = needs_hidden or needs_weight or needs_bias
     # The backward may run in a thread of its own; what was chosen for the call holds for its gradient too.
     ctx.forced = backends.forced_backend()
+    ctx.is_direct = False
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_rest: None) -> tuple[Tensor | None, ...]:
@@ -256,8 +276,11 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_rest: None) -> tuple[Tensor | N
         return (None,) * len(ctx.needs_input_grad)
     scores, *_, log_weight = ctx.saved_tensors[:7]
     wants_scores, wants_hidden, wants_weight, _, wants_bias, _, wants_log_weight, *_ = ctx.needs_input_grad
+    # With create_graph the gradient would itself be differentiated, which its op refuses.
+    is_plain = ctx.is_direct and not torch.is_grad_enabled() and not observed(d_loss)
+    run: Any = linear_marginal_loss_bwd if is_plain else torch.ops.realm_kernels.linear_marginal_loss_bwd
     with backends.use_backend(ctx.forced):
-        d_scores, d_hidden, d_weight, d_bias = torch.ops.realm_kernels.linear_marginal_loss_bwd(
+        d_scores, d_hidden, d_weight, d_bias = run(
             d_loss,
             *ctx.saved_tensors,
             ctx.has_units,
@@ -282,6 +305,21 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_rest: None) -> tuple[Tensor | N
 
 
 torch.library.register_autograd("realm_kernels::linear_marginal_loss", _backward, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The op and its autograd without the dispatcher, for the C++ backend."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = linear_marginal_loss_fwd(*inputs)
+        _save(ctx, inputs, output)
+        ctx.is_direct = True
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)
 
 
 def _once(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
