@@ -1,6 +1,7 @@
 """Without a GPU Triton kernels run in Triton's interpreter; that must be decided before any is imported."""
 
 import os
+import signal
 
 import interpreted
 import pytest
@@ -19,6 +20,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     interpreted.watch()
+    # A shell's background job ignores Ctrl-C, and what it starts would too; some tests press it.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
