@@ -145,9 +145,9 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   launch_marginal_loss_bwd(params);
 }
 
-using Matrix = std::tuple<uintptr_t, int64_t>;               // address, row stride
-using Memory = std::tuple<uintptr_t, uintptr_t>;             // addresses of workspace and scratch
-using Scored = std::tuple<uintptr_t, uintptr_t, uintptr_t>;  // addresses of log_likelihood, loss and count
+using Matrix = std::tuple<uintptr_t, int64_t>;           // address, row stride
+using Memory = std::tuple<uintptr_t, uintptr_t>;         // addresses of workspace and scratch
+using Scored = std::tuple<uintptr_t, Array, uintptr_t>;  // log_likelihood, loss and count
 
 // Floats of workspace and of scratch for chunks of so many rows, or fewer; shape: R, H, V.
 std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, int64_t weight_stride,
@@ -162,24 +162,26 @@ std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, in
   return {linear_marginal_loss_workspace(params), linear_marginal_loss_scratch(params)};
 }
 
-// shape: B, K, M; chunk_shape: the most R, H, V; gradients: d_hidden, d_weight, d_bias.
-int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
-                             uintptr_t bias, const Array& scores, const Array& log_weight, uintptr_t doc_mask,
-                             uintptr_t token_mask, uintptr_t targets, uintptr_t live, const Extents& shape,
-                             bool per_token, const std::vector<std::pair<int64_t, int64_t>>& ranges,
-                             const Extents& chunk_shape, const Memory& memory, const Scored& scored,
-                             uintptr_t factor, bool has_factor,
-                             const std::tuple<Array, uintptr_t, uintptr_t>& gradients, int num_threads,
-                             const std::string& isa) {
+// Returns what was counted of all examples, and how many rows had a part. words: the targets and
+// ignore_index; shape: B, K, M; chunk_shape: the most R, H, V; gradients: d_hidden, d_weight, d_bias.
+std::pair<int64_t, int64_t> linear_marginal_loss(
+    const Matrix& hidden, const Matrix& weight, const std::string& dtype, uintptr_t bias, const Array& scores,
+    const Array& log_weight, uintptr_t doc_mask, const std::pair<uintptr_t, int64_t>& words,
+    const Extents& shape, bool per_token, const Extents& chunk_shape, bool whole_examples,
+    const Memory& memory, const std::string& reduction, const Scored& scored, uintptr_t factor,
+    bool has_factor, const std::tuple<Array, uintptr_t, uintptr_t>& gradients, int num_threads,
+    const std::string& isa) {
   LinearMarginalLossCall call{};
-  call.documents = marginal_loss_inputs(scores, {0, "float64"}, log_weight, token_mask, doc_mask, shape,
-                                        shape, per_token, "none", num_threads, isa);
-  call.targets = reinterpret_cast<const int64_t*>(targets);
-  call.live = reinterpret_cast<const bool*>(live);
-  call.ranges = ranges;
+  call.documents = marginal_loss_inputs(scores, {0, "float64"}, log_weight, 0, doc_mask, shape, shape,
+                                        per_token, reduction, num_threads, isa);
+  call.documents.wide = float_array(std::get<1>(scored)).type == FloatType::kFloat64;
+  call.documents.loss = reinterpret_cast<void*>(std::get<0>(std::get<1>(scored)));
+  call.documents.count = reinterpret_cast<int64_t*>(std::get<2>(scored));
+  call.bias = float_array({bias, dtype});
+  call.targets = reinterpret_cast<const int64_t*>(words.first);
+  call.ignore_index = words.second;
+  call.whole_examples = whole_examples;
   call.log_likelihood = reinterpret_cast<double*>(std::get<0>(scored));
-  call.loss = reinterpret_cast<double*>(std::get<1>(scored));
-  call.count = reinterpret_cast<int64_t*>(std::get<2>(scored));
   call.factor = reinterpret_cast<double*>(factor);
   call.has_factor = has_factor;
   LinearMarginalLossParams& chunk = call.chunk;
@@ -188,7 +190,6 @@ int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const s
   chunk.weight = reinterpret_cast<const void*>(std::get<0>(weight));
   chunk.weight_stride = std::get<1>(weight);
   chunk.type = float_array({0, dtype}).type;
-  chunk.bias = reinterpret_cast<const float*>(bias);
   std::tie(chunk.rows, chunk.width, chunk.vocabulary) = chunk_shape;
   chunk.workspace = reinterpret_cast<float*>(std::get<0>(memory));
   chunk.scratch = reinterpret_cast<float*>(std::get<1>(memory));
@@ -198,13 +199,19 @@ int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const s
   chunk.d_bias = reinterpret_cast<float*>(std::get<2>(gradients));
   chunk.num_threads = num_threads;
   chunk.isa = choose_isa(isa);
-  return launch_linear_marginal_loss(call);
+  const auto [counted, rows_with_part] = launch_linear_marginal_loss(call);
+  return {counted, rows_with_part};
 }
 
-void scale_into_bfloat16(uintptr_t values, float scale, uintptr_t out, int64_t count, int num_threads,
-                         const std::string& isa) {
-  launch_scale_into_bfloat16(reinterpret_cast<const float*>(values), scale, reinterpret_cast<void*>(out),
-                             count, num_threads, choose_isa(isa));
+// arrays: values, what they become, and how many they are.
+void scale(const std::vector<std::tuple<Array, Array, int64_t>>& arrays, float scale, int num_threads,
+           const std::string& isa) {
+  std::vector<ScaledArray> scaled;
+  for (const auto& [values, out, count] : arrays) {
+    scaled.push_back(
+        {float_array(values), reinterpret_cast<void*>(std::get<0>(out)), float_array(out).type, count});
+  }
+  launch_scale(scaled, scale, num_threads, choose_isa(isa));
 }
 
 using SpanExtents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and C
@@ -321,7 +328,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("linear_marginal_loss_memory", &linear_marginal_loss_memory);
   m.def("linear_marginal_loss", &linear_marginal_loss, py::call_guard<py::gil_scoped_release>());
-  m.def("scale_into_bfloat16", &scale_into_bfloat16, py::call_guard<py::gil_scoped_release>());
+  m.def("scale", &scale, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_fwd", &score_spans_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_bwd", &score_spans_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());

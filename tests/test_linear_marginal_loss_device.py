@@ -84,7 +84,7 @@ def test_a_target_out_of_range_makes_its_example_nan(counted, through, monkeypat
     targets = case.targets.clone()
     targets[1, 2] = 10**12
     problem = Problem(*vars(replace(case, targets=targets)).values(), -100, "sequence")
-    *_, log_likelihood, units = chunked.forward(problem, Needs(True, False, False), through)
+    *_, log_likelihood, units = chunked.forward(problem, Needs(True, False, False), "none", through)
     assert log_likelihood[1, :, 2].isnan().all() and units.d_hidden[1].isnan().all()
     assert log_likelihood[[0, 2]].isfinite().all() and units.d_hidden[[0, 2]].isfinite().all()
 

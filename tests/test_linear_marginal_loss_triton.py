@@ -33,9 +33,9 @@ def in_the_interpreter(request, monkeypatch):
     """The one backend there is, and it has served the law it is judged by."""
     served = []
 
-    def forward(problem, needs):
+    def forward(problem, needs, reduction):
         served.append(problem)
-        return triton.BACKEND.forward(problem, needs)
+        return triton.BACKEND.forward(problem, needs, reduction)
 
     monkeypatch.setattr(op, "BACKENDS", (replace(triton.BACKEND, refuses=lambda _: None, forward=forward),))
     monkeypatch.setattr(chunked, "may_count_rows", lambda device: False)
