@@ -97,6 +97,7 @@ def test_on_the_cpu_rows_left_out_cost_the_loss_and_no_more(rows, monkeypatch):
 def test_the_kernels_of_the_cpu_too_see_no_row_again_that_is_left_out(rows, reduction, monkeypatch):
     case = make_case(7, 3, 4, width=8, vocabulary=500, masks=False, spread=3.0).requiring(*READER)
     monkeypatch.setattr(chunks, "CACHE_BYTES", rows * 500 * 4)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 0)
     kept = int((posterior_of(case, "sequence") >= 0.2).sum())
     assert 0 < kept < 84
     taken = []
