@@ -248,6 +248,13 @@ def test_a_sanitizer_is_clean_only_where_it_says_so_and_the_program_ended_well(s
     assert sanitize.read_finding("memcheck", status, tmp_path / "log").ok is ok
 
 
+@pytest.mark.parametrize("status", [0, 1, sanitize.ERRORS, None])
+def test_a_planted_fault_is_found_where_the_tool_says_so_however_the_program_ended(status, tmp_path):
+    for text, found in (("ERROR SUMMARY: 2 errors", True), ("ERROR SUMMARY: 0 errors", False), ("", False)):
+        (tmp_path / "log").write_text(f"========= {text}")
+        assert sanitize.finds_errors(sanitize.read_finding("memcheck", status, tmp_path / "log")) is found
+
+
 def test_every_kernel_is_watched():
     """A filter is a part of a kernel's name: no pattern."""
     options = sanitize.kernel_filters()
