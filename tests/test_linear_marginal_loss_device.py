@@ -194,6 +194,7 @@ def test_a_captured_graph_gives_the_bits_of_a_call(reduction, rows, monkeypatch)
         return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles the kernels and warms cuBLAS, as torch asks before a capture
         step()
     torch.cuda.current_stream().wait_stream(side)
