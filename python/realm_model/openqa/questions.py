@@ -93,9 +93,12 @@ def split_by_article(
 ) -> tuple[list[Question], list[Question]]:
     """Questions about `articles` articles drawn by the seed, and those about the others.
 
-    articles: None for three of four. titles: of the documents, by id. No article gives questions to both sides, so none of the held-out ones
-    was seen in training. Raises ValueError for a question without a known document, and where `articles`
-    leaves no article for one of the sides.
+    articles: None for three of four.
+    titles: of the documents, by id.
+
+    No article gives questions to both sides, so none of the held-out ones was seen in training. Raises
+    ValueError for a question without a known document, and where `articles` leaves no article for one of the
+    sides.
     """
     article = {}
     for question in questions:
