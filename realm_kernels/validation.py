@@ -74,3 +74,16 @@ def check_tensor(
 def check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def device_named(op: str, device: object) -> torch.device:
+    """The device that a user named. Raises ValueError where torch knows none such, or finds no GPU."""
+    try:
+        named = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{op}: device must be one that torch knows, got {describe(device)}") from None
+    if named.type == "cuda" and (named.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"{op}: device must be there, got {named} where torch finds {torch.cuda.device_count()} GPUs"
+        )
+    return named

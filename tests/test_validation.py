@@ -91,3 +91,13 @@ def test_a_forward_mode_tangent_is_refused_and_not_dropped(call, first):
 def test_eps_is_a_number(eps):
     with pytest.raises(TypeError, match="^score_spans: eps must be a float, got "):
         rk.score_spans(TOKENS, TOKENS, VECTOR, norm_weight=VECTOR, norm_bias=VECTOR, max_width=2, eps=eps)
+
+
+@pytest.mark.parametrize("device", ["junk", "cuda:99", 1.5])
+def test_a_device_is_one_that_is_there(device, tmp_path):
+    table = rk.ShardedTable.from_tensors([TABLE])
+    table.save(tmp_path)
+    with pytest.raises(ValueError, match=r"^ShardedTable.to: device must be .*, got "):
+        table.to(device)
+    with pytest.raises(ValueError, match=r"^ShardedTable.open: device must be .*, got "):
+        rk.ShardedTable.open(tmp_path, device=device)
