@@ -110,7 +110,13 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   return params;
 }
 
-using Kept = std::pair<uintptr_t, uintptr_t>;  // addresses of residual and posterior
+using Kept = std::tuple<uintptr_t, uintptr_t, uintptr_t>;  // addresses of residual, posterior and columns
+
+void set_kept(MarginalLossParams& params, const Kept& kept) {
+  params.kept_residual = reinterpret_cast<void*>(std::get<0>(kept));
+  params.kept_posterior = reinterpret_cast<void*>(std::get<1>(kept));
+  params.kept_columns = reinterpret_cast<double*>(std::get<2>(kept));
+}
 
 // Returns what was counted of all examples; a null count is one that nobody asked for per example.
 int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
@@ -123,8 +129,7 @@ int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, cons
   params.wide = float_array(loss).type == FloatType::kFloat64;
   params.loss = reinterpret_cast<void*>(std::get<0>(loss));
   params.count = reinterpret_cast<int64_t*>(count);
-  params.kept_residual = reinterpret_cast<void*>(kept.first);
-  params.kept_posterior = reinterpret_cast<void*>(kept.second);
+  set_kept(params, kept);
   return launch_marginal_loss_fwd(params);
 }
 
@@ -140,8 +145,7 @@ void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const A
   params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
-  params.kept_residual = reinterpret_cast<void*>(kept.first);
-  params.kept_posterior = reinterpret_cast<void*>(kept.second);
+  set_kept(params, kept);
   launch_marginal_loss_bwd(params);
 }
 

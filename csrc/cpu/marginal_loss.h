@@ -41,10 +41,12 @@ struct MarginalLossParams {
   void* d_log_likelihood;  // [B, K, M], contiguous, of the type of log_likelihood, written by the backward,
                            // or null
 
-  // Between the passes, both or either null: what the forward leaves for the backward, which then scales it
-  // and looks at no input. double where wide, else float.
-  void* kept_residual;   // [B, K], r summed over columns
-  void* kept_posterior;  // [B, K], or [B, K, M] where per_token
+  // Between the passes, each may be null: what the forward leaves for the backward. Where documents are left,
+  // in mode "sequence" only, it scales them and looks at no input; from columns it finds them again by one
+  // walk. double where wide, else float.
+  void* kept_residual;   // [B, K], r
+  void* kept_posterior;  // [B, K]
+  double* kept_columns;  // [B, 2 + 4 C]; C is 1, or M rounded up to a multiple of 8 where per_token and M > 1
 
   double* example_loss;  // [B], [B]: scratch of the driver
   int64_t* example_count;

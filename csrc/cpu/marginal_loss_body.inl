@@ -1,14 +1,18 @@
 // The body of marginal_loss, compiled once for each instruction set with kLanes doubles to a vector: how the
-// columns of the two modes become lanes, what is read and what is written. Log-likelihoods are read once.
+// columns of the two modes become lanes, what is read and what is written. Each pass reads the
+// log-likelihoods once.
 //
 // Nothing here may be shared with another translation unit (no std templates): the linker might keep the copy
-// for an instruction set this processor lacks.
+// for an instruction set this processor lacks. What gives bits that both roads of a backward must share, from
+// what was kept and from the inputs, is a function of its own: inlined twice, it could be fused in two ways.
 #include <string.h>
 
 #include "cpu/marginal_loss_columns.inl"
 #include "cpu/marginal_loss_float.inl"
 #include "cpu/marginal_loss_kernels.h"
 #include "cpu/marginal_loss_rows.inl"
+
+#define REALM_KERNELS_ONE_COPY __attribute__((noinline))
 
 namespace realm_kernels {
 namespace {
@@ -37,252 +41,332 @@ double upstream(const MarginalLossParams& params, int64_t b) {
   return d_loss / params.divisor;
 }
 
-int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
-
-void load_prior(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const int64_t vectors = vectors_of(params.documents);
-  c.prior.relevance[vectors - 1] = splat(-kInfinity);
-  load_relevance(params, b, reinterpret_cast<double*>(c.prior.relevance));
-  normalise(vectors, c.prior);
-}
-
-// Mode "sequence": the documents of example b lie in the lanes. False where the example is not scored.
-bool load_sequence(const MarginalLossParams& params, int64_t b, Columns& c) {
-  if (!any_scored(params, b)) return false;
-  load_prior(params, b, c);
-  c.log_likelihood[vectors_of(params.documents) - 1] = splat(0.0);
-  sum_tokens(params, b, reinterpret_cast<double*>(c.log_likelihood));
-  return c.prior.exists;
-}
-
-void nothing(Columns& c, int64_t vectors) {
-  for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = c.shifted[v] = splat(0.0);
-  c.loss = splat(0.0);
-}
-
-// The type of the loss, its gradient to scores, and of what is kept.
+// The type of the loss, its gradient to scores, and of documents that are kept.
 FloatType loss_type(const MarginalLossParams& params) {
   return params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
 }
 
-// A value as it is kept. A backward that finds it again rounds it too, so that both have the same bits.
-Vec as_kept(const MarginalLossParams& params, Vec value) {
-  return params.wide ? value : __builtin_convertvector(__builtin_convertvector(value, FloatVec), Vec);
+int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
+
+int lanes_from(int64_t first, int64_t end) {
+  return static_cast<int>(end - first < kLanes ? end - first : kLanes);
 }
 
-void keep_residual(const MarginalLossParams& params, int64_t b, const Vec* residual) {
-  if (params.kept_residual == nullptr) return;
-  store(params.kept_residual, loss_type(params), b * params.documents, params.documents,
-        reinterpret_cast<const double*>(residual), 1);
+// `count` numbers of a row from vectors that hold them.
+void store_vectors(void* data, FloatType type, int64_t offset, int64_t count, const Vec* values) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    store_lanes(data, type, offset + first, lanes_from(first, count), values[first / kLanes]);
+  }
 }
 
-// r to c.d_relevance and the posterior to c.shifted, 0 where the column pulls nothing. Both, whoever asks for
-// them: a posterior that only the residual needed would be fused into the residual's subtraction, and the
-// bits of d_scores would depend on which gradients are wanted.
-void residuals(Columns& c, int64_t vectors) {
-  const Centre centre = centre_columns<true>(vectors, c);
-  const bool pulls = !centre.impossible[0];
+// What the forward leaves of an example's columns: shift and Z of the prior, then each field of all columns.
+double* kept_columns(const MarginalLossParams& params, int64_t b, int64_t columns) {
+  return params.kept_columns == nullptr ? nullptr : params.kept_columns + b * (2 + kColumnFields * columns);
+}
+
+// Mode "token": columns [m, m + kLanes) of the rounded number.
+void keep_columns(double* kept, int64_t columns, int64_t m, const Column& column) {
+  double* const at = kept + 2 + m;
+  memcpy(at, &column.log_likelihood, sizeof(Vec));
+  memcpy(at + columns, &column.sum, sizeof(Vec));
+  memcpy(at + 2 * columns, &column.share, sizeof(Vec));
+  memcpy(at + 3 * columns, &column.unit, sizeof(Vec));
+}
+
+Column columns_kept(const double* kept, int64_t columns, int64_t m) {
+  const double* const at = kept + 2 + m;
+  return {widened(at), widened(at + columns), widened(at + 2 * columns), widened(at + 3 * columns)};
+}
+
+// Scratch of a thread. Mode "sequence": documents in the lanes. Mode "token": a vector of tokens a document.
+struct Scratch {
+  Prior prior;
+  Vec* log_likelihood;
+  Vec* d_relevance;  // mode "token": one sum a lane
+};
+
+// ---- Mode "sequence" ----
+
+// Relevance and log-likelihoods of example b. What a masked document holds is read, but never looked at.
+void load_sequence(const MarginalLossParams& params, int64_t b, Scratch& s) {
+  const int64_t vectors = vectors_of(params.documents);
+  s.prior.relevance[vectors - 1] = splat(-kInfinity);
+  s.log_likelihood[vectors - 1] = splat(0.0);
+  load_relevance(params, b, reinterpret_cast<double*>(s.prior.relevance));
+  sum_tokens(params, b, reinterpret_cast<double*>(s.log_likelihood));
   for (int64_t v = 0; v < vectors; ++v) {
-    const Shifted s = pulls ? posterior_of<true>(c, v, centre) : Shifted{};
-    c.d_relevance[v] = s.change;
-    c.shifted[v] = s.joint;
+    const Vec relevance = s.prior.relevance[v];
+    s.log_likelihood[v] = relevance == -kInfinity ? relevance : s.log_likelihood[v];
   }
-  c.loss = -log_marginal(c, centre);
 }
 
-void sequence_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const int64_t vectors = vectors_of(params.documents);
-  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
-  const bool scored = load_sequence(params, b, c);
-  if (!scored) {
-    nothing(c, vectors);
-  } else if (keeps) {
-    residuals(c, vectors);
-  } else {
-    c.loss = -log_marginal(c, centre_columns<true>(vectors, c));
+// The prior and the one column of what was loaded.
+REALM_KERNELS_ONE_COPY Column sequence_column(int64_t vectors, Scratch& s, Vec* log_marginal) {
+  Vec top = splat(-kInfinity);
+  Best best;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Vec relevance = s.prior.relevance[v];
+    top = relevance > top ? relevance : top;
+    best.see(relevance, s.log_likelihood[v]);
   }
+  best = best.of_lanes();
+  const double largest = largest_of(top), shift = largest == -kInfinity ? 0.0 : largest;
+  s.prior.shift = shift;
+  Vec total = splat(0.0);
+  Terms sums{splat(0.0), splat(0.0)};
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Vec relevance = s.prior.relevance[v], mass = mass_of(relevance, shift);
+    const Terms terms = terms_of(relevance, shift, mass, s.log_likelihood[v] - best.log_likelihood);
+    total += mass;
+    sums.joint += terms.joint;
+    sums.change += terms.change;
+  }
+  finish_prior(largest, sum_of(total), s.prior);
+  sums = {splat(sum_of(sums.joint)), splat(sum_of(sums.change))};
+  return finish_column(s.prior, best, sums, log_marginal, [&](const Column& column) {
+    Vec joint = splat(0.0);
+    for (int64_t v = 0; v < vectors; ++v) {
+      joint += deep_joint(s.prior.relevance[v], column, s.log_likelihood[v] - column.log_likelihood);
+    }
+    return splat(sum_of(joint));
+  });
+}
+
+// r in the place of what was loaded of the relevance, the posterior in that of the log-likelihoods.
+REALM_KERNELS_ONE_COPY void sequence_results(int64_t vectors, Scratch& s, const Column& column) {
+  const Kind kind = kind_of(column);
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Vec relevance = s.prior.relevance[v], mass = mass_of(relevance, s.prior.shift);
+    const Result result = result_of(s.prior, relevance, mass, s.log_likelihood[v], column, kind);
+    s.prior.relevance[v] = result.residual;
+    s.log_likelihood[v] = result.posterior;
+  }
+}
+
+void no_sequence_results(int64_t vectors, Scratch& s) {
+  for (int64_t v = 0; v < vectors; ++v) s.prior.relevance[v] = s.log_likelihood[v] = splat(0.0);
+}
+
+void sequence_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
+  const int64_t vectors = vectors_of(params.documents), first = b * params.documents;
+  const bool any = any_scored(params, b);
+  Vec log_marginal = splat(0.0);
+  Column column{};
+  if (any) {
+    load_sequence(params, b, s);
+    column = sequence_column(vectors, s, &log_marginal);
+  }
+  const bool scored = any && s.prior.exists;
   params.example_count[b] = scored ? 1 : 0;
-  params.example_loss[b] = c.loss[0];
-  keep_residual(params, b, c.d_relevance);
+  params.example_loss[b] = scored ? -log_marginal[0] : 0.0;
+  if (double* const kept = kept_columns(params, b, 1)) {
+    const double fields[2 + kColumnFields] = {s.prior.shift, s.prior.total,   column.log_likelihood[0],
+                                              column.sum[0], column.share[0], column.unit[0]};
+    memcpy(kept, fields, sizeof fields);
+  }
+  if (params.kept_residual == nullptr && params.kept_posterior == nullptr) return;
+  pulls(column)[0] ? sequence_results(vectors, s, column) : no_sequence_results(vectors, s);
+  if (params.kept_residual != nullptr) {
+    store_vectors(params.kept_residual, loss_type(params), first, params.documents, s.prior.relevance);
+  }
   if (params.kept_posterior != nullptr) {
-    store(params.kept_posterior, loss_type(params), b * params.documents, params.documents,
-          reinterpret_cast<const double*>(c.shifted), 1);
+    store_vectors(params.kept_posterior, loss_type(params), first, params.documents, s.log_likelihood);
   }
 }
 
-// -g x `count` numbers of the type of the loss, from `offset` of kept, to store_scaled(first, count, values).
-template <class Store>
-void scale(const MarginalLossParams& params, const void* kept, int64_t offset, int64_t count, double g,
-           const Store& store_scaled) {
-  double values[kChunk];
-  for (int64_t first = 0; first < count; first += kChunk) {
-    const int chunk = chunk_from(first, count);
-    load({kept, loss_type(params)}, offset + first, 1, chunk, values);
-    for (int i = 0; i < chunk; ++i) values[i] = values[i] != 0.0 ? -g * values[i] : 0.0;
-    store_scaled(first, chunk, values);
-  }
-}
-
-// Scales what the forward left.
-void kept_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const double g = upstream(params, b);
-  const int64_t documents = params.documents;
-  if (params.d_scores != nullptr) {
-    scale(params, params.kept_residual, b * documents, documents, g,
-          [&](int64_t first, int count, const double* values) {
-            store(params.d_scores, loss_type(params), b * documents + first, count, values, 1);
-          });
-  }
-  if (params.d_log_likelihood == nullptr) return;
-  const FloatType type = params.log_likelihood.type;
-  if (params.per_token) {
-    const int64_t size = documents * params.tokens, offset = b * size;
-    scale(params, params.kept_posterior, offset, size, g,
-          [&](int64_t first, int count, const double* values) {
-            store(params.d_log_likelihood, type, offset + first, count, values, 1);
-          });
-    return;
-  }
-  auto* const d_sequence = reinterpret_cast<double*>(c.shifted);
-  scale(params, params.kept_posterior, b * documents, documents, g,
-        [&](int64_t first, int count, const double* values) {
-          memcpy(d_sequence + first, values, count * sizeof(double));
-        });
-  spread_over_tokens(params, b, d_sequence);
-}
-
-void store_d_scores(const MarginalLossParams& params, int64_t b, const Vec* values) {
-  store(params.d_scores, loss_type(params), b * params.documents, params.documents,
-        reinterpret_cast<const double*>(values), 1);
-}
-
-void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
+// Leaves r and the posterior in the scratch.
+void sequence_again(const MarginalLossParams& params, int64_t b, Scratch& s) {
   const int64_t vectors = vectors_of(params.documents);
-  load_sequence(params, b, c) ? residuals(c, vectors) : nothing(c, vectors);
+  const double* const kept = kept_columns(params, b, 1);
+  Column column{};
+  if (kept != nullptr) {
+    column = {splat(kept[2]), splat(kept[3]), splat(kept[4]), splat(kept[5])};
+    s.prior.shift = kept[0];
+    s.prior.total = kept[1];
+    s.prior.inverse = 1.0 / kept[1];
+    if (pulls(column)[0]) load_sequence(params, b, s);
+  } else if (any_scored(params, b)) {
+    load_sequence(params, b, s);
+    column = sequence_column(vectors, s, nullptr);
+  }
+  pulls(column)[0] ? sequence_results(vectors, s, column) : no_sequence_results(vectors, s);
+}
+
+// The numbers of a row, of the type of the loss, in the scratch.
+void load_kept(const MarginalLossParams& params, int64_t b, const void* kept, Vec* out) {
+  if (kept == nullptr) return;
+  load({kept, loss_type(params)}, b * params.documents, 1, params.documents, reinterpret_cast<double*>(out));
+}
+
+void sequence_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
+  const int64_t vectors = vectors_of(params.documents), first = b * params.documents;
+  Vec* const residual = s.prior.relevance;
+  Vec* const posterior = s.log_likelihood;
+  if (params.kept_residual != nullptr || params.kept_posterior != nullptr) {
+    load_kept(params, b, params.kept_residual, residual);
+    load_kept(params, b, params.kept_posterior, posterior);
+  } else {
+    sequence_again(params, b, s);
+  }
+  // Documents are kept of several tokens, and then rounded: who finds them again rounds them too, so that
+  // both have the same bits.
+  const bool rounds = params.tokens > 1 && !params.wide;
   const Vec g = splat(upstream(params, b));
   for (int64_t v = 0; v < vectors; ++v) {
-    c.d_relevance[v] = gradient(g, as_kept(params, c.d_relevance[v]));
-    c.shifted[v] = gradient(g, as_kept(params, c.shifted[v]));
+    residual[v] = gradient(g, rounds ? rounded(residual[v]) : residual[v]);
+    posterior[v] = gradient(g, rounds ? rounded(posterior[v]) : posterior[v]);
   }
-  if (params.d_scores != nullptr) store_d_scores(params, b, c.d_relevance);
-  if (params.d_log_likelihood != nullptr) {
-    spread_over_tokens(params, b, reinterpret_cast<const double*>(c.shifted));
+  if (params.d_scores != nullptr) {
+    store_vectors(params.d_scores, loss_type(params), first, params.documents, residual);
+  }
+  if (params.d_log_likelihood == nullptr) return;
+  if (params.tokens == 1) {  // where it is not scored, the values are zero
+    store_vectors(params.d_log_likelihood, params.log_likelihood.type, first, params.documents, posterior);
+  } else {
+    spread_over_tokens(params, b, reinterpret_cast<const double*>(posterior));
   }
 }
 
-// Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
-Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Columns& c) {
+// ---- Mode "token" ----
+
+void load_prior(const MarginalLossParams& params, int64_t b, Prior& prior) {
+  const int64_t vectors = vectors_of(params.documents);
+  prior.relevance[vectors - 1] = splat(-kInfinity);
+  load_relevance(params, b, reinterpret_cast<double*>(prior.relevance));
+  Vec top = splat(-kInfinity), total = splat(0.0);
+  for (int64_t v = 0; v < vectors; ++v) top = prior.relevance[v] > top ? prior.relevance[v] : top;
+  const double largest = largest_of(top);
+  prior.shift = largest == -kInfinity ? 0.0 : largest;
+  for (int64_t v = 0; v < vectors; ++v) {
+    prior.mass[v] = mass_of(prior.relevance[v], prior.shift);
+    total += prior.mass[v];
+  }
+  finish_prior(largest, sum_of(total), prior);
+}
+
+inline double lane(const Vec* values, int64_t k) { return reinterpret_cast<const double*>(values)[k]; }
+
+// Tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored. What a masked
+// document holds is not looked at.
+Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Scratch& s) {
   alignas(64) int64_t scored[kLanes];
   for (int j = 0; j < kLanes; ++j)
-    scored[j] = c.prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
+    scored[j] = s.prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
   const int64_t first = b * params.stride_b + m * params.stride_m;
   for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_likelihood[k] =
-        load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
+    s.log_likelihood[k] =
+        lane(s.prior.relevance, k) == -kInfinity
+            ? splat(-kInfinity)
+            : load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
   }
   Mask result;
   memcpy(&result, scored, sizeof result);
   return result;
 }
 
-int lanes_from(int64_t first, int64_t end) {
-  return static_cast<int>(end - first < kLanes ? end - first : kLanes);
-}
-
-// Mode "token": r of tokens m .. m + lanes - 1 added to c.d_relevance and their posteriors in c.shifted, 0
-// where they pull nothing; both as in residuals().
-void token_residuals(const MarginalLossParams& params, const Columns& c, const Centre& centre, Mask scored) {
-  const Mask pulls = scored & ~centre.impossible;
-  for (int64_t k = 0; k < params.documents; ++k) {
-    const Shifted s = posterior_of<false>(c, k, centre);
-    c.d_relevance[k] += pulls ? s.change : splat(0.0);
-    c.shifted[k] = pulls ? s.joint : splat(0.0);
+// Of the tokens that were loaded; those that are not scored pull nothing.
+REALM_KERNELS_ONE_COPY Column token_columns(int64_t documents, const Scratch& s, Mask scored,
+                                            Vec* log_marginal) {
+  Best best;
+  for (int64_t k = 0; k < documents; ++k) best.see(splat(lane(s.prior.relevance, k)), s.log_likelihood[k]);
+  Terms sums{splat(0.0), splat(0.0)};
+  for (int64_t k = 0; k < documents; ++k) {
+    const Terms terms = terms_of(splat(lane(s.prior.relevance, k)), s.prior.shift,
+                                 splat(lane(s.prior.mass, k)), s.log_likelihood[k] - best.log_likelihood);
+    sums.joint += terms.joint;
+    sums.change += terms.change;
   }
+  Column column = finish_column(s.prior, best, sums, log_marginal, [&](const Column& deep) {
+    Vec joint = splat(0.0);
+    for (int64_t k = 0; k < documents; ++k) {
+      joint += deep_joint(splat(lane(s.prior.relevance, k)), deep, s.log_likelihood[k] - deep.log_likelihood);
+    }
+    return joint;
+  });
+  column.share = scored ? column.share : splat(0.0);
+  return column;
 }
 
-void sum_lanes(const MarginalLossParams& params, const Columns& c) {
-  auto* const sums = reinterpret_cast<double*>(c.d_relevance);
-  for (int64_t k = 0; k < params.documents; ++k) sums[k] = sum_of(c.d_relevance[k]);
-}
+int64_t rounded_tokens(const MarginalLossParams& params) { return (params.tokens + 7) / 8 * 8; }
 
-void token_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
-  load_prior(params, b, c);
+void token_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
+  load_prior(params, b, s.prior);
+  double* const kept = kept_columns(params, b, rounded_tokens(params));
   Vec loss = splat(0.0);
   Mask count{};  // of -1 each
-  for (int64_t k = 0; k < params.documents && keeps; ++k) c.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c);
-    const Centre centre = centre_columns<false>(params.documents, c);
-    loss -= scored ? log_marginal(c, centre) : splat(0.0);
+    const Mask scored = load_tokens(params, b, m, lanes_from(m, params.tokens), s);
+    Vec log_marginal;
+    const Column column = token_columns(params.documents, s, scored, &log_marginal);
+    loss -= scored ? log_marginal : splat(0.0);
     count += scored;
-    if (keeps) token_residuals(params, c, centre, scored);
-    for (int64_t k = 0; k < params.documents && params.kept_posterior != nullptr; ++k) {
-      store_lanes(params.kept_posterior, loss_type(params), (b * params.documents + k) * params.tokens + m,
-                  lanes, c.shifted[k]);
-    }
+    if (kept != nullptr) keep_columns(kept, rounded_tokens(params), m, column);
   }
   params.example_loss[b] = sum_of(loss);
   params.example_count[b] = 0;
   for (int j = 0; j < kLanes; ++j) params.example_count[b] -= count[j];
-  if (params.kept_residual != nullptr) {
-    sum_lanes(params, c);
-    keep_residual(params, b, c.d_relevance);
-  }
 }
 
-void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  load_prior(params, b, c);
+void token_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
+  const int64_t documents = params.documents;
+  load_prior(params, b, s.prior);
+  const double* const kept = kept_columns(params, b, rounded_tokens(params));
   const Vec g = splat(upstream(params, b));
-  for (int64_t k = 0; k < params.documents; ++k) c.d_relevance[k] = splat(0.0);
+  for (int64_t k = 0; k < documents; ++k) s.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c);
-    token_residuals(params, c, centre_columns<false>(params.documents, c), scored);
-    for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
+    const Mask scored = load_tokens(params, b, m, lanes, s);
+    const Column column = kept != nullptr ? columns_kept(kept, rounded_tokens(params), m)
+                                          : token_columns(documents, s, scored, nullptr);
+    const Kind kind = kind_of(column);
+    const Mask pull = pulls(column);
+    for (int64_t k = 0; k < documents; ++k) {
+      const Result result = result_of(s.prior, splat(lane(s.prior.relevance, k)),
+                                      splat(lane(s.prior.mass, k)), s.log_likelihood[k], column, kind);
+      s.d_relevance[k] += pull ? result.residual : splat(0.0);
+      if (params.d_log_likelihood == nullptr) continue;
       store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                  (b * params.documents + k) * params.tokens + m, lanes,
-                  gradient(g, as_kept(params, c.shifted[k])));
+                  (b * documents + k) * params.tokens + m, lanes,
+                  gradient(g, pull ? result.posterior : splat(0.0)));
     }
   }
-  if (params.d_scores != nullptr) {
-    sum_lanes(params, c);
-    const int64_t vectors = vectors_of(params.documents);
-    for (int64_t v = 0; v < vectors; ++v) {
-      c.d_relevance[v] = gradient(g, as_kept(params, c.d_relevance[v]));
-    }
-    store_d_scores(params, b, c.d_relevance);
-  }
+  if (params.d_scores == nullptr) return;
+  auto* const sums = reinterpret_cast<double*>(s.d_relevance);
+  for (int64_t k = 0; k < documents; ++k) sums[k] = sum_of(s.d_relevance[k]);
+  const int64_t vectors = vectors_of(documents);
+  for (int64_t v = 0; v < vectors; ++v) s.d_relevance[v] = gradient(g, s.d_relevance[v]);
+  store_vectors(params.d_scores, loss_type(params), b * documents, documents, s.d_relevance);
 }
 
-// Vectors of documents, and vectors of columns a document in mode "token".
-constexpr int kPriorArrays = 2, kColumnArrays = 3;
+// ---- What the driver calls ----
+
+// Vectors of documents for the prior, and vectors of columns a document.
+constexpr int kPriorArrays = 2, kColumnArrays = 2;
 
 int64_t workspace(int64_t documents, bool per_token) {
   const int64_t vectors = vectors_of(documents);
   return kLanes * (kPriorArrays * vectors + kColumnArrays * (per_token ? documents : vectors));
 }
 
-Columns columns_in(double* memory, int64_t documents, bool per_token) {
+Scratch scratch_in(double* memory, int64_t documents, bool per_token) {
   const int64_t vectors = vectors_of(documents), columns = per_token ? documents : vectors;
   Vec* const prior = reinterpret_cast<Vec*>(memory);
   Vec* const first = prior + kPriorArrays * vectors;
-  return {{prior, prior + vectors, 1.0, false}, first, first + columns, first + 2 * columns, Vec{}};
+  return {{prior, prior + vectors, 0.0, 1.0, 1.0, false}, first, first + columns};
 }
 
 void forward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  Columns c = columns_in(memory, params.documents, params.per_token);
+  Scratch s = scratch_in(memory, params.documents, params.per_token);
   for (int64_t b = begin; b < end; ++b) {
-    (params.per_token ? token_forward : sequence_forward)(params, b, c);
+    (params.per_token ? token_forward : sequence_forward)(params, b, s);
   }
 }
 
 void backward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  Columns c = columns_in(memory, params.documents, params.per_token);
-  const bool kept = params.kept_residual != nullptr || params.kept_posterior != nullptr;
-  const auto run = kept ? kept_backward : params.per_token ? token_backward : sequence_backward;
-  for (int64_t b = begin; b < end; ++b) run(params, b, c);
+  Scratch s = scratch_in(memory, params.documents, params.per_token);
+  for (int64_t b = begin; b < end; ++b) {
+    (params.per_token ? token_backward : sequence_backward)(params, b, s);
+  }
 }
 
 const MarginalLossKernels kKernels{&workspace, &forward, &backward};

@@ -40,6 +40,11 @@ inline __m128i first_lanes_of_four(int lanes) {
 }
 #endif
 
+// As float32 has it.
+inline Vec rounded(Vec value) {
+  return __builtin_convertvector(__builtin_convertvector(value, FloatVec), Vec);
+}
+
 inline Vec widened(const double* source) {
   Vec result;
   memcpy(&result, source, sizeof result);
@@ -174,6 +179,11 @@ inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, i
 inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
   if (type == FloatType::kFloat32) {
     float* const target = static_cast<float*>(data) + offset;
+    if (lanes == kLanes) {
+      const FloatVec whole = __builtin_convertvector(value, FloatVec);
+      memcpy(target, &whole, sizeof whole);
+      return;
+    }
 #if defined(__AVX512VL__)
     const FloatVec rounded = __builtin_convertvector(value, FloatVec);
     _mm256_mask_storeu_ps(target, static_cast<__mmask8>((1u << lanes) - 1), rounded);

@@ -41,21 +41,23 @@ def array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
-Kept = tuple[Tensor | None, Tensor | None]
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
+NOTHING_KEPT: Kept = (None, None, None)
 
 
 def room_to_keep(problem: Problem, needs_scores: bool, needs_log_likelihood: bool) -> Kept:
-    """Where the forward leaves r [B, K] and the posterior, [B, K] or [B, K, M] in mode "token", for the
-    backward, which then scales them. A backward without them finds them again from the inputs."""
-    dtype, scores = problem.loss_dtype, problem.scores
-    columns = problem.log_likelihood if problem.mode == "token" else scores
-    return (
-        _room_like(scores, dtype) if needs_scores else None,
-        _room_like(columns, dtype) if needs_log_likelihood else None,
-    )
+    """Where the forward leaves what the backward would have to find again: r and posterior, [B, K] each, of
+    sequences of several tokens, which are less than their log-likelihoods; else a few numbers a column."""
+    dtype, scores, shape = problem.loss_dtype, problem.scores, problem.log_likelihood.shape
+    tokens = shape[2] if len(shape) == 3 else 1
+    if problem.mode == "sequence" and tokens > 1:
+        residual = _room_like(scores, dtype) if needs_scores else None
+        return residual, _room_like(scores, dtype) if needs_log_likelihood else None, None
+    columns = 1 if tokens <= 1 else (tokens + 7) // 8 * 8
+    return None, None, torch.empty(shape[0], 2 + 4 * columns, dtype=torch.float64)
 
 
-def forward(problem: Problem, reduction: str, *, kept: Kept = (None, None)) -> tuple[Tensor, Tensor | int]:
+def forward(problem: Problem, reduction: str, *, kept: Kept = NOTHING_KEPT) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
     needs a tensor makes one."""
     assert native.cpu is not None
@@ -71,7 +73,7 @@ def forward(problem: Problem, reduction: str, *, kept: Kept = (None, None)) -> t
         reduction,
         array(loss),
         pointer(count),
-        (pointer(kept[0]), pointer(kept[1])),
+        tuple(map(pointer, kept)),
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -85,7 +87,7 @@ def backward(
     needs_scores: bool,
     needs_log_likelihood: bool,
     *,
-    kept: Kept = (None, None),
+    kept: Kept = NOTHING_KEPT,
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype, log_likelihood = problem.loss_dtype, problem.log_likelihood
@@ -104,7 +106,7 @@ def backward(
         1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
-        (pointer(kept[0]), pointer(kept[1])),
+        tuple(map(pointer, kept)),
         torch.get_num_threads(),
         forced_variant(),
     )

@@ -189,7 +189,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, residual, posterior = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        tensors, kept = saved[:5], saved[5:]
         mode, forced, divisor = ctx.plan
         problem, wants = Problem._make([*tensors, mode]), ctx.needs_input_grad
         # With create_graph the gradient itself is differentiated: its op knows how.
@@ -198,7 +199,7 @@ class _Direct(torch.autograd.Function):
             gradients = _backward_by_op(ctx, forced, d_loss, problem.with_tokens(), divisor)
             wide = gradients[1]
             return gradients[0], None if wide is None else wide.view_as(tensors[1]), *gradients[2:]
-        needs, kept = (wants[0] or wants[4], wants[1]), (residual, posterior)
+        needs = wants[0] or wants[4], wants[1]
         assert cpu.BACKEND.backward is not None
         return _gradients(
             wants, 0, problem, *cpu.BACKEND.backward(d_loss, divisor, problem, *needs, kept=kept)
