@@ -18,6 +18,12 @@ constexpr double kInfinity = __builtin_inf();
 
 inline Vec splat(double value) { return Vec{} + value; }
 
+inline Mask first_lanes(int lanes) {
+  Mask place{};
+  for (int j = 0; j < kLanes; ++j) place[j] = j;
+  return place < int64_t{lanes};
+}
+
 inline bool any(const Mask& mask) {
   for (int j = 0; j < kLanes; ++j) {
     if (mask[j]) return true;

@@ -8,6 +8,7 @@
 
 namespace realm_kernels {
 
+// Python names both by their numbers (realm_kernels/marginal_loss/cpu.py).
 enum class FloatType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 enum class Reduction { kNone, kSum, kMean };

@@ -89,14 +89,19 @@ struct Scratch {
 
 // Relevance and log-likelihoods of example b. What a masked document holds is read, but never looked at.
 void load_sequence(const MarginalLossParams& params, int64_t b, Scratch& s) {
-  const int64_t vectors = vectors_of(params.documents);
-  s.prior.relevance[vectors - 1] = splat(-kInfinity);
-  s.log_likelihood[vectors - 1] = splat(0.0);
-  load_relevance(params, b, reinterpret_cast<double*>(s.prior.relevance));
-  sum_tokens(params, b, reinterpret_cast<double*>(s.log_likelihood));
-  for (int64_t v = 0; v < vectors; ++v) {
-    const Vec relevance = s.prior.relevance[v];
-    s.log_likelihood[v] = relevance == -kInfinity ? relevance : s.log_likelihood[v];
+  Vec* const relevance = s.prior.relevance;
+  const int64_t documents = params.documents, last = (documents - 1) / kLanes;
+  relevance[last] = splat(-kInfinity);
+  s.log_likelihood[last] = splat(0.0);
+  load_relevance(params, b, reinterpret_cast<double*>(relevance));
+  if (params.tokens == 1) {  // masked, it is not scored, and nothing of the example is looked at
+    load(params.log_likelihood, b * params.stride_b, params.stride_k, documents,
+         reinterpret_cast<double*>(s.log_likelihood));
+  } else {
+    sum_tokens(params, b, reinterpret_cast<double*>(s.log_likelihood));
+  }
+  for (int64_t v = 0; v <= last; ++v) {
+    s.log_likelihood[v] = relevance[v] == -kInfinity ? relevance[v] : s.log_likelihood[v];
   }
 }
 
@@ -132,19 +137,29 @@ REALM_KERNELS_ONE_COPY Column sequence_column(int64_t vectors, Scratch& s, Vec* 
   });
 }
 
-// r in the place of what was loaded of the relevance, the posterior in that of the log-likelihoods.
-REALM_KERNELS_ONE_COPY void sequence_results(int64_t vectors, Scratch& s, const Column& column) {
+// What was loaded becomes results, given to sink(v, result) vector by vector.
+template <class Sink>
+inline void sequence_results(const MarginalLossParams& params, Scratch& s, const Column& column,
+                             const Sink& sink) {
+  const int64_t vectors = vectors_of(params.documents);
+  if (!pulls(column)[0]) {
+    for (int64_t v = 0; v < vectors; ++v) sink(v, Result{splat(0.0), splat(0.0)});
+    return;
+  }
   const Kind kind = kind_of(column);
   for (int64_t v = 0; v < vectors; ++v) {
     const Vec relevance = s.prior.relevance[v], mass = mass_of(relevance, s.prior.shift);
-    const Result result = result_of(s.prior, relevance, mass, s.log_likelihood[v], column, kind);
-    s.prior.relevance[v] = result.residual;
-    s.log_likelihood[v] = result.posterior;
+    sink(v, result_of(s.prior, relevance, mass, s.log_likelihood[v], column, kind));
   }
 }
 
-void no_sequence_results(int64_t vectors, Scratch& s) {
-  for (int64_t v = 0; v < vectors; ++v) s.prior.relevance[v] = s.log_likelihood[v] = splat(0.0);
+// r takes the place of the relevance, the posterior that of the log-likelihoods.
+REALM_KERNELS_ONE_COPY void results_in_place(const MarginalLossParams& params, Scratch& s,
+                                             const Column& column) {
+  sequence_results(params, s, column, [&](int64_t v, const Result& result) {
+    s.prior.relevance[v] = result.residual;
+    s.log_likelihood[v] = result.posterior;
+  });
 }
 
 void sequence_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
@@ -165,7 +180,7 @@ void sequence_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
     memcpy(kept, fields, sizeof fields);
   }
   if (params.kept_residual == nullptr && params.kept_posterior == nullptr) return;
-  pulls(column)[0] ? sequence_results(vectors, s, column) : no_sequence_results(vectors, s);
+  results_in_place(params, s, column);
   if (params.kept_residual != nullptr) {
     store_vectors(params.kept_residual, loss_type(params), first, params.documents, s.prior.relevance);
   }
@@ -174,22 +189,19 @@ void sequence_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   }
 }
 
-// Leaves r and the posterior in the scratch.
-void sequence_again(const MarginalLossParams& params, int64_t b, Scratch& s) {
-  const int64_t vectors = vectors_of(params.documents);
-  const double* const kept = kept_columns(params, b, 1);
+// The column of example b, from what was kept or from its documents, which are loaded if it pulls.
+Column sequence_again(const MarginalLossParams& params, int64_t b, Scratch& s) {
   Column column{};
-  if (kept != nullptr) {
+  if (const double* const kept = kept_columns(params, b, 1)) {
     column = {splat(kept[2]), splat(kept[3]), splat(kept[4]), splat(kept[5])};
     s.prior.shift = kept[0];
-    s.prior.total = kept[1];
     s.prior.inverse = 1.0 / kept[1];
     if (pulls(column)[0]) load_sequence(params, b, s);
   } else if (any_scored(params, b)) {
     load_sequence(params, b, s);
-    column = sequence_column(vectors, s, nullptr);
+    column = sequence_column(vectors_of(params.documents), s, nullptr);
   }
-  pulls(column)[0] ? sequence_results(vectors, s, column) : no_sequence_results(vectors, s);
+  return column;
 }
 
 // The numbers of a row, of the type of the loss, in the scratch.
@@ -198,30 +210,49 @@ void load_kept(const MarginalLossParams& params, int64_t b, const void* kept, Ve
   load({kept, loss_type(params)}, b * params.documents, 1, params.documents, reinterpret_cast<double*>(out));
 }
 
+// Gradients of one token, float32, go to memory as they are found.
+void one_token_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
+  const int64_t first = b * params.documents;
+  float* const d_scores = static_cast<float*>(params.d_scores) + first;
+  float* const d_log_likelihood = static_cast<float*>(params.d_log_likelihood) + first;
+  const Vec g = splat(upstream(params, b));
+  sequence_results(params, s, sequence_again(params, b, s), [&](int64_t v, const Result& result) {
+    const int64_t k = v * kLanes;
+    const int lanes = lanes_from(k, params.documents);
+    store_floats(d_scores + k, lanes, gradient(g, result.residual));
+    store_floats(d_log_likelihood + k, lanes, gradient(g, result.posterior));
+  });
+}
+
 void sequence_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
-  const int64_t vectors = vectors_of(params.documents), first = b * params.documents;
+  const bool kept = params.kept_residual != nullptr || params.kept_posterior != nullptr;
+  if (params.tokens == 1 && !kept && !params.wide && params.log_likelihood.type == FloatType::kFloat32 &&
+      params.d_scores != nullptr && params.d_log_likelihood != nullptr) {
+    return one_token_backward(params, b, s);
+  }
   Vec* const residual = s.prior.relevance;
   Vec* const posterior = s.log_likelihood;
-  if (params.kept_residual != nullptr || params.kept_posterior != nullptr) {
+  if (kept) {
     load_kept(params, b, params.kept_residual, residual);
     load_kept(params, b, params.kept_posterior, posterior);
   } else {
-    sequence_again(params, b, s);
+    results_in_place(params, s, sequence_again(params, b, s));
   }
+  const Vec g = splat(upstream(params, b));
   // Documents are kept of several tokens, and then rounded: who finds them again rounds them too, so that
   // both have the same bits.
   const bool rounds = params.tokens > 1 && !params.wide;
-  const Vec g = splat(upstream(params, b));
-  for (int64_t v = 0; v < vectors; ++v) {
+  for (int64_t v = 0; v < vectors_of(params.documents); ++v) {
     residual[v] = gradient(g, rounds ? rounded(residual[v]) : residual[v]);
     posterior[v] = gradient(g, rounds ? rounded(posterior[v]) : posterior[v]);
   }
   if (params.d_scores != nullptr) {
-    store_vectors(params.d_scores, loss_type(params), first, params.documents, residual);
+    store_vectors(params.d_scores, loss_type(params), b * params.documents, params.documents, residual);
   }
   if (params.d_log_likelihood == nullptr) return;
   if (params.tokens == 1) {  // where it is not scored, the values are zero
-    store_vectors(params.d_log_likelihood, params.log_likelihood.type, first, params.documents, posterior);
+    store_vectors(params.d_log_likelihood, params.log_likelihood.type, b * params.documents, params.documents,
+                  posterior);
   } else {
     spread_over_tokens(params, b, reinterpret_cast<const double*>(posterior));
   }
