@@ -25,10 +25,16 @@ inline Mask first_lanes(int lanes) {
 }
 
 inline bool any(const Mask& mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_pd((__m256d)mask) != 0;
+#else
   for (int j = 0; j < kLanes; ++j) {
     if (mask[j]) return true;
   }
   return false;
+#endif
 }
 
 // Whether a lane exceeds a bound; NaN does not. For loops in which almost never one does.
@@ -168,12 +174,19 @@ inline Vec log1p_of(Vec x) {
   return log_of(sum, (1.0 - (sum - added)) + (x - added));
 }
 
-// The lanes of x as one number: NaN where there is one, else the largest.
-inline double largest_of(const Vec& x) {
-  double top = x[0];
-  for (int j = 1; j < kLanes; ++j) top = (x[j] > top) | (x[j] != x[j]) ? x[j] : top;
-  return top;
+// The largest lane in every lane, where none is NaN. Without a branch: which lane it is, nothing foretells.
+inline Vec largest_in_all(Vec x) {
+  Mask place{};
+  for (int j = 0; j < kLanes; ++j) place[j] = j;
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    const Vec other = __builtin_shuffle(x, place ^ int64_t{half});
+    x = other > x ? other : x;
+  }
+  return x;
 }
+
+// The lanes of x as one number: NaN where there is one, else the largest.
+inline double largest_of(const Vec& x) { return any(x != x) ? __builtin_nan("") : largest_in_all(x)[0]; }
 
 inline Vec larger(Vec top, Vec x) { return ((x > top) | (x != x)) ? x : top; }
 

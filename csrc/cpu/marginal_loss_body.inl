@@ -106,7 +106,7 @@ void load_sequence(const MarginalLossParams& params, int64_t b, Scratch& s) {
 }
 
 // The prior and the one column of what was loaded.
-REALM_KERNELS_ONE_COPY Column sequence_column(int64_t vectors, Scratch& s, Vec* log_marginal) {
+REALM_KERNELS_ONE_COPY Column sequence_column(int64_t vectors, Scratch& s, Marginal* marginal) {
   Vec top = splat(-kInfinity);
   Best best;
   for (int64_t v = 0; v < vectors; ++v) {
@@ -115,7 +115,7 @@ REALM_KERNELS_ONE_COPY Column sequence_column(int64_t vectors, Scratch& s, Vec* 
     best.see(relevance, s.log_likelihood[v]);
   }
   best = best.of_lanes();
-  const double largest = largest_of(top), shift = largest == -kInfinity ? 0.0 : largest;
+  const double largest = largest_in_all(top)[0], shift = largest == -kInfinity ? 0.0 : largest;
   s.prior.shift = shift;
   Vec total = splat(0.0);
   Terms sums{splat(0.0), splat(0.0)};
@@ -128,7 +128,7 @@ REALM_KERNELS_ONE_COPY Column sequence_column(int64_t vectors, Scratch& s, Vec* 
   }
   finish_prior(largest, sum_of(total), s.prior);
   sums = {splat(sum_of(sums.joint)), splat(sum_of(sums.change))};
-  return finish_column(s.prior, best, sums, log_marginal, [&](const Column& column) {
+  return finish_column(s.prior, best, sums, marginal, [&](const Column& column) {
     Vec joint = splat(0.0);
     for (int64_t v = 0; v < vectors; ++v) {
       joint += deep_joint(s.prior.relevance[v], column, s.log_likelihood[v] - column.log_likelihood);
@@ -162,18 +162,44 @@ REALM_KERNELS_ONE_COPY void results_in_place(const MarginalLossParams& params, S
   });
 }
 
-void sequence_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
+// Marginals of sequences, one a lane, until there are kLanes of them.
+struct Pending {
+  alignas(64) double fields[kMarginalFields][kLanes];
+  int count = 0;
+
+  void add(const Marginal& marginal) {
+    fields[0][count] = marginal.log_likelihood[0];
+    fields[1][count] = marginal.sum[0];
+    fields[2][count] = marginal.ratio[0];
+    fields[3][count++] = marginal.log_unit[0];
+  }
+
+  // Those of the examples before `end`.
+  void flush(const MarginalLossParams& params, int64_t end) {
+    for (int j = count; j < kLanes; ++j) {
+      fields[0][j] = fields[1][j] = fields[3][j] = 0.0;
+      fields[2][j] = 1.0;
+    }
+    const Vec loss =
+        -log_marginal({widened(fields[0]), widened(fields[1]), widened(fields[2]), widened(fields[3])});
+    double* const first = params.example_loss + end - count;
+    // Where nothing is scored it is not minus zero.
+    for (int j = 0; j < count; ++j) first[j] = params.example_count[end - count + j] != 0 ? loss[j] : 0.0;
+    count = 0;
+  }
+};
+
+void sequence_forward(const MarginalLossParams& params, int64_t b, Scratch& s, Pending& pending) {
   const int64_t vectors = vectors_of(params.documents), first = b * params.documents;
-  const bool any = any_scored(params, b);
-  Vec log_marginal = splat(0.0);
+  Marginal marginal{splat(0.0), splat(0.0), splat(1.0), splat(0.0)};
   Column column{};
+  const bool any = any_scored(params, b);
   if (any) {
     load_sequence(params, b, s);
-    column = sequence_column(vectors, s, &log_marginal);
+    column = sequence_column(vectors, s, &marginal);
   }
-  const bool scored = any && s.prior.exists;
-  params.example_count[b] = scored ? 1 : 0;
-  params.example_loss[b] = scored ? -log_marginal[0] : 0.0;
+  params.example_count[b] = any && s.prior.exists ? 1 : 0;
+  pending.add(marginal);
   if (double* const kept = kept_columns(params, b, 1)) {
     const double fields[2 + kColumnFields] = {s.prior.shift, s.prior.total,   column.log_likelihood[0],
                                               column.sum[0], column.share[0], column.unit[0]};
@@ -199,7 +225,8 @@ Column sequence_again(const MarginalLossParams& params, int64_t b, Scratch& s) {
     if (pulls(column)[0]) load_sequence(params, b, s);
   } else if (any_scored(params, b)) {
     load_sequence(params, b, s);
-    column = sequence_column(vectors_of(params.documents), s, nullptr);
+    Marginal unused;
+    column = sequence_column(vectors_of(params.documents), s, &unused);
   }
   return column;
 }
@@ -266,7 +293,7 @@ void load_prior(const MarginalLossParams& params, int64_t b, Prior& prior) {
   load_relevance(params, b, reinterpret_cast<double*>(prior.relevance));
   Vec top = splat(-kInfinity), total = splat(0.0);
   for (int64_t v = 0; v < vectors; ++v) top = prior.relevance[v] > top ? prior.relevance[v] : top;
-  const double largest = largest_of(top);
+  const double largest = largest_in_all(top)[0];
   prior.shift = largest == -kInfinity ? 0.0 : largest;
   for (int64_t v = 0; v < vectors; ++v) {
     prior.mass[v] = mass_of(prior.relevance[v], prior.shift);
@@ -297,7 +324,7 @@ Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lan
 
 // Of the tokens that were loaded; those that are not scored pull nothing.
 REALM_KERNELS_ONE_COPY Column token_columns(int64_t documents, const Scratch& s, Mask scored,
-                                            Vec* log_marginal) {
+                                            Marginal* marginal) {
   Best best;
   for (int64_t k = 0; k < documents; ++k) best.see(splat(lane(s.prior.relevance, k)), s.log_likelihood[k]);
   Terms sums{splat(0.0), splat(0.0)};
@@ -307,7 +334,7 @@ REALM_KERNELS_ONE_COPY Column token_columns(int64_t documents, const Scratch& s,
     sums.joint += terms.joint;
     sums.change += terms.change;
   }
-  Column column = finish_column(s.prior, best, sums, log_marginal, [&](const Column& deep) {
+  Column column = finish_column(s.prior, best, sums, marginal, [&](const Column& deep) {
     Vec joint = splat(0.0);
     for (int64_t k = 0; k < documents; ++k) {
       joint += deep_joint(splat(lane(s.prior.relevance, k)), deep, s.log_likelihood[k] - deep.log_likelihood);
@@ -327,9 +354,9 @@ void token_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   Mask count{};  // of -1 each
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const Mask scored = load_tokens(params, b, m, lanes_from(m, params.tokens), s);
-    Vec log_marginal;
-    const Column column = token_columns(params.documents, s, scored, &log_marginal);
-    loss -= scored ? log_marginal : splat(0.0);
+    Marginal marginal;
+    const Column column = token_columns(params.documents, s, scored, &marginal);
+    loss -= scored ? log_marginal(marginal) : splat(0.0);
     count += scored;
     if (kept != nullptr) keep_columns(kept, rounded_tokens(params), m, column);
   }
@@ -347,8 +374,9 @@ void token_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
     const Mask scored = load_tokens(params, b, m, lanes, s);
+    Marginal unused;
     const Column column = kept != nullptr ? columns_kept(kept, rounded_tokens(params), m)
-                                          : token_columns(documents, s, scored, nullptr);
+                                          : token_columns(documents, s, scored, &unused);
     const Kind kind = kind_of(column);
     const Mask pull = pulls(column);
     for (int64_t k = 0; k < documents; ++k) {
@@ -388,8 +416,14 @@ Scratch scratch_in(double* memory, int64_t documents, bool per_token) {
 
 void forward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
   Scratch s = scratch_in(memory, params.documents, params.per_token);
+  Pending pending;
   for (int64_t b = begin; b < end; ++b) {
-    (params.per_token ? token_forward : sequence_forward)(params, b, s);
+    if (params.per_token) {
+      token_forward(params, b, s);
+    } else {
+      sequence_forward(params, b, s, pending);
+      if (pending.count == kLanes || b + 1 == end) pending.flush(params, b + 1);
+    }
   }
 }
 

@@ -44,15 +44,11 @@ struct Best {
     log_likelihood = better ? other : log_likelihood;
   }
 
-  // The best lane in every lane.
+  // The best lane in every lane; of equal ones that of the largest likelihood.
   Best of_lanes() const {
-    int j = 0;
-    for (int i = 1; i < kLanes; ++i) {
-      if (joint[i] > joint[j]) j = i;
-    }
     Best best;
-    best.joint = splat(joint[j]);
-    best.log_likelihood = splat(log_likelihood[j]);
+    best.joint = largest_in_all(joint);
+    best.log_likelihood = largest_in_all(joint == best.joint ? log_likelihood : splat(-kInfinity));
     return best;
   }
 };
@@ -105,16 +101,32 @@ inline Vec deep_joint(Vec relevance, const Column& column, Vec d) {
   return exponential((relevance - column.unit) + d).exp;
 }
 
-// The column and its log p(y|x), from the sums over its documents; deep_total(column) sums deep_joint.
+// log p(y|x) but for its logarithms, which are taken of many columns at once.
+struct Marginal {
+  Vec log_likelihood;  // of k*
+  Vec sum;             // S, where log p(y|x) = log_likelihood + log1p(S); else 0
+  Vec ratio;           // where it is log_likelihood + log_unit + log(ratio); else 1
+  Vec log_unit;        // else 0; -inf where every document has likelihood zero
+};
+constexpr int kMarginalFields = 4;
+
+inline Vec log_marginal(const Marginal& m) {
+  Vec relative = log1p_of(m.sum);
+  const Mask apart = m.ratio != 1.0;
+  if (any(apart)) relative = apart ? log_of(m.ratio) : relative;
+  return m.log_likelihood + (m.log_unit + relative);
+}
+
+// From the sums over its documents; deep_total(column) sums deep_joint.
 template <class DeepTotal>
-inline Column finish_column(const Prior& prior, const Best& best, const Terms& sums, Vec* log_marginal,
+inline Column finish_column(const Prior& prior, const Best& best, const Terms& sums, Marginal* marginal,
                             const DeepTotal& deep_total) {
   Column column{best.log_likelihood, sums.change * prior.inverse, splat(0.0),
                 best.joint - best.log_likelihood};
   const Mask far = is_far(column);
   const Mask deep = far & (column.unit - prior.shift < kDeep);
   Vec total = far ? sums.joint : sums.change + prior.total;
-  Vec log_unit = splat(0.0);  // of joint / Z: what the logarithm of their quotient is short of
+  Vec log_unit = splat(0.0);
   if (any(deep)) {
     total = deep ? deep_total(column) : total;
     log_unit = deep ? column.unit - prior.shift : log_unit;
@@ -123,12 +135,9 @@ inline Column finish_column(const Prior& prior, const Best& best, const Terms& s
   // Every document has likelihood zero, and none is NaN.
   const Mask impossible = (best.joint == -kInfinity) & (sums.change == sums.change);
   column.share = impossible ? splat(0.0) : 1.0 / total;
-  if (log_marginal != nullptr) {
-    const Mask apart = far & ~impossible;
-    Vec relative = log1p_of((far | impossible) ? splat(0.0) : column.sum);  // L'
-    if (any(apart)) relative = apart ? log_unit + log_of(total * prior.inverse) : relative;
-    *log_marginal = impossible ? splat(-kInfinity) : best.log_likelihood + relative;
-  }
+  *marginal = {best.log_likelihood, (far | impossible) ? splat(0.0) : column.sum,
+               far & ~impossible ? total * prior.inverse : splat(1.0),
+               impossible ? splat(-kInfinity) : log_unit};
   return column;
 }
 

@@ -148,7 +148,7 @@ def _inputs(problem: Problem) -> tuple[Sequence[Tensor | None], tuple[int, ...]]
     """What the kernel is told of the arguments, behind tensors to hold meanwhile: it is told addresses, which
     keep nothing alive. It takes log-likelihoods of any strides and nothing else.
 
-    Plain numbers and few steps: among a training step's other work each of either is ten times as slow as in a
+    Plain numbers and few steps: among a training step's other work each takes several times as long as in a
     loop of its own."""
     scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
     if log_likelihood.dim() == 2:

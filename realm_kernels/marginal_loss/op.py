@@ -128,7 +128,7 @@ def call(problem: Problem, reduction: str) -> Tensor:
         or log_likelihood.requires_grad
         or (log_weight is not None and log_weight.requires_grad)
     ):
-        return _Direct.apply(scores, log_likelihood, log_weight, problem, reduction)
+        return _Direct.apply(scores, log_likelihood, log_weight, problem, reduction)  # type: ignore[attr-defined]
     return cpu.forward(problem, reduction)[0]
 
 
@@ -169,8 +169,8 @@ def _backward(ctx: Any, d_loss: Tensor, _d_count: Tensor) -> tuple[Tensor | None
 
 
 class Direct(torch.autograd.function._SingleLevelFunction):
-    """The autograd of an op without the op, for the C++ backend. torch.autograd.Function is this and a look at
-    transforms, which `observed` has taken."""
+    """The autograd of an op without the op, for the C++ backend: torch.autograd.Function without its look
+    at transforms, which `observed` has taken."""
 
 
 class _Direct(Direct):
@@ -194,7 +194,7 @@ class _Direct(Direct):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         mode, forced, divisor = ctx.plan
-        problem, wants = Problem(*saved[:5], mode), ctx.needs_input_grad
+        problem, wants = Problem._make([*saved[:5], mode]), ctx.needs_input_grad
         needs = wants[0] or wants[2], wants[1]
         # With create_graph the gradient itself is differentiated: its op knows how.
         if torch.is_grad_enabled() or observed(d_loss) or forced != backends.forced_backend():
