@@ -42,12 +42,11 @@ struct MarginalLossParams {
   void* d_log_likelihood;  // [B, K, M], contiguous, of the type of log_likelihood, written by the backward,
                            // or null
 
-  // Between the passes, each may be null: what the forward leaves for the backward. Where documents are left,
-  // in mode "sequence" only, it scales them and looks at no input; from columns it finds them again by one
-  // walk. double where wide, else float.
+  // Between the passes, each may be null: what the forward leaves for the backward, documents in mode
+  // "sequence" and where M is 1, else columns. double where wide, else float.
   void* kept_residual;   // [B, K], r
   void* kept_posterior;  // [B, K]
-  double* kept_columns;  // [B, 2 + 4 C]; C is 1, or M rounded up to a multiple of 8 where per_token and M > 1
+  double* kept_columns;  // [B, 4, M rounded up to a multiple of 8]
 
   double* example_loss;  // [B], [B]: scratch of the driver
   int64_t* example_count;

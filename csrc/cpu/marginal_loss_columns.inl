@@ -2,12 +2,9 @@
 // drawn for: a token in mode "token", a whole sequence otherwise. The lanes of a vector are documents of one
 // column (mode "sequence") or columns that share their documents' prior (mode "token").
 //
-// A column is walked three times: largest posterior, sums, and, where results are asked for, results. Neither
-// walk stores a document: what the last one needs beside the inputs is the Column that the sums made, and the
-// exponentials of a document are taken again. That costs less than memory to keep them in, whose pages the
-// system must clear first. The formulas are those of `marginal` in realm_kernels/marginal_loss/reference.py,
-// where they are explained, but for r, see Column, and for the prior: it stays a mass, exp(s - largest s),
-// and its sum Z divides sums, not terms.
+// A column is walked three times: largest posterior, sums, results. The formulas are those of `marginal` in
+// realm_kernels/marginal_loss/reference.py, where they are explained, but for r, see Column, and for the
+// prior: it stays a mass, exp(s - largest s), and its sum Z divides sums, not terms.
 #include "cpu/float64_math.inl"
 
 namespace realm_kernels {
@@ -16,7 +13,7 @@ namespace {
 // The documents of one example; lanes beyond K hold -inf.
 struct Prior {
   Vec* relevance;  // s + log w, -inf where masked
-  Vec* mass;       // mode "token": exp(relevance - shift)
+  Vec* mass;       // exp(relevance - shift)
   double shift;    // the largest relevance; 0 where there is no document
   double total;    // Z, the sum of mass; 1 where there is no document
   double inverse;  // 1 / Z
@@ -147,26 +144,11 @@ struct Result {
   Vec residual;
 };
 
-// Whether a lane of the column is far, and whether one is deep: asked once a column.
-struct Kind {
-  bool far;
-  bool deep;
-};
-
-inline Kind kind_of(const Column& column) { return {any(is_far(column)), any(is_deep(column))}; }
-
-inline Result result_of(const Prior& prior, Vec relevance, Vec mass, Vec log_likelihood, const Column& column,
-                        Kind kind) {
-  const Vec d = log_likelihood - column.log_likelihood;
-  const Terms terms = terms_of(relevance, prior.shift, mass, d);
-  Vec posterior = terms.joint * column.share;
+// far: whether a lane of the column is; terms.joint is that of deep_joint in deep lanes.
+inline Result result_of(const Prior& prior, const Terms& terms, Vec mass, const Column& column, bool far) {
+  const Vec posterior = terms.joint * column.share;
   Vec residual = (terms.change - mass * column.sum) * column.share;
-  if (kind.far) {
-    if (kind.deep) {
-      posterior = is_deep(column) ? deep_joint(relevance, column, d) * column.share : posterior;
-    }
-    residual = is_far(column) ? posterior - mass * prior.inverse : residual;
-  }
+  if (far) residual = is_far(column) ? posterior - mass * prior.inverse : residual;
   return {posterior, residual};
 }
 

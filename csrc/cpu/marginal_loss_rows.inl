@@ -40,11 +40,6 @@ inline __m128i first_lanes_of_four(int lanes) {
 }
 #endif
 
-// As float32 has it.
-inline Vec rounded(Vec value) {
-  return __builtin_convertvector(__builtin_convertvector(value, FloatVec), Vec);
-}
-
 inline Vec widened(const double* source) {
   Vec result;
   memcpy(&result, source, sizeof result);
@@ -167,7 +162,20 @@ inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, i
   return widened(values);
 }
 
-inline void store_floats(float* target, int lanes, Vec value) {
+template <class T>
+inline Vec load_first(const T* source, int lanes) {
+  return lanes == kLanes ? widened(source) : widened_first(source, lanes);
+}
+
+inline void store_first(double* target, int lanes, Vec value) {
+  if (lanes == kLanes) {
+    memcpy(target, &value, sizeof value);
+  } else {
+    for (int j = 0; j < lanes; ++j) target[j] = value[j];
+  }
+}
+
+inline void store_first(float* target, int lanes, Vec value) {
   if (lanes == kLanes) {
     const FloatVec whole = __builtin_convertvector(value, FloatVec);
     memcpy(target, &whole, sizeof whole);
@@ -185,7 +193,7 @@ inline void store_floats(float* target, int lanes, Vec value) {
 
 // The first `lanes` lanes to a row.
 inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
-  if (type == FloatType::kFloat32) return store_floats(static_cast<float*>(data) + offset, lanes, value);
+  if (type == FloatType::kFloat32) return store_first(static_cast<float*>(data) + offset, lanes, value);
   double values[kLanes];
   memcpy(values, &value, sizeof values);
   store(data, type, offset, lanes, values, 1);

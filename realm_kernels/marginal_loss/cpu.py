@@ -58,23 +58,22 @@ def array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
-# Documents x columns from which on taking their exponentials again costs more than memory for what they made.
+# Log-likelihoods from which on finding things again costs more than memory for them.
 LEAST_TO_KEEP = 2048
 
 
 def room_to_keep(problem: Problem, needs_scores: bool, needs_log_likelihood: bool) -> Sequence[Tensor | None]:
-    """Where the forward leaves what the backward would have to find again: r and posterior, [B, K] each, of
-    sequences of several tokens, which are less than their log-likelihoods; else a few numbers a column."""
+    """Where the forward leaves what the backward would have to find again: r and posterior, [B, K] each, or, of
+    tokens that each draw a document, four numbers a token."""
     scores, log_likelihood = problem.scores, problem.log_likelihood
     if log_likelihood.numel() < LEAST_TO_KEEP:
         return ()
     tokens = log_likelihood.shape[2] if log_likelihood.dim() == 3 else 1
-    if problem.mode == "sequence" and tokens > 1:
-        dtype = problem.loss_dtype
-        residual = _room_like(scores, dtype) if needs_scores else None
-        return residual, _room_like(scores, dtype) if needs_log_likelihood else None, None
-    columns = 1 if tokens <= 1 else (tokens + 7) // 8 * 8
-    return None, None, torch.empty(scores.shape[0], 2 + 4 * columns, dtype=torch.float64)
+    if problem.mode == "token" and tokens > 1:
+        return None, None, torch.empty(scores.shape[0], 4, (tokens + 7) // 8 * 8, dtype=torch.float64)
+    dtype = problem.loss_dtype
+    residual = _room_like(scores, dtype) if needs_scores else None
+    return residual, _room_like(scores, dtype) if needs_log_likelihood else None, None
 
 
 def forward(
