@@ -42,29 +42,35 @@ void load_prior(const MarginalLossParams& params, int64_t b, Prior& prior) {
 
 inline double lane(const Vec* values, int64_t k) { return reinterpret_cast<const double*>(values)[k]; }
 
-// Tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored. What a masked
-// document holds is not looked at.
-Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Scratch& s) {
+// Which of tokens m .. m + lanes - 1 of example b, one a lane, are scored.
+Mask scored_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Prior& prior) {
   alignas(64) int64_t scored[kLanes];
   for (int j = 0; j < kLanes; ++j)
-    scored[j] = s.prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
-  const int64_t first = b * params.stride_b + m * params.stride_m;
-  for (int64_t k = 0; k < params.documents; ++k) {
-    s.log_likelihood[k] =
-        lane(s.prior.relevance, k) == -kInfinity
-            ? splat(-kInfinity)
-            : load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
-  }
+    scored[j] = prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
   Mask result;
   memcpy(&result, scored, sizeof result);
   return result;
 }
 
-// Of the tokens that were loaded; those that are not scored pull nothing.
-__attribute__((noinline)) Column token_columns(int64_t documents, const Scratch& s, Mask scored,
-                                               Marginal* marginal) {
+// Loads these tokens, and finds the best document of each. What a masked document holds is not looked at.
+Best load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Scratch& s) {
+  const int64_t first = b * params.stride_b + m * params.stride_m;
   Best best;
-  for (int64_t k = 0; k < documents; ++k) best.see(splat(lane(s.prior.relevance, k)), s.log_likelihood[k]);
+  for (int64_t k = 0; k < params.documents; ++k) {
+    const double relevance = lane(s.prior.relevance, k);
+    Vec loaded = splat(-kInfinity);
+    if (relevance != -kInfinity) {
+      loaded = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
+    }
+    best.see(splat(relevance), loaded);
+    s.log_likelihood[k] = loaded;
+  }
+  return best;
+}
+
+// Of the tokens that were loaded; those that are not scored pull nothing.
+__attribute__((noinline)) Column token_columns(int64_t documents, const Scratch& s, const Best& best,
+                                               Mask scored, Marginal* marginal) {
   Terms sums{splat(0.0), splat(0.0)};
   for (int64_t k = 0; k < documents; ++k) {
     const Terms terms = terms_of(splat(lane(s.prior.relevance, k)), s.prior.shift,
@@ -83,15 +89,47 @@ __attribute__((noinline)) Column token_columns(int64_t documents, const Scratch&
   return column;
 }
 
+// Of the tokens that were loaded: r added to d_relevance, and -g x the posterior to target[k stride], of
+// `lanes` lanes, or, without a target, in the place of what was loaded. kAllFar: every lane that pulls is
+// far, and then a document needs no expm1.
+template <bool kAllFar>
+__attribute__((noinline)) void token_results(int64_t documents, const Scratch& s, const Column& column, Vec g,
+                                             float* target, int64_t stride, int lanes) {
+  const bool far = any(is_far(column)), deep = any(is_deep(column));
+  const Mask pull = pulls(column);
+  for (int64_t k = 0; k < documents; ++k) {
+    const Vec relevance = splat(lane(s.prior.relevance, k)), mass = splat(lane(s.prior.mass, k));
+    const Vec d = s.log_likelihood[k] - column.log_likelihood;
+    Terms terms = terms_of(relevance, s.prior.shift, mass, d);
+    if (deep) terms.joint = is_deep(column) ? deep_joint(relevance, column, d) : terms.joint;
+    Result result;
+    if (kAllFar) {
+      result.posterior = terms.joint * column.share;
+      result.residual = result.posterior - mass * s.prior.inverse;
+    } else {
+      result = result_of(s.prior, terms, mass, column, far);
+    }
+    s.d_relevance[k] += pull ? result.residual : splat(0.0);
+    const Vec d_log_likelihood = gradient(g, pull ? result.posterior : splat(0.0));
+    if (target != nullptr) {
+      store_first(target + k * stride, lanes, d_log_likelihood);
+    } else {
+      s.log_likelihood[k] = d_log_likelihood;
+    }
+  }
+}
+
 void token_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   load_prior(params, b, s.prior);
   double* const kept = kept_columns(params, b);
   Vec loss = splat(0.0);
   Mask count{};  // of -1 each
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const Mask scored = load_tokens(params, b, m, lanes_from(m, params.tokens), s);
+    const int lanes = lanes_from(m, params.tokens);
+    const Mask scored = scored_tokens(params, b, m, lanes, s.prior);
     Marginal marginal;
-    const Column column = token_columns(params.documents, s, scored, &marginal);
+    const Column column =
+        token_columns(params.documents, s, load_tokens(params, b, m, lanes, s), scored, &marginal);
     loss -= scored ? log_marginal(marginal) : splat(0.0);
     count += scored;
     if (kept != nullptr) keep_columns(kept, rounded_tokens(params), m, column);
@@ -106,26 +144,28 @@ void token_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   load_prior(params, b, s.prior);
   const double* const kept = kept_columns(params, b);
   const Vec g = splat(upstream(params, b));
+  const bool is_float =
+      params.d_log_likelihood != nullptr && params.log_likelihood.type == FloatType::kFloat32;
   for (int64_t k = 0; k < documents; ++k) s.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
     const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, s);
-    Marginal unused;
-    const Column column = kept != nullptr ? columns_kept(kept, rounded_tokens(params), m)
-                                          : token_columns(documents, s, scored, &unused);
-    const bool far = any(is_far(column)), deep = any(is_deep(column));
-    const Mask pull = pulls(column);
+    const Best best = load_tokens(params, b, m, lanes, s);
+    Column column;
+    if (kept != nullptr) {
+      column = columns_kept(kept, rounded_tokens(params), m);
+    } else {
+      Marginal unused;
+      column = token_columns(documents, s, best, scored_tokens(params, b, m, lanes, s.prior), &unused);
+    }
+    const int64_t first = b * documents * params.tokens + m;
+    float* const target = is_float ? static_cast<float*>(params.d_log_likelihood) + first : nullptr;
+    const bool all_far = !any(pulls(column) & ~is_far(column));
+    (all_far ? token_results<true> : token_results<false>)(documents, s, column, g, target, params.tokens,
+                                                           lanes);
+    if (is_float || params.d_log_likelihood == nullptr) continue;
     for (int64_t k = 0; k < documents; ++k) {
-      const Vec relevance = splat(lane(s.prior.relevance, k)), mass = splat(lane(s.prior.mass, k));
-      const Vec d = s.log_likelihood[k] - column.log_likelihood;
-      Terms terms = terms_of(relevance, s.prior.shift, mass, d);
-      if (deep) terms.joint = is_deep(column) ? deep_joint(relevance, column, d) : terms.joint;
-      const Result result = result_of(s.prior, terms, mass, column, far);
-      s.d_relevance[k] += pull ? result.residual : splat(0.0);
-      if (params.d_log_likelihood == nullptr) continue;
-      store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                  (b * documents + k) * params.tokens + m, lanes,
-                  gradient(g, pull ? result.posterior : splat(0.0)));
+      store_lanes(params.d_log_likelihood, params.log_likelihood.type, first + k * params.tokens, lanes,
+                  s.log_likelihood[k]);
     }
   }
   if (params.d_scores == nullptr) return;

@@ -63,8 +63,8 @@ LEAST_TO_KEEP = 2048
 
 
 def room_to_keep(problem: Problem, needs_scores: bool, needs_log_likelihood: bool) -> Sequence[Tensor | None]:
-    """Where the forward leaves what the backward would have to find again: r and posterior, [B, K] each, or, of
-    tokens that each draw a document, four numbers a token."""
+    """Where the forward leaves what the backward would have to find again: r and posterior, [B, K] each, or
+    four numbers a token, where each draws a document."""
     scores, log_likelihood = problem.scores, problem.log_likelihood
     if log_likelihood.numel() < LEAST_TO_KEEP:
         return ()
