@@ -135,7 +135,7 @@ class _Listening(TorchDispatchMode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_way_past_the_dispatcher_gives_the_same_bits(mode, dtype, documents, tokens):
     """Where nothing listens a call on the CPU takes it, and keeps what the backward needs if that is much.
-    Where something does it sees the ops, which keep nothing. Whoever asks for a gradient gets the same one."""
+    Where something does it sees the ops, which keep nothing. A gradient is the same whoever else asks."""
     everything = make(5, documents, tokens, dtype)
     options = masks(5, documents, tokens) | {"mode": mode}
     with _Listening() as listening:
