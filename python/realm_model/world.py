@@ -82,7 +82,9 @@ class World:
 
 
 def load_source(folder: Path) -> Source:
-    """Names, objects and patterns of a folder with facts.jsonl and patterns.jsonl."""
+    """Names, objects and patterns of a folder with facts.jsonl (subject, relation, object) and patterns.jsonl
+    (relation, pattern with [X] for the subject and [Y] for the object).
+    """
     facts, patterns = _read_jsonl(folder / "facts.jsonl"), _read_jsonl(folder / "patterns.jsonl")
     objects: dict[str, Counter[str]] = defaultdict(Counter)
     for fact in facts:
