@@ -71,11 +71,11 @@ def read_finding(tool: str, status: int | None, log: Path) -> Finding:
     return Finding(tool, status == 0 and summary is not None, f"{said} ({log})")
 
 
-def sanitize(out: Path) -> list[Finding]:
+def sanitize(out: Path, seconds: float = SECONDS) -> list[Finding]:
     executable = find_tool()
     if executable is None:
         return [Finding("compute-sanitizer", False, "not found: put it on PATH or set CUDA_HOME")]
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     # Each allocation by itself, so that what lies behind it is nobody's.
     clean = environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Compiles everything once, and shows that the calls are right without the tools.
