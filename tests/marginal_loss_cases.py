@@ -24,7 +24,7 @@ def column(*values: float) -> torch.Tensor:
 
 
 def cases() -> dict[str, Inputs]:
-    """What is known to break a marginal likelihood (../shared/PEERS.md, adversarial inputs)."""
+    """What is known to break a marginal likelihood."""
     torch.manual_seed(0)
     tiny_prior = torch.tensor([[0.0, 25.3, 24.0, 22.0]])  # the first has 1e-11 of the prior
     near = -60 + 1e-4 * torch.rand(2, 5, 1)
