@@ -52,36 +52,56 @@ Mask scored_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int l
   return result;
 }
 
-// Loads these tokens, and finds the best document of each. What a masked document holds is not looked at.
-Best load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Scratch& s) {
+// Tokens m .. m + lanes - 1 of example b, one a lane: where they lie in memory if that is float32, close
+// together and of documents that are all there, else loaded into the scratch. What a masked document holds is
+// not looked at.
+struct Tokens {
+  const float* source;
+  int64_t stride;
+  int lanes;
+  Vec* loaded;
+
+  Vec of(int64_t k) const { return source != nullptr ? load_first(source + k * stride, lanes) : loaded[k]; }
+};
+
+Tokens tokens_of(const MarginalLossParams& params, int64_t b, int64_t m, const Scratch& s, bool whole) {
+  const int lanes = lanes_from(m, params.tokens);
   const int64_t first = b * params.stride_b + m * params.stride_m;
-  Best best;
-  for (int64_t k = 0; k < params.documents; ++k) {
-    const double relevance = lane(s.prior.relevance, k);
-    Vec loaded = splat(-kInfinity);
-    if (relevance != -kInfinity) {
-      loaded = load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
-    }
-    best.see(splat(relevance), loaded);
-    s.log_likelihood[k] = loaded;
+  if (whole && params.log_likelihood.type == FloatType::kFloat32 && params.stride_m == 1) {
+    const float* const source = static_cast<const float*>(params.log_likelihood.data) + first;
+    return {source, params.stride_k, lanes, s.log_likelihood};
   }
-  return best;
+  for (int64_t k = 0; k < params.documents; ++k) {
+    s.log_likelihood[k] =
+        lane(s.prior.relevance, k) == -kInfinity
+            ? splat(-kInfinity)
+            : load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
+  }
+  return {nullptr, 0, lanes, s.log_likelihood};
 }
 
-// Of the tokens that were loaded; those that are not scored pull nothing.
-__attribute__((noinline)) Column token_columns(int64_t documents, const Scratch& s, const Best& best,
+bool all_there(const MarginalLossParams& params, const Prior& prior) {
+  bool whole = true;
+  for (int64_t k = 0; k < params.documents; ++k) whole &= lane(prior.relevance, k) != -kInfinity;
+  return whole;
+}
+
+// Those that are not scored pull nothing.
+__attribute__((noinline)) Column token_columns(int64_t documents, const Scratch& s, const Tokens& tokens,
                                                Mask scored, Marginal* marginal) {
+  Best best;
+  for (int64_t k = 0; k < documents; ++k) best.see(splat(lane(s.prior.relevance, k)), tokens.of(k));
   Terms sums{splat(0.0), splat(0.0)};
   for (int64_t k = 0; k < documents; ++k) {
     const Terms terms = terms_of(splat(lane(s.prior.relevance, k)), s.prior.shift,
-                                 splat(lane(s.prior.mass, k)), s.log_likelihood[k] - best.log_likelihood);
+                                 splat(lane(s.prior.mass, k)), tokens.of(k) - best.log_likelihood);
     sums.joint += terms.joint;
     sums.change += terms.change;
   }
   Column column = finish_column(s.prior, best, sums, marginal, [&](const Column& deep) {
     Vec joint = splat(0.0);
     for (int64_t k = 0; k < documents; ++k) {
-      joint += deep_joint(splat(lane(s.prior.relevance, k)), deep, s.log_likelihood[k] - deep.log_likelihood);
+      joint += deep_joint(splat(lane(s.prior.relevance, k)), deep, tokens.of(k) - deep.log_likelihood);
     }
     return joint;
   });
@@ -89,17 +109,16 @@ __attribute__((noinline)) Column token_columns(int64_t documents, const Scratch&
   return column;
 }
 
-// Of the tokens that were loaded: r added to d_relevance, and -g x the posterior to target[k stride], of
-// `lanes` lanes, or, without a target, in the place of what was loaded. kAllFar: every lane that pulls is
-// far, and then a document needs no expm1.
+// r added to d_relevance, and -g x the posterior to target[k stride] or, without a target, in the place of
+// what was loaded. kAllFar: every lane that pulls is far, and then a document needs no expm1.
 template <bool kAllFar>
-__attribute__((noinline)) void token_results(int64_t documents, const Scratch& s, const Column& column, Vec g,
-                                             float* target, int64_t stride, int lanes) {
+__attribute__((noinline)) void token_results(int64_t documents, const Scratch& s, const Tokens& tokens,
+                                             const Column& column, Vec g, float* target, int64_t stride) {
   const bool far = any(is_far(column)), deep = any(is_deep(column));
   const Mask pull = pulls(column);
   for (int64_t k = 0; k < documents; ++k) {
     const Vec relevance = splat(lane(s.prior.relevance, k)), mass = splat(lane(s.prior.mass, k));
-    const Vec d = s.log_likelihood[k] - column.log_likelihood;
+    const Vec d = tokens.of(k) - column.log_likelihood;
     Terms terms = terms_of(relevance, s.prior.shift, mass, d);
     if (deep) terms.joint = is_deep(column) ? deep_joint(relevance, column, d) : terms.joint;
     Result result;
@@ -112,7 +131,7 @@ __attribute__((noinline)) void token_results(int64_t documents, const Scratch& s
     s.d_relevance[k] += pull ? result.residual : splat(0.0);
     const Vec d_log_likelihood = gradient(g, pull ? result.posterior : splat(0.0));
     if (target != nullptr) {
-      store_first(target + k * stride, lanes, d_log_likelihood);
+      store_first(target + k * stride, tokens.lanes, d_log_likelihood);
     } else {
       s.log_likelihood[k] = d_log_likelihood;
     }
@@ -121,15 +140,15 @@ __attribute__((noinline)) void token_results(int64_t documents, const Scratch& s
 
 void token_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   load_prior(params, b, s.prior);
+  const bool whole = all_there(params, s.prior);
   double* const kept = kept_columns(params, b);
   Vec loss = splat(0.0);
   Mask count{};  // of -1 each
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = scored_tokens(params, b, m, lanes, s.prior);
+    const Tokens tokens = tokens_of(params, b, m, s, whole);
+    const Mask scored = scored_tokens(params, b, m, tokens.lanes, s.prior);
     Marginal marginal;
-    const Column column =
-        token_columns(params.documents, s, load_tokens(params, b, m, lanes, s), scored, &marginal);
+    const Column column = token_columns(params.documents, s, tokens, scored, &marginal);
     loss -= scored ? log_marginal(marginal) : splat(0.0);
     count += scored;
     if (kept != nullptr) keep_columns(kept, rounded_tokens(params), m, column);
@@ -142,30 +161,31 @@ void token_forward(const MarginalLossParams& params, int64_t b, Scratch& s) {
 void token_backward(const MarginalLossParams& params, int64_t b, Scratch& s) {
   const int64_t documents = params.documents;
   load_prior(params, b, s.prior);
+  const bool whole = all_there(params, s.prior);
   const double* const kept = kept_columns(params, b);
   const Vec g = splat(upstream(params, b));
   const bool is_float =
       params.d_log_likelihood != nullptr && params.log_likelihood.type == FloatType::kFloat32;
   for (int64_t k = 0; k < documents; ++k) s.d_relevance[k] = splat(0.0);
   for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Best best = load_tokens(params, b, m, lanes, s);
+    const Tokens tokens = tokens_of(params, b, m, s, whole);
     Column column;
     if (kept != nullptr) {
       column = columns_kept(kept, rounded_tokens(params), m);
     } else {
       Marginal unused;
-      column = token_columns(documents, s, best, scored_tokens(params, b, m, lanes, s.prior), &unused);
+      const Mask scored = scored_tokens(params, b, m, tokens.lanes, s.prior);
+      column = token_columns(documents, s, tokens, scored, &unused);
     }
     const int64_t first = b * documents * params.tokens + m;
     float* const target = is_float ? static_cast<float*>(params.d_log_likelihood) + first : nullptr;
     const bool all_far = !any(pulls(column) & ~is_far(column));
-    (all_far ? token_results<true> : token_results<false>)(documents, s, column, g, target, params.tokens,
-                                                           lanes);
+    (all_far ? token_results<true> : token_results<false>)(documents, s, tokens, column, g, target,
+                                                           params.tokens);
     if (is_float || params.d_log_likelihood == nullptr) continue;
     for (int64_t k = 0; k < documents; ++k) {
-      store_lanes(params.d_log_likelihood, params.log_likelihood.type, first + k * params.tokens, lanes,
-                  s.log_likelihood[k]);
+      store_lanes(params.d_log_likelihood, params.log_likelihood.type, first + k * params.tokens,
+                  tokens.lanes, s.log_likelihood[k]);
     }
   }
   if (params.d_scores == nullptr) return;
