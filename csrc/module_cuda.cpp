@@ -100,12 +100,12 @@ py::dict mips_topk_plan(const Shape& shape) {
   told["batch"] = plan.batch;
   told["bytes"] = plan.bytes;
   told["shape"] = plan.shape == 0 ? "wide" : plan.shape == 1 ? "deep" : "narrow";
-  told["group"] = plan.group;
+  told["kept"] = plan.kept;
   told["selected"] = plan.selected;
   told["stages"] = plan.stages;
   told["shared_bytes"] = plan.shared_bytes;
   told["blocks"] = plan.blocks;
-  told["group_max"] = plan.group_max;
+  told["words"] = plan.words;
   told["pitch"] = plan.pitch;
   return told;
 }

@@ -53,9 +53,9 @@ cudaError_t run(void (*kernel)(Arguments...), int blocks, int threads, int64_t s
 
 MipsTopkPlan plan_mips_topk(const SearchShape& shape) {
   const SearchPlan p = search_plan(shape);
-  return {p.batch,        p.at.bytes,      static_cast<int>(p.shape), p.group,
-          p.selected,     p.shared.stages, p.shared.bytes(),          p.scan_blocks,
-          p.at.group_max, p.pitch};
+  return {p.batch,    p.at.bytes,      static_cast<int>(p.shape), p.kept,
+          p.selected, p.shared.stages, p.shared.bytes(),          p.scan_blocks,
+          p.at.words, p.pitch};
 }
 
 cudaError_t launch_mips_topk(const MipsTopkLaunch& launch, cudaStream_t stream) {

@@ -12,9 +12,10 @@ namespace cuda {
 // What a plan is. batch: queries of a pass, over which the caller loops; bytes: of the workspace of a pass.
 struct MipsTopkPlan {
   int64_t batch, bytes;
-  int shape;  // of the scan: 0 wide, 1 deep, 2 narrow
-  int group, selected, stages, shared_bytes, blocks;
-  int64_t group_max, pitch;  // where the maxima [B, pitch] of a pass lie in the workspace
+  int shape;           // of the scan: 0 wide, 1 deep, 2 narrow
+  int kept, selected;  // tiles of a query, and groups of these that are rescored at most
+  int stages, shared_bytes, blocks;
+  int64_t words, pitch;  // where the maxima [B, pitch] of a pass lie in the workspace
 };
 
 MipsTopkPlan plan_mips_topk(const SearchShape& shape);

@@ -9,7 +9,7 @@ namespace realm_kernels {
 namespace cuda {
 namespace sm90 {
 
-// with_maxima false: the epilogue is empty, and group_max is not written.
+// with_maxima false: the epilogue is empty, and no words are written.
 cudaError_t launch_scan(const SearchPlan& plan, const SearchArguments& arguments, bool with_maxima,
                         cudaStream_t stream);
 
