@@ -64,14 +64,14 @@ class Model:
         )
         return groups, least
 
-    def scan(self, shape, queries, rows, *, blocks, workers=1, row_mask=None, seed=0):
+    def scan(self, shape, queries, rows, *, blocks, workers=1, cluster=1, row_mask=None, seed=0):
         """(maxima of the groups [B, T, 4], norms of quads) by one shape of the scan; all in its dtype."""
         (B, D), N = queries.shape, rows.shape[0]
         words = torch.full((B, -(-N // TILE)), -1, dtype=torch.int32)  # NaN
         norms = torch.zeros(-(-N // QUAD))
         error = self._library.model_scan(
             *(SCANNED[rows.dtype], SHAPES[shape], pointer(queries), pointer(rows), B, N, D),
-            *(ctypes.c_int64(rows.stride(0)), pointer(row_mask), blocks, workers),
+            *(ctypes.c_int64(rows.stride(0)), pointer(row_mask), blocks, workers, cluster),
             *(pointer(words), ctypes.c_int64(words.shape[1]), pointer(norms), ctypes.c_uint64(seed)),
         )
         if error is not None:

@@ -173,11 +173,18 @@ def test_int8_codes(dtype, B, D):
         assert_same_topk(rk.mips_topk(queries.cuda(), table, 8), expected)
 
 
+@pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
+def test_kernels_are_not_loaded_during_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="search once before the capture"):
+        backend.load(torch.device("cuda", 7))
+
+
 @on_gpu
 def test_in_a_cuda_graph_and_on_a_stream_of_its_own():
     queries, rows = torch.randn(80, 128, device="cuda"), torch.randn(30_000, 128, device="cuda").bfloat16()
     with rk.use_backend("cuda"):
-        rk.mips_topk(queries, rows, 8)  # makes the counter of repairs
+        rk.mips_topk(queries[:2], rows, 3)  # loads the kernels, for every shape
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = rk.mips_topk(queries, rows, 8)
@@ -216,7 +223,7 @@ def test_the_bound_of_a_sum_holds_on_the_hardware(B, D, scale):
     num_rows = 500_000 // B
     rows = (torch.rand(num_rows, D, device="cuda") * scale).bfloat16()
     piece = backend.Piece(rows, 0, None)
-    plan = backend.plan_for(B, piece, D, 1, 0, queries.dtype, backend.multiprocessors(queries.device))
+    plan = backend.plan_for(B, piece, D, 1, 0, queries.dtype, backend.load(queries.device))
     workspace = torch.empty(plan["bytes"], dtype=torch.uint8, device="cuda")
     result = torch.empty(B, 1, device="cuda"), torch.empty(B, 1, dtype=torch.int64, device="cuda")
     backend.launch(queries, piece, None, *result, workspace, B, whole=False)

@@ -31,6 +31,7 @@ struct SearchPlan {
   sm90::SharedPlan shared;
   int64_t batch;  // queries of a pass; the caller loops
   int query_blocks;
+  int cluster;
   int scan_blocks;
   int num_tiles, num_groups;
   int64_t pitch;
@@ -151,10 +152,22 @@ inline int scan_blocks(int multiprocessors, int query_blocks, int cluster, int64
   return each * static_cast<int>(clusters);
 }
 
+// Blocks of a cluster. Larger ones ask L2 for less, but leave multiprocessors alone that no cluster covers:
+// on a GPU of parts of 16 and 18 of them two of each 18. Up to a sixteenth that is worth it.
+inline int cluster_blocks(const SearchShape& s, sm90::Shape shape) {
+  const int covered = sm90::kLargeCluster * s.large_clusters;
+  return shape != sm90::Shape::kDeep              ? 1
+         : 16 * covered >= 15 * s.multiprocessors ? sm90::kLargeCluster
+                                                  : sm90::kSmallCluster;
+}
+
 // The scan of a pass of `batch` queries, at most p.batch: the last pass may have fewer.
 inline void plan_scan(SearchPlan& p, const SearchShape& s, int64_t batch) {
   choose_shape(p, batch, static_cast<int>(p.scanned_pitch * bytes_of(s.scanned) / sm90::kPanelBytes));
-  p.scan_blocks = scan_blocks(s.multiprocessors, p.query_blocks, sm90::cluster_blocks(p.shape), p.num_tiles);
+  p.cluster = cluster_blocks(s, p.shape);
+  const bool large = p.cluster == sm90::kLargeCluster;
+  const int processors = large ? p.cluster * s.large_clusters : s.multiprocessors;
+  p.scan_blocks = scan_blocks(processors, p.query_blocks, p.cluster, p.num_tiles);
 }
 
 // As many queries a pass as fit the workspace.
@@ -233,6 +246,7 @@ inline sm90::ScanArguments scan_arguments(const SearchPlan& p, const SearchArgum
   scan.num_queries = a.batch;
   scan.num_rows = a.num_rows;
   scan.query_blocks = p.query_blocks;
+  scan.cluster = p.cluster;
   scan.norm_scale = static_cast<float>(1 + (a.dim + 8) * 0x1p-23);
   scan.norm_hidden = static_cast<float>(a.dim * 0x1p-63);  // of squares below 2^-126; sqrt(D) <= D
   scan.plan = p.shared;

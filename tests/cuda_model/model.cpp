@@ -19,8 +19,7 @@ void run_scan(const sm90::ScanArguments& a, const TensorMap& rows, const TensorM
               uint64_t seed) {
   machine().launch(
       static_cast<unsigned>(blocks), sm90::kThreads, static_cast<size_t>(a.plan.bytes()), seed,
-      [&] { sm90::scan<Element, kShape, true>(a, &rows, &queries); },
-      static_cast<unsigned>(sm90::cluster_blocks(kShape)));
+      [&] { sm90::scan<Element, kShape, true>(a, &rows, &queries); }, static_cast<unsigned>(a.cluster));
 }
 
 template <class Element>
@@ -65,7 +64,7 @@ extern "C" {
 // Each returns null, or what went wrong.
 const char* model_scan(int scanned, int shape, const void* queries, const void* rows, int batch, int num_rows,
                        int dim, int64_t row_stride, const bool* row_mask, int blocks_of_queries, int workers,
-                       uint32_t* words, int64_t pitch, float* quad_norm, uint64_t seed) {
+                       int cluster, uint32_t* words, int64_t pitch, float* quad_norm, uint64_t seed) {
   const auto kind = static_cast<Shape>(shape);
   const int bytes = bytes_of(static_cast<Scanned>(scanned));
   sm90::ScanArguments a{};
@@ -77,6 +76,7 @@ const char* model_scan(int scanned, int shape, const void* queries, const void* 
   a.num_rows = num_rows;
   a.plan = sm90::shared_plan(kind, blocks_of_queries, ceil_div(dim * bytes, sm90::kPanelBytes));
   a.query_blocks = ceil_div(batch, blocks_of_queries * sm90::kBlockQueries);
+  a.cluster = cluster;
   a.norm_scale = 1.0f;
   const TensorMap row_map = tensor_map({rows, num_rows, dim, row_stride, kTileRows}, bytes);
   const TensorMap query_map = tensor_map({queries, batch, dim, dim, sm90::kBlockQueries}, bytes);
@@ -84,8 +84,8 @@ const char* model_scan(int scanned, int shape, const void* queries, const void* 
     if (!sm90::fits(kind, a.plan)) {
       throw std::runtime_error("the shape does not fit shared memory");
     }
-    run_scan(static_cast<Scanned>(scanned), kind, a, row_map, query_map,
-             workers * sm90::cluster_blocks(kind) * a.query_blocks, seed);
+    run_scan(static_cast<Scanned>(scanned), kind, a, row_map, query_map, workers * cluster * a.query_blocks,
+             seed);
   });
 }
 
@@ -123,6 +123,7 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
                     false,
                     static_cast<int>(code_group),
                     2,
+                    0,
                     int64_t{1} << 26};
   MipsTopkParams call{};
   call.queries = pointers[0];
@@ -168,6 +169,7 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
       p.query_blocks = 1;
       const int blocks = static_cast<int>(ceil_div<int64_t>(shape.batch, 64));
       p.shared = sm90::shared_plan(p.shape, p.shape == Shape::kNarrow || blocks > 1 ? blocks : 2, panels);
+      p.cluster = p.shape == Shape::kDeep ? sm90::kSmallCluster : 1;
       p.scan_blocks = 2;
     }
     p.visit_step = scattered_step(ceil_div(p.num_tiles, kQuad * block));

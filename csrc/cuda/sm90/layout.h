@@ -94,9 +94,8 @@ enum class Shape { kWide, kDeep, kNarrow };
 
 // The blocks of a cluster take neighbouring tiles and the same queries. Where queries stream, each loads a
 // part of every panel of them for the whole cluster, and L2 is asked for the panel once. Two blocks fit any
-// pair of multiprocessors; how many clusters of four do, a device tells and a plan would have to ask.
-constexpr int kDeepCluster = 2;
-RK_BOTH constexpr int cluster_blocks(Shape shape) { return shape == Shape::kDeep ? kDeepCluster : 1; }
+// pair of multiprocessors; how many clusters of four do, a device tells.
+constexpr int kSmallCluster = 2, kLargeCluster = 4;
 
 // Which tiles and queries a persistent block owns. Clusters of different query blocks that read the same
 // tiles have neighbouring numbers, read them at about the same time, and share them in L2. All blocks of a

@@ -13,6 +13,10 @@ namespace sm90 {
 cudaError_t launch_scan(const SearchPlan& plan, const SearchArguments& arguments, bool with_maxima,
                         cudaStream_t stream);
 
+// Before the first launch on a device: loads every kernel, and asks how many clusters of kLargeCluster run at
+// once.
+cudaError_t load_scan(int* large_clusters);
+
 }  // namespace sm90
 }  // namespace cuda
 }  // namespace realm_kernels

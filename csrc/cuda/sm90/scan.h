@@ -182,7 +182,6 @@ struct WideConsumer {
 template <class Element, bool kWithMaxima>
 struct DeepConsumer {
   using T = typename Element::Accumulator;
-  static constexpr int kCluster = cluster_blocks(Shape::kDeep);
 
   const ScanArguments& a;
   const Ring& ring;
@@ -229,7 +228,7 @@ struct DeepConsumer {
         wgmma_commit();
         if (p > 0) {
           wgmma_wait<1>();
-          arrive_warp_at_cluster<kCluster>(ring.empty + previous);
+          arrive_warp_at_cluster(ring.empty + previous, a.cluster);
         }
         previous = at.stage;
         at = at.plus(1, ring.stages);
@@ -238,7 +237,7 @@ struct DeepConsumer {
       if constexpr (kTwo) {
         wgmma_wait<0>(lower);
       }
-      arrive_warp_at_cluster<kCluster>(ring.empty + previous);
+      arrive_warp_at_cluster(ring.empty + previous, a.cluster);
       if constexpr (kWithMaxima) {
         const uint32_t valid = a.row_mask == nullptr ? kAllColumns : valid_columns(a, tile);
         const int first_query = (share.query_block * a.plan.blocks + group) * kBlockQueries;
@@ -399,12 +398,12 @@ struct NarrowConsumer {
 // The kernel. Its arguments are the same in every thread; roles differ by warp group, norms are told once.
 template <class Element, Shape kShape, bool kWithMaxima>
 RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorMap* queries) {
-  constexpr int kCluster = cluster_blocks(kShape);
+  const int cluster = kShape == Shape::kDeep ? a.cluster : 1;
   const SharedPlan& plan = a.plan;
   unsigned char* memory = aligned_memory();
-  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks, kCluster, a.num_rows);
+  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks, cluster, a.num_rows);
   const bool measures = Element::kBytes == 2 && share.query_block == 0;
-  const Ring ring = make_ring<kCluster>(plan, memory, measures);
+  const Ring ring = make_ring(plan, memory, cluster, measures);
   const int warp = uniform(threadIdx.x / kWarp), warp_group = warp / (kWarpGroup / kWarp);
   if (warp_group == 0) {
     give_registers<kProducerRegisters>();
@@ -436,7 +435,7 @@ RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorM
       NarrowConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, exchange}.run();
     }
   }
-  if constexpr (kCluster > 1) {
+  if (cluster > 1) {
     cluster_sync();  // the others may still arrive at barriers of this block
   }
 }

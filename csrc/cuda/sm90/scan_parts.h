@@ -15,6 +15,7 @@ struct ScanArguments {
   int64_t pitch;
   int num_queries, num_rows;
   int query_blocks;   // blocks of the grid that read the same tiles
+  int cluster;        // blocks of a cluster; 1 but in kDeep
   float norm_scale;   // 1 + what the float32 sum of D squares may lose, relative to the norm
   float norm_hidden;  // the norm that squares below 2^-126 may hide
   SharedPlan plan;
@@ -34,9 +35,8 @@ RK_DEVICE unsigned char* aligned_memory() {
   return memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
 }
 
-template <int kCluster>
-RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, bool measures) {
-  const int readers = kCluster * kConsumerWarps + (measures ? kNormWarps : 0);
+RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, int cluster, bool measures) {
+  const int readers = cluster * kConsumerWarps + (measures ? kNormWarps : 0);
   auto* barriers = reinterpret_cast<uint64_t*>(memory + plan.barriers_at());
   const Ring ring{barriers, barriers + kMaxStages, barriers + 2 * kMaxStages, plan.stages};
   if (threadIdx.x == 0) {
@@ -47,7 +47,7 @@ RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, bool mea
     barrier_init(ring.resident, 1);
     barrier_init_fence();
   }
-  if constexpr (kCluster > 1) {
+  if (cluster > 1) {
     cluster_sync();  // before another block loads to here or arrives here
   } else {
     __syncthreads();
@@ -63,11 +63,10 @@ RK_DEVICE void arrive_warp(uint64_t* barrier) {
 }
 
 // At the barriers of all blocks that load to the memory which was read.
-template <int kCluster>
-RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier) {
+RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier, int cluster) {
   __syncwarp();
-  if (const uint32_t lane = threadIdx.x % kWarp; lane < kCluster) {
-    barrier_arrive_at(barrier, lane);
+  if (const int lane = threadIdx.x % kWarp; lane < cluster) {
+    barrier_arrive_at(barrier, static_cast<uint32_t>(lane));
   }
 }
 
@@ -75,7 +74,7 @@ RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier) {
 template <class Element, Shape kShape>
 RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
                        const TensorMap* rows, const TensorMap* queries) {
-  constexpr int kPanelColumns = kPanelBytes / Element::kBytes, kCluster = cluster_blocks(kShape);
+  constexpr int kPanelColumns = kPanelBytes / Element::kBytes;
   const SharedPlan& plan = a.plan;
   const int first_query = share.query_block * plan.blocks * kBlockQueries;
   if (kShape != Shape::kDeep) {
@@ -96,9 +95,10 @@ RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& r
       unsigned char* stage = memory + plan.stages_at() + at.stage * plan.stage_bytes;
       tma_load(rows, stage, ring.full + at.stage, p * kPanelColumns, tile * kTileRows);
       if (kShape == Shape::kDeep) {
-        for (int b = share.rank; b < plan.blocks; b += kCluster) {
+        for (int b = share.rank; b < plan.blocks; b += a.cluster) {
           tma_load_multicast(queries, stage + kStageBytes + b * kBlockBytes, ring.full + at.stage,
-                             p * kPanelColumns, first_query + b * kBlockQueries, (1 << kCluster) - 1);
+                             p * kPanelColumns, first_query + b * kBlockQueries,
+                             static_cast<uint16_t>((1 << a.cluster) - 1));
         }
       }
       at = at.plus(1, ring.stages);
