@@ -3,8 +3,8 @@
 # make bench   the benchmarks, beside their peers             make lint    every linter
 # make build   rebuild the compiled modules in place          make dist    sdist and wheel, installed and imported
 # make clean   remove everything made here                   make sanitize   the CPU kernels, sanitizers on
-# make gpu     where an NVIDIA GPU is: build for it, test, compute-sanitizer, benchmark. Parts: gpu-build, gpu-test,
-#              gpu-sanitize, gpu-bench. Nothing is downloaded: PYTHON= has torch, triton, cmake, ninja, pybind11, pytest
+# make gpu     where an NVIDIA GPU is: build for it, test, benchmark, compute-sanitizer. Parts: gpu-build, gpu-test,
+#              gpu-bench, gpu-sanitize. Nothing is downloaded: PYTHON= has torch, triton, cmake, ninja, pybind11, pytest
 PYTHON ?= python3
 OUT ?= runs/demo
 # paragraphs.jsonl (id, title, text) and questions.jsonl (question, answers, paragraph)
@@ -25,6 +25,9 @@ run: $(READY)
 
 # Killed at any point, the same command goes on; THREADS= of torch. Every stage is evaluated on the articles held out.
 squad: $(READY)
+	@test -f $(SQUAD_DATA)/paragraphs.jsonl -a -f $(SQUAD_DATA)/questions.jsonl || { \
+	  echo "make squad: SQUAD_DATA=$(SQUAD_DATA) must be a folder with paragraphs.jsonl (id, title, text) and" \
+	  "questions.jsonl (question, answers, paragraph)"; exit 1; }
 	test -d $(SQUAD)/corpus || $(BIN)/realm-model corpus $(SQUAD_DATA)/paragraphs.jsonl --out $(SQUAD)/corpus --block 128
 	$(BIN)/realm-model split --corpus $(SQUAD)/corpus --questions $(SQUAD_DATA)/questions.jsonl --articles 30 --out $(SQUAD)
 	$(BIN)/realm-model ict --threads $(THREADS) --corpus $(SQUAD)/corpus --out $(SQUAD)/ict

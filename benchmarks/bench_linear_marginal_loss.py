@@ -51,7 +51,7 @@ def test_linear_marginal_loss(benchmark, measure, quick, dtype, shape, batch, pa
         bytes_moved=moved,
         flops=flops,
         dtype=DTYPES[dtype],
-        rounds=1 if implementation in SLOW and shape == "base" else 5,
+        least=1 if implementation in SLOW and shape == "base" else 5,
     )
     if implementation == "realm_kernels":
         # No speed of a wrong answer: the loss against torch's in float64, within float32 roundings.

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "cpu/fma_ceiling.h"
 #include "cpu/huge_pages.h"
@@ -110,44 +111,77 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   return params;
 }
 
-using Kept = std::pair<uintptr_t, uintptr_t>;  // addresses of residual and posterior
+// Of the calls below: numbers only, which pybind11 reads fastest.
+MarginalLossParams marginal_loss_arguments(uintptr_t scores, int scores_type, uintptr_t log_likelihood,
+                                           int log_likelihood_type, uintptr_t log_weight, int log_weight_type,
+                                           uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
+                                           const Extents& strides, bool per_token, bool wide,
+                                           const std::optional<std::vector<uintptr_t>>& kept, int num_threads,
+                                           const std::string& isa) {
+  MarginalLossParams params{};
+  const auto array = [](uintptr_t address, int type) {
+    return FloatArray{reinterpret_cast<const void*>(address), static_cast<FloatType>(type)};
+  };
+  params.scores = array(scores, scores_type);
+  params.log_likelihood = array(log_likelihood, log_likelihood_type);
+  params.log_weight = array(log_weight, log_weight_type);
+  params.token_mask = reinterpret_cast<const bool*>(token_mask);
+  params.doc_mask = reinterpret_cast<const bool*>(doc_mask);
+  std::tie(params.batch, params.documents, params.tokens) = shape;
+  std::tie(params.stride_b, params.stride_k, params.stride_m) = strides;
+  params.per_token = per_token;
+  params.wide = wide;
+  params.divisor = 1.0;
+  if (kept.has_value()) {  // addresses of residual, posterior and columns
+    params.kept_residual = reinterpret_cast<void*>(kept->at(0));
+    params.kept_posterior = reinterpret_cast<void*>(kept->at(1));
+    params.kept_columns = reinterpret_cast<double*>(kept->at(2));
+  }
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+using KeptAddresses = std::optional<std::vector<uintptr_t>>;
 
 // Returns what was counted of all examples; a null count is one that nobody asked for per example.
-int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
-                          uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
-                          const Extents& strides, bool per_token, const std::string& reduction,
-                          const Array& loss, uintptr_t count, const Kept& kept, int num_threads,
-                          const std::string& isa) {
-  MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
-                                                   shape, strides, per_token, reduction, num_threads, isa);
-  params.wide = float_array(loss).type == FloatType::kFloat64;
-  params.loss = reinterpret_cast<void*>(std::get<0>(loss));
+int64_t marginal_loss_fwd(uintptr_t scores, int scores_type, uintptr_t log_likelihood,
+                          int log_likelihood_type, uintptr_t log_weight, int log_weight_type,
+                          uintptr_t token_mask, uintptr_t doc_mask, int64_t batch, int64_t documents,
+                          int64_t tokens, int64_t stride_b, int64_t stride_k, int64_t stride_m,
+                          bool per_token, int reduction, uintptr_t loss, bool wide, uintptr_t count,
+                          const KeptAddresses& kept, int num_threads, const std::string& isa) {
+  MarginalLossParams params =
+      marginal_loss_arguments(scores, scores_type, log_likelihood, log_likelihood_type, log_weight,
+                              log_weight_type, token_mask, doc_mask, {batch, documents, tokens},
+                              {stride_b, stride_k, stride_m}, per_token, wide, kept, num_threads, isa);
+  params.reduction = static_cast<Reduction>(reduction);
+  params.loss = reinterpret_cast<void*>(loss);
   params.count = reinterpret_cast<int64_t*>(count);
-  params.kept_residual = reinterpret_cast<void*>(kept.first);
-  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   return launch_marginal_loss_fwd(params);
 }
 
-void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
-                       uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const std::string& reduction, const Array& d_loss, int64_t count,
-                       uintptr_t d_scores, uintptr_t d_log_likelihood, const Kept& kept, int num_threads,
-                       const std::string& isa) {
-  MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
-                                                   shape, strides, per_token, reduction, num_threads, isa);
-  params.wide = float_array(d_loss).type == FloatType::kFloat64;
-  params.d_loss = float_array(d_loss).data;
+void marginal_loss_bwd(uintptr_t scores, int scores_type, uintptr_t log_likelihood, int log_likelihood_type,
+                       uintptr_t log_weight, int log_weight_type, uintptr_t token_mask, uintptr_t doc_mask,
+                       int64_t batch, int64_t documents, int64_t tokens, int64_t stride_b, int64_t stride_k,
+                       int64_t stride_m, bool per_token, bool per_example, uintptr_t d_loss, bool wide,
+                       int64_t count, uintptr_t d_scores, uintptr_t d_log_likelihood,
+                       const KeptAddresses& kept, int num_threads, const std::string& isa) {
+  MarginalLossParams params =
+      marginal_loss_arguments(scores, scores_type, log_likelihood, log_likelihood_type, log_weight,
+                              log_weight_type, token_mask, doc_mask, {batch, documents, tokens},
+                              {stride_b, stride_k, stride_m}, per_token, wide, kept, num_threads, isa);
+  params.reduction = per_example ? Reduction::kNone : Reduction::kMean;
+  params.d_loss = reinterpret_cast<const void*>(d_loss);
   params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
-  params.kept_residual = reinterpret_cast<void*>(kept.first);
-  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   launch_marginal_loss_bwd(params);
 }
 
-using Matrix = std::tuple<uintptr_t, int64_t>;               // address, row stride
-using Memory = std::tuple<uintptr_t, uintptr_t>;             // addresses of workspace and scratch
-using Scored = std::tuple<uintptr_t, uintptr_t, uintptr_t>;  // addresses of log_likelihood, loss and count
+using Matrix = std::tuple<uintptr_t, int64_t>;           // address, row stride
+using Memory = std::tuple<uintptr_t, uintptr_t>;         // addresses of workspace and scratch
+using Scored = std::tuple<uintptr_t, Array, uintptr_t>;  // log_likelihood, loss and count
 
 // Floats of workspace and of scratch for chunks of so many rows, or fewer; shape: R, H, V.
 std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, int64_t weight_stride,
@@ -162,24 +196,26 @@ std::pair<int64_t, int64_t> linear_marginal_loss_memory(const Extents& shape, in
   return {linear_marginal_loss_workspace(params), linear_marginal_loss_scratch(params)};
 }
 
-// shape: B, K, M; chunk_shape: the most R, H, V; gradients: d_hidden, d_weight, d_bias.
-int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const std::string& dtype,
-                             uintptr_t bias, const Array& scores, const Array& log_weight, uintptr_t doc_mask,
-                             uintptr_t token_mask, uintptr_t targets, uintptr_t live, const Extents& shape,
-                             bool per_token, const std::vector<std::pair<int64_t, int64_t>>& ranges,
-                             const Extents& chunk_shape, const Memory& memory, const Scored& scored,
-                             uintptr_t factor, bool has_factor,
-                             const std::tuple<Array, uintptr_t, uintptr_t>& gradients, int num_threads,
-                             const std::string& isa) {
+// Returns what was counted of all examples, and how many rows had a part. words: the targets and
+// ignore_index; shape: B, K, M; chunk_shape: the most R, H, V; gradients: d_hidden, d_weight, d_bias.
+std::pair<int64_t, int64_t> linear_marginal_loss(
+    const Matrix& hidden, const Matrix& weight, const std::string& dtype, uintptr_t bias, const Array& scores,
+    const Array& log_weight, uintptr_t doc_mask, const std::pair<uintptr_t, int64_t>& words,
+    const Extents& shape, bool per_token, const Extents& chunk_shape, bool whole_examples,
+    const Memory& memory, const std::string& reduction, const Scored& scored, uintptr_t factor,
+    bool has_factor, const std::tuple<Array, uintptr_t, uintptr_t>& gradients, int num_threads,
+    const std::string& isa) {
   LinearMarginalLossCall call{};
-  call.documents = marginal_loss_inputs(scores, {0, "float64"}, log_weight, token_mask, doc_mask, shape,
-                                        shape, per_token, "none", num_threads, isa);
-  call.targets = reinterpret_cast<const int64_t*>(targets);
-  call.live = reinterpret_cast<const bool*>(live);
-  call.ranges = ranges;
+  call.documents = marginal_loss_inputs(scores, {0, "float64"}, log_weight, 0, doc_mask, shape, shape,
+                                        per_token, reduction, num_threads, isa);
+  call.documents.wide = float_array(std::get<1>(scored)).type == FloatType::kFloat64;
+  call.documents.loss = reinterpret_cast<void*>(std::get<0>(std::get<1>(scored)));
+  call.documents.count = reinterpret_cast<int64_t*>(std::get<2>(scored));
+  call.bias = float_array({bias, dtype});
+  call.targets = reinterpret_cast<const int64_t*>(words.first);
+  call.ignore_index = words.second;
+  call.whole_examples = whole_examples;
   call.log_likelihood = reinterpret_cast<double*>(std::get<0>(scored));
-  call.loss = reinterpret_cast<double*>(std::get<1>(scored));
-  call.count = reinterpret_cast<int64_t*>(std::get<2>(scored));
   call.factor = reinterpret_cast<double*>(factor);
   call.has_factor = has_factor;
   LinearMarginalLossParams& chunk = call.chunk;
@@ -188,7 +224,6 @@ int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const s
   chunk.weight = reinterpret_cast<const void*>(std::get<0>(weight));
   chunk.weight_stride = std::get<1>(weight);
   chunk.type = float_array({0, dtype}).type;
-  chunk.bias = reinterpret_cast<const float*>(bias);
   std::tie(chunk.rows, chunk.width, chunk.vocabulary) = chunk_shape;
   chunk.workspace = reinterpret_cast<float*>(std::get<0>(memory));
   chunk.scratch = reinterpret_cast<float*>(std::get<1>(memory));
@@ -198,13 +233,19 @@ int64_t linear_marginal_loss(const Matrix& hidden, const Matrix& weight, const s
   chunk.d_bias = reinterpret_cast<float*>(std::get<2>(gradients));
   chunk.num_threads = num_threads;
   chunk.isa = choose_isa(isa);
-  return launch_linear_marginal_loss(call);
+  const auto [counted, rows_with_part] = launch_linear_marginal_loss(call);
+  return {counted, rows_with_part};
 }
 
-void scale_into_bfloat16(uintptr_t values, float scale, uintptr_t out, int64_t count, int num_threads,
-                         const std::string& isa) {
-  launch_scale_into_bfloat16(reinterpret_cast<const float*>(values), scale, reinterpret_cast<void*>(out),
-                             count, num_threads, choose_isa(isa));
+// arrays: values, what they become, and how many they are.
+void scale(const std::vector<std::tuple<Array, Array, int64_t>>& arrays, float scale, int num_threads,
+           const std::string& isa) {
+  std::vector<ScaledArray> scaled;
+  for (const auto& [values, out, count] : arrays) {
+    scaled.push_back(
+        {float_array(values), reinterpret_cast<void*>(std::get<0>(out)), float_array(out).type, count});
+  }
+  launch_scale(scaled, scale, num_threads, choose_isa(isa));
 }
 
 using SpanExtents = std::tuple<int64_t, int64_t, int64_t>;  // of B, K and C
@@ -321,7 +362,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("linear_marginal_loss_memory", &linear_marginal_loss_memory);
   m.def("linear_marginal_loss", &linear_marginal_loss, py::call_guard<py::gil_scoped_release>());
-  m.def("scale_into_bfloat16", &scale_into_bfloat16, py::call_guard<py::gil_scoped_release>());
+  m.def("scale", &scale, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_fwd", &score_spans_fwd, py::call_guard<py::gil_scoped_release>());
   m.def("score_spans_bwd", &score_spans_bwd, py::call_guard<py::gil_scoped_release>());
   m.def("span_marginal_loss_fwd", &span_marginal_loss_fwd, py::call_guard<py::gil_scoped_release>());

@@ -49,6 +49,13 @@ def cases() -> dict[str, Inputs]:
         "prior below the smallest double": Inputs(
             torch.tensor([[900.0, 0.0, 1.0]]), column(-950.0, -2.0, -1.5)
         ),
+        "a likelihood beyond float64 for a prior below it": Inputs(
+            torch.tensor([[0.0, -800.0, 0.1]]), column(-1000.0, -200.0, -1000.5)
+        ),
+        "the same in one of two tokens": Inputs(
+            torch.tensor([[0.0, -800.0, 0.1]]),
+            torch.cat([column(-1000.0, -200.0, -1000.5), column(-1.0, -2.0, -1.5)], 2),
+        ),
         "large scores": Inputs(1e4 * torch.randn(2, 4), -torch.rand(2, 4, 2)),
         "a likelihood of zero": Inputs(torch.randn(1, 3), column(-1.0, -INF, -2.0)),
         "every likelihood zero": Inputs(torch.randn(1, 3), column(-INF, -INF, -INF)),

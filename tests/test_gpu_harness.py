@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import kernels
 from benchmarks.gpu import bench, build, rows, sanitize, small, summary, tests
+from benchmarks.gpu.__main__ import PARTS, ends_of
 from benchmarks.gpu.processes import run_logged
 from benchmarks.gpu.runner import run_rows
 
@@ -90,6 +91,24 @@ def test_there_is_no_speed_where_tests_are_red_or_unknown(tmp_path, monkeypatch)
     assert len(results["left_out"]) == sum(len(rows.rows_of(op, True)) for op in OPS)
 
 
+def test_a_backend_that_is_asked_for_has_a_gate_of_its_own(tmp_path, monkeypatch):
+    """Red tests of the CUDA backend take no speed from the default one, nor the other way round."""
+    measured = []
+    monkeypatch.setattr(
+        bench, "measure_op", lambda op, named, *rest: measured.extend(named) or bench.Results()
+    )
+    red, green = tests.Verdict(passed=9, failed=1), tests.Verdict(passed=9)
+    for triton, cuda in ((green, red), (red, green)):
+        measured.clear()
+        tests.remember({"marginal_loss": triton, "marginal_loss cuda": cuda}, tmp_path)
+        left_out = bench.bench(["marginal_loss"], {}, tmp_path, quick=True)["left_out"]
+        assert measured and all(name.endswith("| ours cuda") == (cuda is green) for name in measured)
+        assert left_out and all(name.endswith("| ours cuda") == (cuda is red) for name in left_out)
+    whose = {tests.verdict_of("marginal_loss", s) for s in tests.selections("marginal_loss")}
+    assert whose == {"marginal_loss", "marginal_loss cuda"}
+    assert tests.verdict_of("mips_topk", ["tests/test_mips_topk_cuda.py", "-m", "gpu"]) == "mips_topk cuda"
+
+
 def test_tests_that_were_out_of_time_are_neither_red_nor_green(tmp_path):
     verdict = tests.Verdict(passed=9, stopped=1)
     tests.remember({"mips_topk": verdict}, tmp_path)
@@ -102,6 +121,21 @@ def test_what_is_stopped_may_write_what_it_has(tmp_path):
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('half')"
     outcome = run_logged([sys.executable, "-c", code], tmp_path / "log", 1.0)
     assert outcome.returncode is None and outcome.tail() == "half"
+
+
+def test_a_part_is_interrupted_in_a_background_job_too(tmp_path):
+    """Where a shell has made SIGINT one that is ignored, by this process and by what it starts."""
+    part = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('half')"
+    code = f"""
+import pathlib, signal, sys
+from benchmarks.gpu import processes
+processes.heed_interrupts()
+log = pathlib.Path({str(tmp_path / "log")!r})
+print(processes.run_logged([sys.executable, "-c", {part!r}], log, 1.0).tail())
+"""
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code]
+    done = subprocess.run(background, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "half\n"), done.stderr
 
 
 def test_green_tests_open_the_gate_until_a_source_changes(tmp_path, monkeypatch):
@@ -119,8 +153,14 @@ def test_the_time_is_shared_out_and_ends_with_the_whole():
     assert set(bench.SHARES) == set(OPS)
 
 
-def test_all_parts_together_take_less_than_ten_minutes():
-    assert tests.SECONDS + sanitize.SECONDS + bench.SECONDS < 600
+def test_all_parts_together_take_less_than_ten_minutes_and_what_settles_most_comes_first():
+    assert list(PARTS) == ["build", "test", "bench", "sanitize"]
+    assert sum(PARTS.values()) <= 570  # and some seconds to look for a device and to end what is late
+    ends = ends_of(list(PARTS), None)
+    assert ends["build"] == build.SECONDS and ends["test"] == build.SECONDS + tests.SECONDS
+    assert ends["sanitize"] == sum(PARTS.values())
+    assert ends_of(["bench"], None) == {"bench": bench.SECONDS}
+    assert ends_of(["test", "sanitize"], 5.0)["sanitize"] == pytest.approx(300.0)
 
 
 def test_a_process_of_tests_is_read_by_what_it_wrote(tmp_path):
@@ -208,11 +248,26 @@ def test_a_sanitizer_is_clean_only_where_it_says_so_and_the_program_ended_well(s
     assert sanitize.read_finding("memcheck", status, tmp_path / "log").ok is ok
 
 
+@pytest.mark.parametrize("status", [0, 1, sanitize.ERRORS, None])
+def test_a_planted_fault_is_found_where_the_tool_says_so_however_the_program_ended(status, tmp_path):
+    for text, found in (("ERROR SUMMARY: 2 errors", True), ("ERROR SUMMARY: 0 errors", False), ("", False)):
+        (tmp_path / "log").write_text(f"========= {text}")
+        assert sanitize.finds_errors(sanitize.read_finding("memcheck", status, tmp_path / "log")) is found
+
+
 def test_every_kernel_is_watched():
-    pattern = re.compile(sanitize.kernel_pattern())
-    for name in kernels.triton_kernels() + kernels.cuda_kernels():
-        assert pattern.search(name)
-    assert not pattern.search("void at::native::vectorized_elementwise_kernel<4, float>")
+    """A filter is a part of a kernel's name: no pattern."""
+    options = sanitize.kernel_filters()
+    assert set(options[::2]) == {"--kernel-regex"}
+    parts = [option.removeprefix("kns=") for option in options[1::2]]
+    assert parts[0] == "faulty_kernel" and all(re.fullmatch(r"\w+", part) for part in parts)
+
+    def is_watched(name):
+        return any(part in name for part in parts)
+
+    assert all(map(is_watched, [name.rpartition(":")[2] for name in kernels.triton_kernels()]))
+    assert all(map(is_watched, kernels.cuda_kernels()))
+    assert not is_watched("void at::native::vectorized_elementwise_kernel<4, float>")
     assert set(small.CALLS) == set(OPS)
 
 

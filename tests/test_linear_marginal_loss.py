@@ -315,6 +315,10 @@ def test_bad_input_is_named():
             replace(case, **changes).loss()
     with pytest.raises(TypeError, match="ignore_index must be an int, got float 1.0"):
         case.loss(ignore_index=1.0)
+    with pytest.raises(
+        ValueError, match=r"ignore_index must be an int64, in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"
+    ):
+        case.loss(ignore_index=2**63)
     with pytest.raises(ValueError, match="mode must be one of 'sequence', 'token', got 'all'"):
         case.loss("all")
     with pytest.raises(ValueError, match="reduction must be one of"):

@@ -103,7 +103,7 @@ class _Listening(TorchDispatchMode):
 
 def _names(node):
     """Of a node of autograd's graph and all behind it."""
-    yield node.name()
+    yield type(node).__name__
     for behind, _ in node.next_functions:
         if behind is not None:
             yield from _names(behind)
@@ -161,12 +161,13 @@ def test_the_ops_keep_the_rules_of_torch_library(mode, needs):
     case = make_case(2).requiring(*(DIFFERENTIABLE if any(needs) else ()))
     tensors = tuple(vars(case).values())
     torch.library.opcheck(
-        torch.ops.realm_kernels.linear_marginal_loss.default, (*tensors, -100, mode, *needs, 0.0)
+        torch.ops.realm_kernels.linear_marginal_loss.default, (*tensors, -100, mode, 0.0, "mean", *needs)
     )
     # Its gradient is refused, so its inputs ask for none.
     tensors = tuple(None if x is None else x.detach() for x in tensors)
-    forward = torch.ops.realm_kernels.linear_marginal_loss(*tensors, -100, mode, *needs, 0.0)
-    arguments = (torch.ones(2), *tensors, *forward[2:], any(needs), -100, mode, True, True, True, 0.1, True)
+    forward = torch.ops.realm_kernels.linear_marginal_loss(*tensors, -100, mode, 0.0, "mean", *needs)
+    problem = *tensors, -100, mode, 0.1
+    arguments = torch.ones(()), *forward[1:], any(needs), *problem, *needs, True
     torch.library.opcheck(torch.ops.realm_kernels.linear_marginal_loss_bwd.default, arguments)
 
 

@@ -153,18 +153,19 @@ def test_the_peak_of_memory_does_not_grow_with_the_batch(needs, dtype):
         case = make_case(batch, 3, 4, width=8, vocabulary=20000, dtype=dtype, masks=False)
         problem = problem_of(case)
         with Meter() as meter:
-            cpu.forward(problem, needs)
+            cpu.forward(problem, needs, "mean")
         peaks[batch] = meter.peak_bytes - problem.hidden.nbytes * needs.hidden
         peaks[batch] -= 16 * 8 * problem.hidden[..., 0].numel()  # some numbers of each row
     assert peaks[512] <= peaks[64]
     weight = 20000 * 8 * 4
     # Logits, d_weight with d_bias and a bias, and what the blocks and threads keep of so few columns.
-    assert peaks[64] <= chunks.CACHE_BYTES + 2 * weight + (8 << 20)
+    assert peaks[64] <= chunks.LEAST_BYTES + 2 * weight + (8 << 20)
 
 
 def test_chunks_are_cut_by_the_rows_that_have_a_part(monkeypatch):
     """Examples of 12 rows in a budget of 40: three whole ones, and as many padded ones as fit."""
     monkeypatch.setattr(chunks, "CACHE_BYTES", 40 * 500 * 4)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 0)
     case = make_case(7, 3, 4, width=8, vocabulary=500, masks=False)
     found = chunks.chunks_in_cache(problem_of(case))
     assert (found.examples_at_once, found.rows_at_once, found.step()) == (3, 40, 36)
@@ -181,6 +182,7 @@ def test_an_example_too_large_for_the_cache_takes_one_pass_while_the_workspace_h
     case = make_case(4, 3, 4, width=8, vocabulary=500)
     whole = gradients(Case.loss, case)
     monkeypatch.setattr(chunks, "CACHE_BYTES", cache * 500 * 4)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 0)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", workspace * 500 * 4)
     told = rk.explain(rk.linear_marginal_loss, case.scores, *(case.hidden, case.weight, case.targets)).plan
     assert told.startswith(

@@ -38,7 +38,7 @@ def test_the_peak_of_memory_does_not_grow_with_the_batch(needs, dtype, budget, m
     peaks = {}
     for batch in (8, 64):
         problem = problem_of(case_of(batch, dtype=dtype))
-        peaks[batch] = measure(chunked.forward, problem, needs).peak_bytes
+        peaks[batch] = measure(chunked.forward, problem, needs, "none").peak_bytes
         # Of the size of the inputs, whatever V: d_hidden and some numbers for each row.
         peaks[batch] -= problem.hidden.nbytes * needs.hidden + 16 * 8 * problem.hidden[..., 0].numel()
     assert peaks[64] <= peaks[8]
@@ -52,7 +52,7 @@ def test_the_peak_of_memory_holds_in_a_backward_that_recomputes(monkeypatch):
     peaks = {}
     for batch in (8, 64):
         problem = problem_of(case_of(batch))
-        log_likelihood = chunked.forward(problem, NOTHING).log_likelihood
+        log_likelihood = chunked.forward(problem, NOTHING, "none").log_likelihood
         upstream = torch.rand(batch, dtype=torch.float64)
         peaks[batch] = measure(chunked.backward, problem, log_likelihood, upstream, ALL).peak_bytes
         peaks[batch] -= problem.hidden.nbytes + 16 * 8 * problem.hidden[..., 0].numel()
@@ -68,14 +68,14 @@ def test_each_gradient_costs_one_product_and_two_passes_one_more(needs, products
     problem = problem_of(case_of(7, masks=False))
     recomputed = rows < EXAMPLE and any(needs)
     unit = 2 * 7 * EXAMPLE * 8 * 500
-    assert measure(chunked.forward, problem, needs).flops == (products + recomputed) * unit
+    assert measure(chunked.forward, problem, needs, "none").flops == (products + recomputed) * unit
 
 
 def test_rows_without_a_part_cost_nothing_on_the_cpu():
     problem = problem_of(case_of(20))
     live = int(problem.live().sum())
     assert 0 < live < 20 * EXAMPLE
-    assert measure(chunked.forward, problem, ALL).flops == 3 * 2 * live * 8 * 500
+    assert measure(chunked.forward, problem, ALL, "none").flops == 3 * 2 * live * 8 * 500
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,17 @@ def _explain(backend: str, monkeypatch) -> None:
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 5 * ROW)
     tight = rk.explain(rk.linear_marginal_loss, case.scores, case.hidden, case.weight, case.targets)
     assert "chunks of 5 rows, 12 in an example, two passes" in tight.plan and "4 products" in tight.plan
+
+
+@pytest.mark.parametrize("name,mebibytes", [("cpu:avx512", 29), ("cpu:avx512_bf16", 15)])
+def test_explain_counts_the_bytes_that_a_logit_takes(name, mebibytes):
+    """Two where pairs of bfloat16 are multiplied, and four elsewhere."""
+    if native.cpu is None or name.removeprefix("cpu:") not in native.cpu.instruction_sets():
+        pytest.skip(f"no {name} here")
+    case = make_case(1, 8, 32, vocabulary=30000, dtype=torch.bfloat16, masks=False)
+    with rk.use_backend(name):
+        told = rk.explain(rk.linear_marginal_loss, case.scores, case.hidden, case.weight, case.targets)
+    assert f"{mebibytes} MiB of workspace" in told.plan
 
 
 def test_a_backward_makes_the_gradients_and_nothing_of_their_size():

@@ -89,6 +89,7 @@ struct BackwardMemory {
 ChunkLayout layout_of(const LinearMarginalLossParams& params) {
   ChunkLayout layout{};
   layout.padded_rows = round_up(params.rows, kRowMultiple);
+  layout.vocabulary = params.vocabulary;
   layout.blocks = (params.vocabulary + kBlock - 1) / kBlock;
   layout.largest = params.workspace;
   if (params.workspace != nullptr) {
@@ -177,11 +178,13 @@ void launch_linear_marginal_loss_bwd(const LinearMarginalLossParams& params) {
   }
 }
 
-void launch_scale_into_bfloat16(const float* values, float scale, void* out, int64_t count, int num_threads,
-                                Isa isa) {
+void launch_scale(const std::vector<ScaledArray>& arrays, float scale, int num_threads, Isa isa) {
   const LinearMarginalLossKernels& kernels = kernels_for(isa);
-  parallel_for(count, num_threads, [&](int64_t begin, int64_t end, int) {
-    kernels.scale_into_bfloat16(values + begin, scale, static_cast<uint16_t*>(out) + begin, end - begin);
+  // Every thread takes its share of each, so that all of them end together.
+  parallel_for(num_threads, num_threads, [&](int64_t begin, int64_t end, int) {
+    for (const ScaledArray& array : arrays) {
+      kernels.scale(array, scale, array.count * begin / num_threads, array.count * end / num_threads);
+    }
   });
 }
 

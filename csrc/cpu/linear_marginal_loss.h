@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -52,23 +51,32 @@ void launch_linear_marginal_loss_bwd(const LinearMarginalLossParams& params);
 struct LinearMarginalLossCall {
   LinearMarginalLossParams chunk;  // what chunks share; rows is the most of one. With a workspace, gradients
                                    // are made: those of d_hidden, d_weight and d_bias that are not null
-  MarginalLossParams documents;    // scores, masks, mode and extents of all examples
+  MarginalLossParams documents;    // scores, doc_mask, log_weight, mode and extents of all examples
+  FloatArray bias;                 // [V] or null
   const int64_t* targets;          // [B, M]
-  const bool* live;                // [B, K, M], rows that have a part: only they are looked at, and written
-  std::vector<std::pair<int64_t, int64_t>> ranges;  // [first, last) rows of B K M, a chunk each
+  int64_t ignore_index;            // a target that is not scored
+  bool whole_examples;             // a chunk holds all rows of its examples; needed unless has_factor
 
-  // Written, if there is no factor yet: [B, K, M], contiguous; [B]; [B], what of an example counts.
-  double* log_likelihood;
-  double* loss;
-  int64_t* count;
-  double* factor;   // [B, K, M], contiguous, the upstream gradient times the posterior
-  bool has_factor;  // else it becomes the posterior, and ranges are of whole examples
+  double* log_likelihood;  // [B, K, M], contiguous, 0 for rows without a part; written, as are the loss and
+                           // the count of `documents`, if there is no factor yet
+  double* factor;          // [B, K, M], contiguous, the upstream gradient times the posterior
+  bool has_factor;         // else it becomes the posterior
 };
-// Returns how many rows had a part: those that were scored.
-int64_t launch_linear_marginal_loss(const LinearMarginalLossCall& call);
+// Rows have a part if their document is there, their token scored, and their factor, where there is one, not
+// 0. Of others hidden is never looked at, and d_hidden is 0.
+struct LinearMarginalLossResult {
+  int64_t counted;  // as of launch_marginal_loss_fwd; 0 where there was a factor
+  int64_t rows_with_part;
+};
+LinearMarginalLossResult launch_linear_marginal_loss(const LinearMarginalLossCall& call);
 
-// out [count] = scale values, rounded to bfloat16.
-void launch_scale_into_bfloat16(const float* values, float scale, void* out, int64_t count, int num_threads,
-                                Isa isa);
+struct ScaledArray {
+  FloatArray values;  // [count], float32 or bfloat16, as is out
+  void* out;
+  FloatType out_type;
+  int64_t count;
+};
+// Of each, out = scale values, rounded once.
+void launch_scale(const std::vector<ScaledArray>& arrays, float scale, int num_threads, Isa isa);
 
 }  // namespace realm_kernels

@@ -238,7 +238,7 @@ void backward_blocks(const LinearMarginalLossParams& params, const ChunkLayout& 
   float* stage = memory + gradients_size(params);
   const BlockGradients gradients = gradients_in(memory, params);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kBlock, n = smaller(kBlock, params.vocabulary - first);
+    const int64_t first = layout.first_word(block), n = layout.first_word(block + 1) - first;
     const float* exponentials = exponentials_of<Step>(layout, first);
     scales_of(params, layout.largest + block * layout.padded_rows, scales);
     float* bias_sums = panel;  // not in use yet
@@ -274,15 +274,40 @@ inline HalfVec rounded_to_bfloat16(Vec v) {
   return __builtin_convertvector((v == v ? nearest : UIntVec{} + 0x7fc00000u) >> 16, HalfVec);
 }
 
-void scale_into_bfloat16(const float* values, float scale, void* out, int64_t count) {
-  auto* halves = static_cast<uint16_t*>(out);
+inline Vec load_wide(const float* from) { return load<Vec>(from); }
+inline Vec load_wide(const uint16_t* from) {
+  return (Vec)(__builtin_convertvector(load<HalfVec>(from), UIntVec) << 16);
+}
+inline void store_rounded(float* to, Vec v) { store(to, v); }
+inline void store_rounded(uint16_t* to, Vec v) { store(to, rounded_to_bfloat16(v)); }
+
+// Float32 or bfloat16, whose bits the types of the pointers stand for.
+template <class From, class To>
+inline void scale_elements(const From* values, float scale, To* out, int64_t count) {
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {
-    store(halves + i, rounded_to_bfloat16(load<Vec>(values + i) * scale));
+    store_rounded(out + i, load_wide(values + i) * scale);
   }
-  for (; i < count; ++i) {
-    const HalfVec rounded = rounded_to_bfloat16(Vec{} + values[i] * scale);
-    halves[i] = rounded[0];
+  From last[kWidth] = {};
+  To rounded[kWidth];
+  __builtin_memcpy(last, values + i, static_cast<size_t>(count - i) * sizeof(From));
+  store_rounded(rounded, load_wide(last) * scale);
+  __builtin_memcpy(out + i, rounded, static_cast<size_t>(count - i) * sizeof(To));
+}
+
+void scale(const ScaledArray& array, float scale, int64_t begin, int64_t end) {
+  const auto into = [&](auto* out) {
+    if (array.values.type == FloatType::kBFloat16) {
+      scale_elements(static_cast<const uint16_t*>(array.values.data) + begin, scale, out + begin,
+                     end - begin);
+    } else {
+      scale_elements(static_cast<const float*>(array.values.data) + begin, scale, out + begin, end - begin);
+    }
+  };
+  if (array.out_type == FloatType::kBFloat16) {
+    into(static_cast<uint16_t*>(array.out));
+  } else {
+    into(static_cast<float*>(array.out));
   }
 }
 
@@ -306,7 +331,7 @@ void reduce(const LinearMarginalLossParams& params, const float* partials, int64
       }
       const int64_t first = place_of(params, r) * params.width + h;
       if (narrow) {
-        scale_into_bfloat16(in_order, 1.0f, static_cast<uint16_t*>(params.d_hidden) + first, n);
+        scale_elements(in_order, 1.0f, static_cast<uint16_t*>(params.d_hidden) + first, n);
       } else {
         __builtin_memcpy(static_cast<float*>(params.d_hidden) + first, in_order,
                          static_cast<size_t>(n) * sizeof(float));

@@ -79,7 +79,7 @@ constexpr LinearMarginalLossKernels kKernels = {kLanes,
                                                 merge,
                                                 backward,
                                                 reduce,
-                                                scale_into_bfloat16};
+                                                scale};
 
 }  // namespace
 }  // namespace realm_kernels

@@ -63,7 +63,7 @@ void forward_blocks(const LinearMarginalLossParams& params, const ChunkLayout& l
   float* logits = scratch;  // [kBlock][kLanes]
   float* stage = scratch + kBlock * kLanes;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kBlock, n = smaller(kBlock, params.vocabulary - first);
+    const int64_t first = layout.first_word(block), n = layout.first_word(block + 1) - first;
     const WeightRows weight = weight_rows(params, first, n, stage);
     const Groups groups(n);
     float* out = layout.exponentials ? exponentials_of<Step>(layout, first) : nullptr;

@@ -7,8 +7,10 @@ namespace realm_kernels {
 
 // Words of the vocabulary that a thread takes at a time. Long enough that a tile of d_hidden, read and
 // written once a block, costs little beside the multiply-adds between; short enough that the block's
-// gradients of logits stay in a second-level cache. A multiple of 6 and 12, the tiles of AVX2 and AVX-512.
+// gradients of logits stay in a second-level cache.
 constexpr int64_t kBlock = 192;
+// Blocks are whole tiles: 6 words of AVX2, 12 of AVX-512.
+constexpr int64_t kTileWords = 12;
 // Rows are padded to whole vectors of the widest instruction set, so that the workspace is the same for all.
 constexpr int64_t kRowMultiple = 32;
 
@@ -18,11 +20,18 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 
 // What of a chunk does not depend on the instruction set: where the workspace keeps what.
 struct ChunkLayout {
-  int64_t padded_rows, blocks;
+  int64_t padded_rows, blocks, vocabulary;
   float* largest;  // [blocks, padded_rows]: of a block's logits without the target's
   // [blocks, of panels of rows, of words, of lanes]: exp(logit - largest), 0 at the target; floats, or, for
   // the backward in bfloat16, 16 bits each
   float* exponentials;
+
+  // The tiles are dealt out evenly, as a short last block would leave its thread waiting for the others.
+  int64_t first_word(int64_t block) const {
+    const int64_t tiles = (vocabulary + kTileWords - 1) / kTileWords;
+    const int64_t first = tiles * block / blocks * kTileWords;
+    return first < vocabulary ? first : vocabulary;
+  }
 };
 
 struct RowStatistics {
@@ -59,7 +68,7 @@ struct LinearMarginalLossKernels {
   // d_hidden of rows [begin, end): the sum of the threads' parts, which lie `stride` floats apart.
   void (*reduce)(const LinearMarginalLossParams& params, const float* partials, int64_t stride, int parts,
                  int64_t begin, int64_t end);
-  void (*scale_into_bfloat16)(const float* values, float scale, void* out, int64_t count);
+  void (*scale)(const ScaledArray& array, float scale, int64_t begin, int64_t end);
 };
 
 const LinearMarginalLossKernels& linear_marginal_loss_kernels_portable();

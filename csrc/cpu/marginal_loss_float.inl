@@ -87,7 +87,7 @@ inline void store_as(void* data, int64_t offset, int64_t count, const double* va
   for (int64_t i = 0; i < count; ++i) from_double(values[i * stride], target + i);
 }
 
-void load(const FloatArray& array, int64_t offset, int64_t stride, int64_t count, double* out) {
+inline void load(const FloatArray& array, int64_t offset, int64_t stride, int64_t count, double* out) {
   switch (array.type) {
     case FloatType::kFloat32:
       return load_as<float>(array.data, offset, stride, count, out);
@@ -101,7 +101,8 @@ void load(const FloatArray& array, int64_t offset, int64_t stride, int64_t count
 }
 
 // values[i * stride] to the row at offset.
-void store(void* data, FloatType type, int64_t offset, int64_t count, const double* values, int64_t stride) {
+inline void store(void* data, FloatType type, int64_t offset, int64_t count, const double* values,
+                  int64_t stride) {
   switch (type) {
     case FloatType::kFloat32:
       return store_as<float>(data, offset, count, values, stride);

@@ -151,9 +151,9 @@ class LibraryPass:
         return units
 
 
-def forward(problem: Problem, needs: Needs, passes: Passes = TORCH) -> Found:
+def forward(problem: Problem, needs: Needs, reduction: str, passes: Passes = TORCH) -> Found:
     work = LibraryPass(problem, needs, passes, chunks_of(problem, passes.in_place))
-    return found(problem, *forward_by(work))
+    return found(problem, *forward_by(work), reduction)
 
 
 def backward(

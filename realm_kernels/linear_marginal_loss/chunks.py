@@ -9,10 +9,11 @@ from .problem import Problem
 from .products import takes_narrow_operands
 
 WORKSPACE_BYTES = 256 << 20
-# On a CPU a larger chunk gains nothing once the weight's way through the caches costs little beside its
-# products, and a block's gradients of 640 rows still fit into a second-level cache.
-CACHE_BYTES = 32 << 20
-CACHE_ROWS = 640
+# On a CPU a chunk's exponentials should come back from a cache that others use too. But each chunk reads and
+# writes the sum of d_weight, so it has LEAST_ROWS even where they do not. Above CACHE_ROWS the gradients of a
+# block outgrow a second-level cache.
+CACHE_BYTES, CACHE_ROWS = 8 << 20, 640
+LEAST_BYTES, LEAST_ROWS = 32 << 20, 256
 ALIGNMENT = 8  # examples: chunks of a multiple keep the pitch of the logits a multiple of 16 bytes
 
 
@@ -77,7 +78,9 @@ def chunks_of(
 def chunks_in_cache(problem: Problem) -> Chunks:
     """Of the CPU's kernels: what a last-level cache holds, but one example at least if the workspace does."""
     bytes_of_row = problem.weight.shape[0] * 4
-    rows_at_once = max(1, min(CACHE_ROWS, CACHE_BYTES // bytes_of_row, WORKSPACE_BYTES // bytes_of_row))
+    in_cache = min(CACHE_ROWS, CACHE_BYTES // bytes_of_row)
+    least = min(LEAST_ROWS, LEAST_BYTES // bytes_of_row)
+    rows_at_once = max(1, min(max(in_cache, least), WORKSPACE_BYTES // bytes_of_row))
     batch, rows_of_example = _rows_of(problem)
     examples = rows_at_once // max(1, rows_of_example)
     if examples == 0 and rows_of_example * bytes_of_row <= WORKSPACE_BYTES:

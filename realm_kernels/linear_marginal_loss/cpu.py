@@ -11,42 +11,35 @@ from ..marginal_loss.cpu import array, contiguous, pointer
 from ..validation import dtype_name
 from .chunks import Chunks, chunks_in_cache
 from .memory import fresh
-from .problem import Found, Gradients, Needs, Problem, posterior_factor
-
-NOTHING = Needs(False, False, False)
+from .problem import NOTHING, Found, Gradients, Needs, Problem, posterior_factor
 
 
-def run(problem: Problem, needs: Needs, chunks: Chunks, factor: Tensor | None = None) -> Found:
+def run(
+    problem: Problem, needs: Needs, chunks: Chunks, reduction: str = "none", factor: Tensor | None = None
+) -> Found:
     """With factor float64 [B, K, M], the upstream gradient times the posterior, nothing but its gradients.
 
     Without it they are those for an upstream gradient of 1, and chunks must hold whole examples if any are
     needed.
     """
     hidden, weight = _readable(problem.hidden.flatten(0, 2)), _readable(problem.weight)
-    live = problem.live().contiguous()
-    if factor is not None and problem.min_posterior > 0.0:
-        live &= factor != 0
-    by_example = chunks.rows_of_example
-    counts = live.view(-1, by_example).sum(1).tolist() if by_example > 0 else []
-    ranges = list(chunks.ranges_of(counts))
-    documents = [contiguous(x) for x in (problem.scores, problem.log_weight, problem.doc_mask)]
-    scores, log_weight, doc_mask = documents
-    targets, scored = problem.targets.contiguous(), problem.scored().contiguous()
-    bias = problem.centred_bias()
+    inputs = problem.scores, problem.log_weight, problem.doc_mask, problem.bias, problem.targets
+    scores, log_weight, doc_mask, bias, targets = (contiguous(x) for x in inputs)
     threads, variant, dtype = torch.get_num_threads(), forced_variant(), dtype_name(weight.dtype)
 
     units = Gradients(
-        hidden.new_zeros(problem.hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype),
+        hidden.new_empty(problem.hidden.shape if needs.hidden else (0,), dtype=problem.hidden_gradient_dtype),
         fresh(weight, weight.shape if needs.weight else (0,), torch.float32),
-        weight.new_zeros(weight.shape[0] if needs.bias else 0, dtype=torch.float32),
+        weight.new_empty(weight.shape[0] if needs.bias else 0, dtype=torch.float32),
     )
     batch, *of_example = problem.hidden.shape[:3]
     has_factor, wants = factor is not None, any(needs)
-    log_likelihood = hidden.new_zeros((0 if has_factor else batch, *of_example), dtype=torch.float64)
-    loss = log_likelihood.new_empty(log_likelihood.shape[0])
-    count = torch.empty(log_likelihood.shape[0], dtype=torch.int64)
+    log_likelihood = hidden.new_empty((0 if has_factor else batch, *of_example), dtype=torch.float64)
+    each = log_likelihood.shape[:1] if reduction == "none" else ()
+    loss = torch.empty(each, dtype=problem.loss_dtype)
+    count = torch.empty(each, dtype=torch.int64) if reduction == "none" else None
     if factor is None:
-        factor = log_likelihood.new_empty(log_likelihood.shape if wants else (0,))
+        factor = torch.empty_like(log_likelihood) if wants else log_likelihood[:0]
     assert native.cpu is not None
     chunk = max(1, min(chunks.step(), chunks.rows)), weight.shape[1], weight.shape[0]
     size, scratch_size = native.cpu.linear_marginal_loss_memory(
@@ -54,7 +47,7 @@ def run(problem: Problem, needs: Needs, chunks: Chunks, factor: Tensor | None = 
     )
     workspace = fresh(weight, (size if wants else 0,), torch.float32)
     scratch = weight.new_empty(scratch_size, dtype=torch.float32)
-    native.cpu.linear_marginal_loss(
+    counted, _ = native.cpu.linear_marginal_loss(
         (hidden.data_ptr(), hidden.stride(0)),
         (weight.data_ptr(), weight.stride(0)),
         dtype,
@@ -62,22 +55,21 @@ def run(problem: Problem, needs: Needs, chunks: Chunks, factor: Tensor | None = 
         array(scores),
         array(log_weight),
         pointer(doc_mask),
-        scored.data_ptr(),
-        targets.data_ptr(),
-        live.data_ptr(),
+        (pointer(targets), problem.ignore_index),
         tuple(problem.hidden.shape[:3]),
         problem.mode == "token",
-        ranges,
         chunk,
+        chunks.examples_at_once > 0,
         (_address(workspace), scratch.data_ptr()),
-        (log_likelihood.data_ptr(), loss.data_ptr(), count.data_ptr()),
+        reduction,
+        (log_likelihood.data_ptr(), array(loss), pointer(count)),
         factor.data_ptr(),
         has_factor,
         (array(units.d_hidden), _address(units.d_weight), _address(units.d_bias)),
         threads,
         variant,
     )
-    return Found(loss, count, log_likelihood, units)
+    return Found(loss, counted if count is None else count, log_likelihood, units)
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -100,19 +92,27 @@ def refuses(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, needs: Needs) -> Found:
+def forward(problem: Problem, needs: Needs, reduction: str) -> Found:
     chunks = chunks_in_cache(problem)
     if chunks.examples_at_once > 0 and problem.min_posterior == 0.0:
-        return run(problem, needs, chunks)
-    found = run(problem, NOTHING, chunks)
+        return run(problem, needs, chunks, reduction)
+    found = run(problem, NOTHING, chunks, reduction)
     if not any(needs):
         return found
-    return found._replace(units=backward(problem, found.log_likelihood, torch.ones_like(found.loss), needs))
+    ones = problem.scores.new_ones(problem.scores.shape[0], dtype=problem.loss_dtype)
+    return found._replace(units=backward(problem, found.log_likelihood, ones, needs))
 
 
 def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Needs) -> Gradients:
     factor = posterior_factor(problem, log_likelihood, d_loss).contiguous()
-    return run(problem, needs, chunks_in_cache(problem), factor).units
+    return run(problem, needs, chunks_in_cache(problem), factor=factor).units
+
+
+def halves_logits(weight: Tensor) -> bool:
+    """Whether what is kept of logits takes 16 bits: bfloat16, of which the processor multiplies pairs."""
+    assert native.cpu is not None
+    instructions = forced_variant() or native.cpu.instruction_sets()[-1]
+    return weight.dtype == torch.bfloat16 and instructions == "avx512_bf16"
 
 
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

@@ -34,11 +34,10 @@ from . import checks, chunked, op, triton
 from .chunked import LibraryPass, Rows
 from .chunks import chunks_of
 from .passes import TORCH, Passes, Statistics
-from .problem import Gradients, Needs, Problem, keep_likely
+from .problem import NOTHING, Gradients, Needs, Problem, keep_likely
 
 OP = checks.OP
 BACKENDS = (triton.BACKEND, chunked.BACKEND)
-NOTHING = Needs(False, False, False)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ class Needs(NamedTuple):
     bias: bool
 
 
+NOTHING = Needs(False, False, False)
+
+
 class Gradients(NamedTuple):
     """Empty where not needed. d_hidden has `hidden_gradient_dtype`, the sums have `sum_dtype`."""
 
@@ -32,8 +35,8 @@ class Gradients(NamedTuple):
 class Found(NamedTuple):
     """What a backend's forward makes of a problem."""
 
-    loss: Tensor  # [B] float64
-    counted: Tensor  # int64 [B], what of an example counts, as of marginal_loss
+    loss: Tensor  # [B] for reduction "none", else one number, as of marginal_loss
+    counted: Tensor | int  # likewise, int64: what counts
     log_likelihood: Tensor  # float64 [B, K, M], log p(y_m | z_k, x)
     units: Gradients  # for an upstream gradient of 1
 
@@ -115,11 +118,17 @@ class Problem:
         )
 
 
-def found(problem: Problem, log_likelihood: Tensor, units: Gradients) -> Found:
+def found(problem: Problem, log_likelihood: Tensor, units: Gradients, reduction: str) -> Found:
     loss, count = torch.ops.realm_kernels.marginal_loss(
-        problem.scores, log_likelihood, problem.scored(), problem.doc_mask, problem.log_weight, problem.mode
+        problem.scores,
+        log_likelihood,
+        problem.scored(),
+        problem.doc_mask,
+        problem.log_weight,
+        problem.mode,
+        reduction,
     )
-    return Found(loss, count, log_likelihood, units)
+    return Found(loss.to(problem.loss_dtype), count, log_likelihood, units)
 
 
 def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:

@@ -178,7 +178,7 @@ void run(const Problem& problem, const Expected& wanted, int num_threads, const 
 }
 
 // The rows as examples of one document and one token, in two chunks: what a call adds is which rows are
-// taken.
+// taken, and what stands where the others are.
 void run_call(const Problem& problem, const Expected& wanted, int num_threads, const std::string& isa) {
   const auto [rows, width, vocabulary, gap] = problem.shape;
   const FloatType type = problem.hidden.type();
@@ -189,12 +189,9 @@ void run_call(const Problem& problem, const Expected& wanted, int num_threads, c
       loss(FloatType::kFloat64, rows), factor(FloatType::kFloat64, rows),
       d_hidden(narrow ? type : FloatType::kFloat32, rows * width),
       d_weight(FloatType::kFloat32, vocabulary * width);
-  std::vector<int64_t> count(static_cast<size_t>(rows));
-  const auto mask = std::make_unique<bool[]>(static_cast<size_t>(rows));
+  std::vector<int64_t> count(static_cast<size_t>(rows)), targets = problem.targets;
   for (int64_t r = 0; r < rows; ++r) {
     scores.set(r, 0.0);
-    log_likelihood.set(r, 0.0);
-    mask[r] = true;
   }
   realm_kernels::LinearMarginalLossCall call{};
   LinearMarginalLossParams& chunk = call.chunk;
@@ -202,7 +199,6 @@ void run_call(const Problem& problem, const Expected& wanted, int num_threads, c
   chunk.weight = problem.weight.data();
   chunk.type = type;
   chunk.hidden_stride = chunk.weight_stride = problem.stride();
-  chunk.bias = problem.has_bias ? static_cast<const float*>(problem.bias.data()) : nullptr;
   chunk.rows = (rows + 1) / 2;
   chunk.width = width;
   chunk.vocabulary = vocabulary;
@@ -216,19 +212,22 @@ void run_call(const Problem& problem, const Expected& wanted, int num_threads, c
   chunk.d_hidden_type = d_hidden.type();
   chunk.d_weight = static_cast<float*>(d_weight.data());
   call.documents.scores = {scores.data(), FloatType::kFloat32};
-  call.documents.token_mask = mask.get();
+  call.documents.wide = true;
+  call.documents.reduction = realm_kernels::Reduction::kNone;
+  call.documents.loss = loss.data();
+  call.documents.count = count.data();
   call.documents.batch = rows;
   call.documents.documents = call.documents.tokens = 1;
   call.documents.num_threads = num_threads;
   call.documents.isa = chunk.isa;
-  call.targets = problem.targets.data();
-  call.live = mask.get();
-  call.ranges = {{0, rows / 2}, {rows / 2, rows}};
+  call.bias = {problem.has_bias ? problem.bias.data() : nullptr, FloatType::kFloat32};
+  call.targets = targets.data();
+  call.ignore_index = -100;
+  call.whole_examples = true;
   call.log_likelihood = static_cast<double*>(log_likelihood.data());
-  call.loss = static_cast<double*>(loss.data());
-  call.count = count.data();
   call.factor = static_cast<double*>(factor.data());
-  launch_linear_marginal_loss(call);
+  const auto found = launch_linear_marginal_loss(call);
+  expect_within(where + " counted", 0, static_cast<double>(found.counted), static_cast<double>(rows), 0.0);
   for (int64_t r = 0; r < rows; ++r) {
     expect_within(where + " log_likelihood", r, log_likelihood.get(r), wanted.log_p[r], 1e-4);
     expect_within(where + " loss", r, loss.get(r), -wanted.log_p[r], 1e-4);
@@ -239,14 +238,15 @@ void run_call(const Problem& problem, const Expected& wanted, int num_threads, c
   launch_linear_marginal_loss(call);
   expect_sums(where + " d_hidden", d_hidden, wanted.d_hidden, 1.0, type);
   expect_sums(where + " d_weight", d_weight, wanted.d_weight, 1.0, type);
-  mask[rows - 1] = false;
+  targets[rows - 1] = call.ignore_index;
   d_hidden.set(rows * width - 1, 0.5);
   launch_linear_marginal_loss(call);
-  expect_within(where + " a row without a part", rows - 1, d_hidden.get(rows * width - 1), 0.5, 0.0);
+  expect_within(where + " a row without a part", rows - 1, d_hidden.get(rows * width - 1), 0.0, 0.0);
 
   Elements narrowed(FloatType::kBFloat16, d_weight.count());
-  realm_kernels::launch_scale_into_bfloat16(static_cast<const float*>(d_weight.data()), -2.0f,
-                                            narrowed.data(), d_weight.count(), num_threads, chunk.isa);
+  realm_kernels::launch_scale(
+      {{{d_weight.data(), FloatType::kFloat32}, narrowed.data(), FloatType::kBFloat16, d_weight.count()}},
+      -2.0f, num_threads, chunk.isa);
   for (int64_t i = 0; i < d_weight.count(); ++i) {
     const double scaled = -2.0 * d_weight.get(i);
     expect_within(where + " scaled", i, narrowed.get(i), scaled, 0x1p-8 * std::fabs(scaled));
