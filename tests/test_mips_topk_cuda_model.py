@@ -367,6 +367,15 @@ def test_groups_that_cannot_reach_the_floor_are_not_rescored(model):
     assert found.repairs == 0 and found.chosen == 8
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_blocks_take_several_shares_where_more_groups_are_chosen_than_tiles_kept(model, codes):
+    queries, rows = integers(2, 8), torch.ones(1100, 8).bfloat16()
+    rows[0::32, 0] = integers(35).bfloat16()  # all groups of a tile may hold one of the first
+    queries[:, 0] = 0
+    coded = cases.encode(rows) if codes else None
+    assert check(model, queries, rows, 5, codes=coded, kept=6, selected=24).chosen >= 2 * 20
+
+
 def test_more_keys_than_the_buffer_holds(model):
     """Thirty-two threads keep 288 keys: the buffer is cut again and again."""
     check(model, torch.randn(2, 8), torch.randn(5000, 8).bfloat16(), 100, kept=110)

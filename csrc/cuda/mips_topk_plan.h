@@ -277,7 +277,7 @@ inline int prepare_blocks(const SearchArguments& a, int multiprocessors) {
 
 // Blocks of rescore: every query's rows.
 inline int rescore_blocks(const SearchArguments& a, int threads) {
-  return a.batch * ceil_div(a.selected * kGroupRows, rows_of_block(threads, a.codes != nullptr));
+  return a.batch * parts_of_rescore(a.kept, a.selected, threads, a.codes != nullptr);
 }
 
 }  // namespace cuda

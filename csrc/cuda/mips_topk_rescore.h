@@ -10,6 +10,12 @@ namespace cuda {
 constexpr int kRefined = 8;  // rows a thread whose codes a block looks at, so that enough of them are left
 RK_BOTH constexpr int rows_of_block(int threads, bool codes) { return codes ? kRefined * threads : threads; }
 
+// Blocks for a query: as many groups are chosen as tiles are kept, nearly always. Where more are, blocks take
+// several shares of them.
+RK_BOTH constexpr int parts_of_rescore(int kept, int selected, int threads, bool codes) {
+  return ceil_div((kept < selected ? kept : selected) * kGroupRows, rows_of_block(threads, codes));
+}
+
 // Shared memory of rescore and repair: the query in float64 behind the keys, four numbers, then the groups
 // that a repair found, or the positions that codes left and the codes of the query.
 RK_BOTH constexpr int64_t scoring_bytes(int threads, int dim, int64_t code_pitch = 0) {
@@ -181,15 +187,16 @@ RK_DEVICE void refine(const SearchArguments& a, int b, int first, int count, con
 // Blocks score the rows of a query's chosen groups, a row a thread, or over codes those that may be among the
 // first; the last of them orders the keys, and certifies that no group left out can change the result, and no
 // row, or flags the query. Reads 32 B D row bytes a chosen group, with codes 32 B D and few rows: the gather
-// bounds it. The grid has room for m groups; what no chosen one needs leaves at once.
+// bounds it. Blocks that no chosen group needs leave at once.
 template <bool kCodes>
 RK_DEVICE void rescore(const SearchArguments& a) {
   const auto threads = static_cast<int>(blockDim.x);
   const int rows = rows_of_block(threads, kCodes);
-  const int room = ceil_div(a.selected * kGroupRows, rows);  // blocks
-  const int b = static_cast<int>(blockIdx.x) / room, part = static_cast<int>(blockIdx.x) % room;
+  const int parts = parts_of_rescore(a.kept, a.selected, threads, kCodes);
+  const int b = static_cast<int>(blockIdx.x) / parts, part = static_cast<int>(blockIdx.x) % parts;
   const int width = a.num_chosen[b] * kGroupRows;
-  const int blocks = width > rows ? ceil_div(width, rows) : 1;
+  const int shares = width > rows ? ceil_div(width, rows) : 1;
+  const int blocks = shares < parts ? shares : parts;
   if (part >= blocks) {
     return;
   }
@@ -199,12 +206,14 @@ RK_DEVICE void rescore(const SearchArguments& a) {
   auto* told = reinterpret_cast<int*>(query + a.dim);
   load_query(a, b, query);
   int64_t* keys = a.candidates + static_cast<int64_t>(b) * a.selected * kGroupRows;
-  const int position = part * rows + static_cast<int>(threadIdx.x);
-  if constexpr (kCodes) {
-    const int first = part * rows, left = width - first;
-    refine(a, b, first, left < rows ? left : rows, query, RefineMemory(told + 4, rows), keys);
-  } else if (position < width) {
-    keys[position] = row_key(a, query, b, row_at(a, b, position));
+  for (int first = part * rows; first < width; first += blocks * rows) {
+    if constexpr (kCodes) {
+      __syncthreads();  // the list of the share before is no longer read
+      const int left = width - first;
+      refine(a, b, first, left < rows ? left : rows, query, RefineMemory(told + 4, rows), keys);
+    } else if (const int position = first + static_cast<int>(threadIdx.x); position < width) {
+      keys[position] = row_key(a, query, b, row_at(a, b, position));
+    }
   }
   if (!is_last_block(a, b, blocks, told)) {
     return;
