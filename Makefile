@@ -3,8 +3,8 @@
 # make bench   the benchmarks, beside their peers             make lint    every linter
 # make build   rebuild the compiled modules in place          make dist    sdist and wheel, installed and imported
 # make clean   remove everything made here                   make sanitize   the CPU kernels, sanitizers on
-# make gpu     where an NVIDIA GPU is: build for it, test, compute-sanitizer, benchmark. Parts: gpu-build, gpu-test,
-#              gpu-sanitize, gpu-bench. Nothing is downloaded: PYTHON= has torch, triton, cmake, ninja, pybind11, pytest
+# make gpu     where an NVIDIA GPU is: build for it, test, benchmark, compute-sanitizer. Parts: gpu-build, gpu-test,
+#              gpu-bench, gpu-sanitize. Nothing is downloaded: PYTHON= has torch, triton, cmake, ninja, pybind11, pytest
 PYTHON ?= python3
 OUT ?= runs/demo
 # paragraphs.jsonl (id, title, text) and questions.jsonl (question, answers, paragraph)

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import kernels
 from benchmarks.gpu import bench, build, rows, sanitize, small, summary, tests
+from benchmarks.gpu.__main__ import PARTS, ends_of
 from benchmarks.gpu.processes import run_logged
 from benchmarks.gpu.runner import run_rows
 
@@ -104,6 +105,21 @@ def test_what_is_stopped_may_write_what_it_has(tmp_path):
     assert outcome.returncode is None and outcome.tail() == "half"
 
 
+def test_a_part_is_interrupted_in_a_background_job_too(tmp_path):
+    """Where a shell has made SIGINT one that is ignored, by this process and by what it starts."""
+    part = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('half')"
+    code = f"""
+import pathlib, signal, sys
+from benchmarks.gpu import processes
+processes.heed_interrupts()
+log = pathlib.Path({str(tmp_path / "log")!r})
+print(processes.run_logged([sys.executable, "-c", {part!r}], log, 1.0).tail())
+"""
+    background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, "-c", code]
+    done = subprocess.run(background, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "half\n"), done.stderr
+
+
 def test_green_tests_open_the_gate_until_a_source_changes(tmp_path, monkeypatch):
     tests.remember({"mips_topk": tests.Verdict(passed=1)}, tmp_path)
     assert bench.gate("mips_topk", tests.known_verdicts(tmp_path)) == ""
@@ -119,8 +135,14 @@ def test_the_time_is_shared_out_and_ends_with_the_whole():
     assert set(bench.SHARES) == set(OPS)
 
 
-def test_all_parts_together_take_less_than_ten_minutes():
-    assert tests.SECONDS + sanitize.SECONDS + bench.SECONDS < 600
+def test_all_parts_together_take_less_than_ten_minutes_and_what_settles_most_comes_first():
+    assert list(PARTS) == ["build", "test", "bench", "sanitize"]
+    assert sum(PARTS.values()) <= 570  # and some seconds to look for a device and to end what is late
+    ends = ends_of(list(PARTS), None)
+    assert ends["build"] == build.SECONDS and ends["test"] == build.SECONDS + tests.SECONDS
+    assert ends["sanitize"] == sum(PARTS.values())
+    assert ends_of(["bench"], None) == {"bench": bench.SECONDS}
+    assert ends_of(["test", "sanitize"], 5.0)["sanitize"] == pytest.approx(300.0)
 
 
 def test_a_process_of_tests_is_read_by_what_it_wrote(tmp_path):
@@ -209,10 +231,18 @@ def test_a_sanitizer_is_clean_only_where_it_says_so_and_the_program_ended_well(s
 
 
 def test_every_kernel_is_watched():
-    pattern = re.compile(sanitize.kernel_pattern())
-    for name in kernels.triton_kernels() + kernels.cuda_kernels():
-        assert pattern.search(name)
-    assert not pattern.search("void at::native::vectorized_elementwise_kernel<4, float>")
+    """A filter is a part of a kernel's name: no pattern."""
+    options = sanitize.kernel_filters()
+    assert set(options[::2]) == {"--kernel-regex"}
+    parts = [option.removeprefix("kns=") for option in options[1::2]]
+    assert parts[0] == "faulty_kernel" and all(re.fullmatch(r"\w+", part) for part in parts)
+
+    def is_watched(name):
+        return any(part in name for part in parts)
+
+    assert all(map(is_watched, [name.rpartition(":")[2] for name in kernels.triton_kernels()]))
+    assert all(map(is_watched, kernels.cuda_kernels()))
+    assert not is_watched("void at::native::vectorized_elementwise_kernel<4, float>")
     assert set(small.CALLS) == set(OPS)
 
 

@@ -103,7 +103,7 @@ class _Listening(TorchDispatchMode):
 
 def _names(node):
     """Of a node of autograd's graph and all behind it."""
-    yield node.name()
+    yield type(node).__name__
     for behind, _ in node.next_functions:
         if behind is not None:
             yield from _names(behind)

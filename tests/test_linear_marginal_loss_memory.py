@@ -121,6 +121,17 @@ def _explain(backend: str, monkeypatch) -> None:
     assert "chunks of 5 rows, 12 in an example, two passes" in tight.plan and "4 products" in tight.plan
 
 
+@pytest.mark.parametrize("name,mebibytes", [("cpu:avx512", 29), ("cpu:avx512_bf16", 15)])
+def test_explain_counts_the_bytes_that_a_logit_takes(name, mebibytes):
+    """Two where pairs of bfloat16 are multiplied, and four elsewhere."""
+    if native.cpu is None or name.removeprefix("cpu:") not in native.cpu.instruction_sets():
+        pytest.skip(f"no {name} here")
+    case = make_case(1, 8, 32, vocabulary=30000, dtype=torch.bfloat16, masks=False)
+    with rk.use_backend(name):
+        told = rk.explain(rk.linear_marginal_loss, case.scores, case.hidden, case.weight, case.targets)
+    assert f"{mebibytes} MiB of workspace" in told.plan
+
+
 def test_a_backward_makes_the_gradients_and_nothing_of_their_size():
     """Autograd would make zeros for every output of the op that has no gradient, the units among them."""
     case = make_case(2, 2, 2, width=64, vocabulary=20000, masks=False).requiring("hidden", "weight")

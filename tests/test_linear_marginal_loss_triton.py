@@ -1,6 +1,6 @@
-"""The laws of test_linear_marginal_loss.py, kept by the Triton backend: here in Triton's interpreter.
-
-With static shapes, as on a GPU; chunks of other sizes are in test_linear_marginal_loss_device.py.
+"""The laws of test_linear_marginal_loss.py, kept by the Triton backend in Triton's interpreter, with static
+shapes as on a GPU. Chunks of other sizes, and laws of its own for a GPU, are in
+test_linear_marginal_loss_device.py; the kernels by themselves are tested here, where there is a GPU on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ ELSEWHERE = {
     "test_the_posterior_is_that_of_the_likelihoods",
     "test_the_workspace_changes_nothing_but_roundings",
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAWS = {name: law for name, law in vars(laws).items() if name.startswith("test_") and name not in ELSEWHERE}
+if DEVICE == "cuda":  # they are about tensors of the CPU, which compiled kernels do not take
+    LAWS = {}
 globals().update(LAWS)
 REFUSALS = {"test_bad_input_is_named", "test_out_of_range_targets_are_refused_and_named"}
 
@@ -52,13 +55,13 @@ def in_the_interpreter(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_passes_are_right_at_every_edge_of_a_tile(dtype, rows, vocabulary):
     """Half precision gradients lie over the first half of the logits' bytes."""
-    logits, bias = 4 * torch.randn(vocabulary, rows), torch.randn(vocabulary)
-    targets = torch.randint(vocabulary, (rows,))
-    factor = torch.rand(rows).double() * (torch.rand(rows) < 0.8)
+    logits, bias = 4 * torch.randn(vocabulary, rows, device=DEVICE), torch.randn(vocabulary, device=DEVICE)
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+    factor = torch.rand(rows, device=DEVICE).double() * (torch.rand(rows, device=DEVICE) < 0.8)
     exact = (logits + bias[:, None]).double().log_softmax(0)
     d_exact = factor * (exact.exp() - F.one_hot(targets, vocabulary).T)
 
-    passes, d_bias = triton.TritonPasses(), torch.ones(vocabulary)
+    passes, d_bias = triton.TritonPasses(), torch.ones(vocabulary, device=DEVICE)
     workspace = logits.clone()
     found = passes.statistics_(workspace, bias, targets)
     d_logits = passes.gradient_(workspace, bias, targets, found, factor, dtype, d_bias)

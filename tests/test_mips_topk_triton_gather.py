@@ -1,10 +1,12 @@
 """Rows by id from pinned shards: the kernel of the gradient of queries over a table of the host."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from mips_topk_triton_cases import DEVICE, DTYPES, QUIET
 
-from realm_kernels.mips_topk import reference
+from realm_kernels.mips_topk import gpu, reference, triton_gather
 from realm_kernels.mips_topk.triton_gather import gather_pinned
 
 pytestmark = QUIET
@@ -31,3 +33,27 @@ def test_rows_are_copied_bit_for_bit_and_none_is_zeros(dim, dtype):
 def test_no_id_gives_no_row():
     shards = [torch.randn(4, 6).pin_memory() if DEVICE == "cuda" else torch.randn(4, 6)]
     assert gather_pinned(shards, torch.empty(0, 3, dtype=torch.int64, device=DEVICE)).shape == (0, 3, 6)
+
+
+def test_it_is_launched_on_the_device_of_the_ids(monkeypatch):
+    """The backward of a search may run while another device is the current one."""
+    current, launched = [], []
+
+    @contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            launched.append(list(current))
+            return kernel[grid]
+
+    kernel = triton_gather.gather_kernel
+    monkeypatch.setattr(gpu, "on_device", on_device)
+    monkeypatch.setattr(triton_gather, "gather_kernel", Kernel())
+    rows = torch.randn(4, 6).pin_memory() if DEVICE == "cuda" else torch.randn(4, 6)
+    indices = torch.tensor([1, 3], device=DEVICE)
+    gather_pinned([rows, rows], indices)
+    assert launched == 2 * [[indices.device]]

@@ -51,6 +51,16 @@ def test_every_row_is_scored_once_where_the_passes_would_rescore_as_many():
     check(queries, table, 100)
 
 
+def test_more_rows_than_a_grid_takes_are_scored_in_chunks(monkeypatch):
+    """A grid has 65535 programs along its second axis: k beyond 8.4 million needs several launches."""
+    for k in (10**7, 2 * 10**9):
+        rows = triton_search._dense_rows(2**31, k)
+        assert triton_plan.ceil_div(rows, triton_plan.RESCORE_ROWS) <= 65535
+    monkeypatch.setattr(triton_plan, "MAX_POSITIONS", 16)
+    queries, table = integers(2, 5), integers(100, 5)
+    check(queries, table, 60)
+
+
 @pytest.mark.parametrize("k", [5, 17])
 def test_passes_return_the_next_rows(k, never_all):
     passes(torch.randn(3, 8), torch.randn(150, 8), k)

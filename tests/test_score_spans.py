@@ -201,6 +201,25 @@ def test_any_one_input_may_want_a_gradient(backend, wanted):
     assert torch.equal(torch.autograd.grad(ours(**tensors, max_width=3), leaf, d_scores)[0], every[wanted])
 
 
+@pytest.mark.parametrize(
+    "needs", [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)]
+)
+def test_no_gradient_is_made_that_is_not_needed(backend, needs):
+    """It comes back empty, and the others with the bits they have beside it."""
+    tensors, d_scores = make(2, 9, 32), torch.randn(2, count(9, 4))
+    inputs = [
+        there(x) for x in (tensors["start"], tensors["end"], tensors["weight"] - tensors["weight"].mean())
+    ]
+    ops = torch.ops.realm_kernels
+    forward = ops.score_spans(*inputs, 4, 1e-3)
+    every, found = (
+        ops.score_spans_bwd(there(d_scores), *forward, *inputs, 4, 1e-3, *wanted)
+        for wanted in ((True, True, True), needs)
+    )
+    for gradient, got, needed in zip(every, found, needs, strict=True):
+        assert torch.equal(got, gradient if needed else gradient.new_empty(0))
+
+
 def test_the_op_is_well_registered():
     start, end = (torch.randn(2, 4, 16, requires_grad=True) for _ in range(2))
     arguments = (start, end, torch.randn(16, requires_grad=True), 3, 1e-3)

@@ -370,6 +370,8 @@ SCORE_SPANS_CASES = [
     score("bwd", 320, 256, "*bf16", 8, on=HOPPER),
     score("bwd", 320, 8192, on=HOPPER),
     score("bwd", 1, 16, on=HOPPER, **ONE_WORDPIECE),
+    score("bwd", 64, 256, on=HOPPER, **consts(d_start=None, d_end=None)),
+    score("bwd", 65, 256, on=HOPPER, **consts(d_start=None, d_v=None)),
 ]
 
 CHUNK = dict(logits="*fp32", bias="*fp32", targets="*i64", R="i32:16")

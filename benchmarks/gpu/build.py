@@ -9,7 +9,7 @@ from typing import Any
 
 from .processes import Outcome, run_logged
 
-SECONDS = 300
+SECONDS = 110
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -18,7 +18,7 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"{major}{minor}{'a' if major >= 9 else ''}-real"
 
 
-def build(device: dict[str, Any], out: Path) -> Outcome:
+def build(device: dict[str, Any], out: Path, seconds: float = SECONDS) -> Outcome:
     environment = os.environ | {
         "REALM_KERNELS_CUDA": "1",
         "REALM_KERNELS_CUDA_ARCHITECTURES": architecture(tuple(device["capability"])),
@@ -26,4 +26,4 @@ def build(device: dict[str, Any], out: Path) -> Outcome:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    return run_logged(command, out / "build.log", SECONDS, environment)
+    return run_logged(command, out / "build.log", seconds, environment)

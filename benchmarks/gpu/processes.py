@@ -33,6 +33,12 @@ class Outcome:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL:])
 
 
+def heed_interrupts() -> None:
+    """In this process and in what it starts: a shell's background job ignores SIGINT, and hands that on."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(
     command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen:

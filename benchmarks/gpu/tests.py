@@ -21,7 +21,7 @@ from typing import Any
 from .processes import finish, start
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 200
+SECONDS = 170
 OPS = ("mips_topk", "linear_marginal_loss", "marginal_loss", "span_marginal_loss", "score_spans")
 REST = "table"
 # What makes a test file one that a GPU makes a difference to: it looks for one, puts what it tests on DEVICE,

@@ -36,6 +36,10 @@ void launch(const ScoreSpansParams& params, bool backward) {
 void launch_score_spans_fwd(const ScoreSpansParams& params) { launch(params, false); }
 
 void launch_score_spans_bwd(ScoreSpansParams params) {
+  if (params.d_weight == nullptr) {
+    launch(params, true);
+    return;
+  }
   const auto scratch = std::make_unique<float[]>(params.rows * params.width);
   params.d_weight_of = scratch.get();
   launch(params, true);

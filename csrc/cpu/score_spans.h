@@ -27,9 +27,9 @@ struct ScoreSpansParams {
   float* rstd;    // [N, C]
 
   const float* d_scores;  // [N, C]
-  float* d_start;         // [N, T, S], contiguous, written by the backward; the next two as well
-  float* d_end;           // [N, T, S]
-  float* d_weight;        // [S]
+  float* d_start;         // [N, T, S], contiguous, written by the backward; null where neither half is wanted
+  float* d_end;           // [N, T, S], null where d_start is
+  float* d_weight;        // [S], null where it is not wanted
 
   float* d_weight_of;  // [N, S], scratch of the driver: summed over rows in their order
 

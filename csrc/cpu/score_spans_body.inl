@@ -62,6 +62,7 @@ void forward_span(const ScoreSpansParams& params, const float* start, const floa
 }
 
 // dx = g rstd (v - x^ <v, x^> / S) where x > 0, to both ends; dv += g x^.
+template <bool kHalves, bool kWeight>
 void backward_span(const ScoreSpansParams& params, const float* start, const float* end, int64_t c,
                    float* d_start, float* d_end, float* d_weight) {
   const float g = params.d_scores[c];
@@ -71,11 +72,13 @@ void backward_span(const ScoreSpansParams& params, const float* start, const flo
   for (int64_t s = 0; s < params.width; s += kLanes) {
     const Vec x = representation(start, end, s);
     const Vec normal = (x - mean) * rstd;
-    const Vec dx = scale * (load(params.weight + s) - normal * pull);
-    const Vec passed = x == 0.0f ? Vec{} : dx;
-    store(d_start + s, load(d_start + s) + passed);
-    store(d_end + s, load(d_end + s) + passed);
-    store(d_weight + s, load(d_weight + s) + g * normal);
+    if (kHalves) {
+      const Vec dx = scale * (load(params.weight + s) - normal * pull);
+      const Vec passed = x == 0.0f ? Vec{} : dx;
+      store(d_start + s, load(d_start + s) + passed);
+      store(d_end + s, load(d_end + s) + passed);
+    }
+    if (kWeight) store(d_weight + s, load(d_weight + s) + g * normal);
   }
 }
 
@@ -92,24 +95,39 @@ void forward(const ScoreSpansParams& params, int64_t begin, int64_t end) {
   }
 }
 
-void backward(const ScoreSpansParams& params, int64_t begin, int64_t end) {
+template <bool kHalves, bool kWeight>
+void backward_rows(const ScoreSpansParams& params, int64_t begin, int64_t end) {
   const int64_t size = params.length * params.width;
   for (int64_t n = begin; n < end; ++n) {
-    float* const d_starts = params.d_start + n * size;
-    float* const d_ends = params.d_end + n * size;
-    float* const d_weight = params.d_weight_of + n * params.width;
-    memset(d_starts, 0, size * sizeof(float));
-    memset(d_ends, 0, size * sizeof(float));
-    memset(d_weight, 0, params.width * sizeof(float));
+    float* const d_starts = kHalves ? params.d_start + n * size : nullptr;
+    float* const d_ends = kHalves ? params.d_end + n * size : nullptr;
+    float* const d_weight = kWeight ? params.d_weight_of + n * params.width : nullptr;
+    if (kHalves) {
+      memset(d_starts, 0, size * sizeof(float));
+      memset(d_ends, 0, size * sizeof(float));
+    }
+    if (kWeight) memset(d_weight, 0, params.width * sizeof(float));
     const float* const starts = params.start + n * params.length * params.start_stride;
     const float* const ends = params.end + n * params.length * params.end_stride;
     int64_t c = n * params.spans;
     for (int64_t w = 0; w < params.max_width; ++w) {
       for (int64_t t = 0; t + w < params.length; ++t, ++c) {
-        backward_span(params, starts + t * params.start_stride, ends + (t + w) * params.end_stride, c,
-                      d_starts + t * params.width, d_ends + (t + w) * params.width, d_weight);
+        backward_span<kHalves, kWeight>(params, starts + t * params.start_stride,
+                                        ends + (t + w) * params.end_stride, c,
+                                        kHalves ? d_starts + t * params.width : nullptr,
+                                        kHalves ? d_ends + (t + w) * params.width : nullptr, d_weight);
       }
     }
+  }
+}
+
+void backward(const ScoreSpansParams& params, int64_t begin, int64_t end) {
+  if (params.d_start == nullptr) {
+    backward_rows<false, true>(params, begin, end);
+  } else if (params.d_weight == nullptr) {
+    backward_rows<true, false>(params, begin, end);
+  } else {
+    backward_rows<true, true>(params, begin, end);
   }
 }
 

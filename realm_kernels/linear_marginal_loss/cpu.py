@@ -108,4 +108,11 @@ def backward(problem: Problem, log_likelihood: Tensor, d_loss: Tensor, needs: Ne
     return run(problem, needs, chunks_in_cache(problem), factor=factor).units
 
 
+def halves_logits(weight: Tensor) -> bool:
+    """Whether what is kept of logits takes 16 bits: bfloat16, of which the processor multiplies pairs."""
+    assert native.cpu is not None
+    instructions = forced_variant() or native.cpu.instruction_sets()[-1]
+    return weight.dtype == torch.bfloat16 and instructions == "avx512_bf16"
+
+
 BACKEND = Backend(name="cpu", refuses=refuses, forward=forward, backward=backward)

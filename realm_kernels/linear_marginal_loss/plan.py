@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import Explanation
 from ..mips_topk.checks import DTENSOR
-from . import distributed, op
+from . import cpu, distributed, op
 from .checks import OP, check
 from .chunks import chunks_in_cache, chunks_of
 from .problem import Problem
@@ -70,7 +70,10 @@ def explain(
         plan = f"chunks of {chunks.step()} rows, {chunks.rows_of_example} in an example, two passes"
         recomputed = products > 1
     if backend.name != "reference":
-        plan += f", {chunks.workspace_bytes / 2**20:.0f} MiB of workspace"
+        workspace = chunks.workspace_bytes
+        if backend.name == "cpu" and cpu.halves_logits(weight):
+            workspace //= 2
+        plan += f", {workspace / 2**20:.0f} MiB of workspace"
     vocabulary, width = problem.weight.shape
     bytes_moved, flops = cost(chunks.rows, width, vocabulary, hidden.element_size(), products + recomputed)
     return Explanation(

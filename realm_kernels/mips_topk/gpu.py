@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,11 @@ def refuses(
     if not is_served(capability):
         return f"it needs a GPU of compute capability {needed}, got {capability[0]}.{capability[1]}"
     return None
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device's current stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 _repairs: dict[torch.device, Tensor] = {}

@@ -144,7 +144,8 @@ class StagedBlock(CodedBlock):
             bound = space.group_max[query]
             groups = ((bound >= value_of(last)) & (bound > -torch.inf)).nonzero().flatten()
             best = last.new_empty(0)
-            for some in groups.split(max(1, STAGED_BYTES // (plan.staged_bytes * plan.group))):
+            at_once = min(STAGED_BYTES // plan.staged_bytes, triton_plan.MAX_POSITIONS)
+            for some in groups.split(max(1, at_once // plan.group)):
                 looked_at = last.new_empty(1, some.numel() * plan.group)
                 self._refine(gather, query, key_with(some)[None], looked_at)
                 rows = looked_at[(looked_at >> 32) >= (last >> 32)][None]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import gpu
+
 
 @triton.jit(do_not_specialize=["num_rows", "first_row"])
 def gather_kernel(
@@ -37,19 +39,20 @@ def gather_pinned(shards: list[Tensor], indices: Tensor) -> Tensor:
     gathered = torch.zeros(*indices.shape, dim, dtype=shards[0].dtype, device=indices.device)
     flat = indices.contiguous().view(-1)
     first = 0
-    for shard in shards:
-        if shard.shape[0] > 0 and flat.numel() > 0:
-            gather_kernel[(flat.numel(),)](
-                rows=shard,
-                indices=flat,
-                gathered=gathered,
-                num_rows=shard.shape[0],
-                first_row=first,
-                stride_row=shard.stride(0),
-                stride_d=shard.stride(1),
-                DIM=dim,
-                BLOCK_D=min(1024, triton.next_power_of_2(dim)),
-                num_warps=1,
-            )
-        first += shard.shape[0]
+    with gpu.on_device(indices.device):
+        for shard in shards:
+            if shard.shape[0] > 0 and flat.numel() > 0:
+                gather_kernel[(flat.numel(),)](
+                    rows=shard,
+                    indices=flat,
+                    gathered=gathered,
+                    num_rows=shard.shape[0],
+                    first_row=first,
+                    stride_row=shard.stride(0),
+                    stride_d=shard.stride(1),
+                    DIM=dim,
+                    BLOCK_D=min(1024, triton.next_power_of_2(dim)),
+                    num_warps=1,
+                )
+            first += shard.shape[0]
     return gathered

@@ -17,6 +17,7 @@ SORT_KEYS = 2048  # keys a program sorts: sixteen in each of 128 threads
 ROUNDOFF = 2.0**-22  # of an addition in a tensor core, which truncates; to be confirmed on a GPU
 FILTER_KEYS = 4096  # keys a program filters: sixteen in each of 256 threads
 RESCORE_ROWS = 128  # of a program: one a thread
+MAX_POSITIONS = 65535 * RESCORE_ROWS  # of a launch: programs along the second axis of a grid
 RESCORE_REGISTERS = 128  # of a thread: unset, Triton 3.6 aims for 64 and spills, as 3.9 does at 96
 REPAIR_LOOK = 128  # bounds a repair program looks at at once
 SORT_KEYS_PER_WARP = SORT_KEYS // 4

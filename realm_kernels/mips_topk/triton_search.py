@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..table import device_stream, quantized
 from . import triton_plan
-from .gpu import PIECE_ROWS, WORKSPACE_BYTES
+from .gpu import PIECE_ROWS, WORKSPACE_BYTES, on_device
 from .merging import merge
 from .triton_coded import CodedBlock, StagedBlock
 from .triton_keys import NOTHING
@@ -41,7 +40,7 @@ def search(
         return queries.new_empty((0, k), dtype=torch.float32), queries.new_empty((0, k), dtype=torch.int64)
     if exclude is None:
         exclude = queries.new_empty((queries.shape[0], 0), dtype=torch.int64)
-    with _on_device(queries.device):
+    with on_device(queries.device):
         plans = _plans(queries, shards, k, exclude.shape[1], codes, planner)
         result: tuple[Tensor, Tensor] | None = None
         for first, rows, piece_codes, plan in plans:
@@ -114,11 +113,6 @@ def _split(first: int, shard: Tensor, codes: Codes | None) -> Iterator[tuple[int
             yield first + start, rows, None
 
 
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device's current stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _search_piece(piece: Piece, k: int, plan: Plan) -> tuple[Tensor, Tensor]:
     if triton_plan.scores_all(plan, piece.rows.shape[0]):
         return _search_densely(piece, k)
@@ -140,10 +134,15 @@ def _search_piece(piece: Piece, k: int, plan: Plan) -> tuple[Tensor, Tensor]:
     return scores, indices
 
 
+def _dense_rows(num_rows: int, k: int) -> int:
+    """Rows that are scored at once: no more than a grid takes, however many are wanted."""
+    return min(num_rows, max(k, DENSE_ROWS), triton_plan.MAX_POSITIONS)
+
+
 def _search_densely(piece: Piece, k: int) -> tuple[Tensor, Tensor]:
     """Every row scored, a chunk at a time, and merged by the library."""
     batch, num_rows = piece.queries.shape[0], piece.rows.shape[0]
-    chunk = min(num_rows, max(k, DENSE_ROWS))
+    chunk = _dense_rows(num_rows, k)
     # Keys of the chunk and of the rows kept, once more side by side, and twice that for the library's sort.
     a_query = 8 * (chunk + 3 * (chunk + k))
     step = max(1, min(batch, WORKSPACE_BYTES // a_query))

@@ -59,10 +59,18 @@ def backward(
     v: Tensor,
     max_width: int,
     eps: float,
+    needs_start: bool,
+    needs_end: bool,
+    needs_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert native.cpu is not None
     rows, length, width = start.shape
-    d_start, d_end, d_v = torch.empty(start.shape), torch.empty(end.shape), torch.empty(width)
+    # Both halves' are one number for each of a representation: either costs what both do.
+    halves = needs_start or needs_end
+    d_start, d_end = (torch.empty(half.shape if halves else (0,)) for half in (start, end))
+    d_v = torch.empty(width if needs_v else 0)
+    if not (halves or needs_v):
+        return d_start.to(start.dtype), d_end.to(end.dtype), d_v.to(v.dtype)
     starts, ends, wide_v, d_scores = _rows(start), _rows(end), v.float().contiguous(), d_scores.contiguous()
     native.cpu.score_spans_bwd(
         (starts.data_ptr(), starts.stride(1)),
@@ -72,11 +80,12 @@ def backward(
         eps,
         (scores.data_ptr(), moments.data_ptr()),
         d_scores.data_ptr(),
-        d_start.data_ptr(),
-        d_end.data_ptr(),
-        d_v.data_ptr(),
+        *(gradient.data_ptr() if gradient.numel() > 0 else 0 for gradient in (d_start, d_end, d_v)),
         torch.get_num_threads(),
         forced_variant(),
+    )
+    d_start, d_end = (
+        x if need else x.new_empty(0) for x, need in ((d_start, needs_start), (d_end, needs_end))
     )
     return d_start.to(start.dtype), d_end.to(end.dtype), d_v.to(v.dtype)
 

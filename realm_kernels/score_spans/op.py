@@ -22,8 +22,8 @@ _INPUTS = "Tensor start, Tensor end, Tensor v, int max_width, float eps"
 torch.library.define("realm_kernels::score_spans", f"({_INPUTS}) -> (Tensor scores, Tensor moments)")
 torch.library.define(
     "realm_kernels::score_spans_bwd",
-    f"(Tensor d_scores, Tensor scores, Tensor moments, {_INPUTS})"
-    " -> (Tensor d_start, Tensor d_end, Tensor d_v)",
+    f"(Tensor d_scores, Tensor scores, Tensor moments, {_INPUTS}, bool needs_start, bool needs_end,"
+    " bool needs_v) -> (Tensor d_start, Tensor d_end, Tensor d_v)",
 )
 
 
@@ -41,7 +41,8 @@ def score_spans_fwd(
 def score_spans_bwd(
     d_scores: Tensor, scores: Tensor, moments: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = backend_for(*inputs)
+    """What is not needed is empty."""
+    backend = backend_for(*inputs[:5])
     assert backend.backward is not None
     return backend.backward(d_scores, scores, moments, *inputs)
 
@@ -68,8 +69,10 @@ def _(
     v: Tensor,
     max_width: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return start.new_empty(start.shape), end.new_empty(end.shape), v.new_empty(v.shape)
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    inputs = (start, end, v)
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip(inputs, needs, strict=True))
 
 
 def call(
@@ -105,10 +108,12 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _backward(ctx: Any, d_scores: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    wants = ctx.needs_input_grad[:3]
     with backends.use_backend(ctx.forced):
-        found = torch.ops.realm_kernels.score_spans_bwd(d_scores, *ctx.saved_tensors, ctx.max_width, ctx.eps)
-    wants = ctx.needs_input_grad
-    return (*(gradient if want else None for gradient, want in zip(found, wants, strict=False)), None, None)
+        found = torch.ops.realm_kernels.score_spans_bwd(
+            d_scores, *ctx.saved_tensors, ctx.max_width, ctx.eps, *wants
+        )
+    return (*(gradient if want else None for gradient, want in zip(found, wants, strict=True)), None, None)
 
 
 torch.library.register_autograd("realm_kernels::score_spans", _backward, setup_context=_save_inputs)

@@ -58,7 +58,8 @@ def backward(
     v: Tensor,
     max_width: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *needs: bool,
+) -> tuple[Tensor, ...]:
     """dx = g rstd (v - x^ <v, x^> / S) where x > 0, to both ends; dv = sum g x^."""
     start_wide, end_wide, v_wide = wide(start), wide(end), wide(v)
     d_start, d_end, d_v = (torch.zeros_like(x) for x in (start_wide, end_wide, v_wide))
@@ -71,7 +72,8 @@ def backward(
         d_start[:, starts] += dx
         d_end[:, ends] += dx
         d_v += (g * normal).sum((0, 1))
-    return d_start.to(start.dtype), d_end.to(end.dtype), d_v.to(v.dtype)
+    found = (d_start.to(start.dtype), d_end.to(end.dtype), d_v.to(v.dtype))
+    return tuple(x if need else x.new_empty(0) for x, need in zip(found, needs, strict=True))
 
 
 BACKEND = Backend(name="reference", refuses=lambda *arguments: None, forward=forward, backward=backward)

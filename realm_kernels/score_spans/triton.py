@@ -79,33 +79,41 @@ def backward(
     v: Tensor,
     max_width: int,
     eps: float,
+    needs_start: bool,
+    needs_end: bool,
+    needs_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton_kernels as kernels
 
     rows, length, width = start.shape
-    d_start, d_end = (torch.empty(half.shape, dtype=half.dtype, device=half.device) for half in (start, end))
+    d_start, d_end = (
+        torch.empty(half.shape if needed else (0,), dtype=half.dtype, device=half.device)
+        for half, needed in ((start, needs_start), (end, needs_end))
+    )
     start, end, strides, plan = _plan(start, end)
     programs = rows * -(-length // plan["BLOCK_T"])
-    d_v = start.new_empty((programs, width), dtype=torch.float32)
-    if rows > 0:
+    d_v = start.new_empty((programs, width) if needs_v else (0,), dtype=torch.float32)
+    # Programs of starts, which make d_v as well, and of ends.
+    sides = (needs_start or needs_v) + needs_end
+    if rows > 0 and sides > 0:
         with on_device(start.device):
-            kernels.score_spans_bwd_kernel[(programs, 2)](
+            kernels.score_spans_bwd_kernel[(programs, sides)](
                 start,
                 end,
                 v.float().contiguous(),
                 d_scores.contiguous(),
                 scores,
                 moments,
-                d_start,
-                d_end,
-                d_v,
+                d_start if needs_start else None,
+                d_end if needs_end else None,
+                d_v if needs_v else None,
                 length,
                 scores.shape[1],
                 max_width,
                 *strides,
                 **plan,
             )
-    return d_start, d_end, d_v.sum(0).to(v.dtype)
+    return d_start, d_end, (d_v.sum(0) if needs_v else d_v).to(v.dtype)
 
 
 BACKEND = Backend(name="triton", refuses=refuses, forward=forward, backward=backward)

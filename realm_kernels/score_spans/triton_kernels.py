@@ -130,7 +130,8 @@ def _gather(
 ):
     """The gradients of rows first, first + 1, ... and that of v by their spans: [PARTS, BLOCK_T, PART] each.
 
-    STEP: 1 where the rows are starts, -1 where they are ends, which leave d_v alone."""
+    STEP: 1 where the rows are starts, -1 where they are ends, which leave d_v alone. What the caller drops
+    the compiler does not make."""
     weight = tl.load(v + s, mask=s < S, other=0.0)[:, None, :]
     t = first + tl.arange(0, BLOCK_T)
     rows = _rows(own, first, own_stride, T, S, BLOCK_T, PARTS, PART)
@@ -171,9 +172,9 @@ def score_spans_bwd_kernel(
     d_scores,  # [N, C]
     scores,  # [N, C]
     moments,  # [2, N, C]
-    d_start,  # [N, T, S], contiguous
-    d_end,  # [N, T, S], contiguous
-    d_v,  # [programs along axis 0, S], to be summed
+    d_start,  # [N, T, S], contiguous, or None
+    d_end,  # [N, T, S], contiguous, or None
+    d_v,  # [programs along axis 0, S], to be summed, or None
     T,
     C,
     max_width,
@@ -186,7 +187,11 @@ def score_spans_bwd_kernel(
     PARTS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Rows of d_start and their spans' share of d_v; on the second axis of the grid, rows of d_end."""
+    """Rows of d_start and their spans' share of d_v; on the second axis of the grid, rows of d_end.
+
+    The axis has one place where one of these is not wanted."""
+    STARTS: tl.constexpr = d_start is not None or d_v is not None
+    ENDS: tl.constexpr = d_end is not None
     n, first, s, N = _tile(T, BLOCK_T, PARTS, PART)
     starts, ends = start + n * start_stride_n, end + n * end_stride_n
     d_scores, scores, means = d_scores + n * C, scores + n * C, moments + n * C
@@ -195,16 +200,21 @@ def score_spans_bwd_kernel(
     place += n * T * S
     there = first + tl.arange(0, PARTS * BLOCK_T) % BLOCK_T < T
     mask = there[:, None] & (column < S)
-    if tl.program_id(1) == 0:
-        d_rows, d_weight = _gather(
-            starts, ends, v, d_scores, scores, means, rstds, first, s, T, max_width,
-            start_stride_t, end_stride_t, 1, S, BLOCK_T, PARTS, PART,
-        )  # fmt: skip
-        _store(d_start + place, tl.reshape(d_rows, place.shape), mask)
-        tl.store(d_v + tl.program_id(0).to(tl.int64) * S + s, tl.sum(d_weight, axis=1), mask=s < S)
-    else:
-        d_rows, _ = _gather(
-            ends, starts, v, d_scores, scores, means, rstds, first, s, T, max_width,
-            end_stride_t, start_stride_t, -1, S, BLOCK_T, PARTS, PART,
-        )  # fmt: skip
-        _store(d_end + place, tl.reshape(d_rows, place.shape), mask)
+    if STARTS:  # noqa: SIM102, decided when the kernel is compiled
+        if tl.program_id(1) == 0:
+            d_rows, d_weight = _gather(
+                starts, ends, v, d_scores, scores, means, rstds, first, s, T, max_width,
+                start_stride_t, end_stride_t, 1, S, BLOCK_T, PARTS, PART,
+            )  # fmt: skip
+            if d_start is not None:
+                _store(d_start + place, tl.reshape(d_rows, place.shape), mask)
+            if d_v is not None:
+                own = d_v + tl.program_id(0).to(tl.int64) * S
+                tl.store(own + s, tl.sum(d_weight, axis=1), mask=s < S)
+    if ENDS:  # noqa: SIM102
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            d_rows, _ = _gather(
+                ends, starts, v, d_scores, scores, means, rstds, first, s, T, max_width,
+                end_stride_t, start_stride_t, -1, S, BLOCK_T, PARTS, PART,
+            )  # fmt: skip
+            _store(d_end + place, tl.reshape(d_rows, place.shape), mask)

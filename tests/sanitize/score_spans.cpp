@@ -145,6 +145,20 @@ void run(const Problem& problem, const Expected& wanted, int num_threads, const 
   expect_all(where + " d_start", d_start, wanted.d_start);
   expect_all(where + " d_end", d_end, wanted.d_end);
   expect_all(where + " d_weight", d_weight, wanted.d_weight);
+
+  // One kind of gradient alone.
+  Elements weight_alone = Problem::floats(width), start_alone = Problem::floats(d_start.count());
+  Elements end_alone = Problem::floats(d_end.count());
+  params.d_start = params.d_end = nullptr;
+  params.d_weight = output(weight_alone);
+  launch_score_spans_bwd(params);
+  params.d_start = output(start_alone);
+  params.d_end = output(end_alone);
+  params.d_weight = nullptr;
+  launch_score_spans_bwd(params);
+  expect_all(where + " d_weight alone", weight_alone, wanted.d_weight);
+  expect_all(where + " d_start alone", start_alone, wanted.d_start);
+  expect_all(where + " d_end alone", end_alone, wanted.d_end);
 }
 
 }  // namespace
