@@ -13,7 +13,7 @@ GPU = "cuda"  # where the inputs of every row are
 
 def forced_backends(backends: Sequence[Backend]) -> list[str]:
     """Those that serve a GPU beside the one that a call gets by default: each is measured too."""
-    on_gpu = [backend for backend in backends if backend.name in GPU_BACKENDS]
+    on_gpu = [backend for backend in backends if backend.name.partition(":")[0] in GPU_BACKENDS]
     default = next((backend for backend in on_gpu if backend.default), None)
     return [backend.name for backend in on_gpu if backend is not default]
 
