@@ -25,6 +25,9 @@ run: $(READY)
 
 # Killed at any point, the same command goes on; THREADS= of torch. Every stage is evaluated on the articles held out.
 squad: $(READY)
+	@test -f $(SQUAD_DATA)/paragraphs.jsonl -a -f $(SQUAD_DATA)/questions.jsonl || { \
+	  echo "make squad: SQUAD_DATA=$(SQUAD_DATA) must be a folder with paragraphs.jsonl (id, title, text) and" \
+	  "questions.jsonl (question, answers, paragraph)"; exit 1; }
 	test -d $(SQUAD)/corpus || $(BIN)/realm-model corpus $(SQUAD_DATA)/paragraphs.jsonl --out $(SQUAD)/corpus --block 128
 	$(BIN)/realm-model split --corpus $(SQUAD)/corpus --questions $(SQUAD_DATA)/questions.jsonl --articles 30 --out $(SQUAD)
 	$(BIN)/realm-model ict --threads $(THREADS) --corpus $(SQUAD)/corpus --out $(SQUAD)/ict

@@ -43,6 +43,8 @@ def main(
         "--benchmark-quiet",
         "-p",
         "no:timeout",
+        "-W",
+        "ignore::pytest.PytestConfigWarning",  # the timeout, which nobody reads now
         "-k",
         select,
     ]

@@ -18,6 +18,11 @@ def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="one small shape of each op, to see that all runs")
 
 
+def pytest_report_teststatus(report):
+    """No letter for what was left out: of --quick that is nearly all."""
+    return ("skipped", "", "") if report.skipped else None
+
+
 @pytest.fixture
 def quick(request):
     return request.config.getoption("--quick")

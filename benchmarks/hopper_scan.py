@@ -41,7 +41,7 @@ class Job:
 
     @functools.cached_property
     def plan(self) -> dict[str, int | str]:
-        (batch, dim), processors = self.queries.shape, cuda.multiprocessors(self.queries.device)
+        (batch, dim), processors = self.queries.shape, cuda.load(self.queries.device)
         return cuda.plan_for(batch, self.piece, dim, self.k, 0, self.queries.dtype, processors)
 
     @functools.cached_property
@@ -91,7 +91,9 @@ def line_of(job: Job, bandwidth: float, rate: float) -> str:
     job.run()
     repairs = cuda.gpu.repairs(job.queries.device) - before
     whole = milliseconds(job.run)
-    told = " ".join(f"{name}={plan[name]}" for name in ("shape", "group", "selected", "stages", "batch"))
+    told = " ".join(
+        f"{name}={plan[name]}" for name in ("shape", "cluster", "kept", "selected", "stages", "batch")
+    )
     return (
         f"{scanned:<9}{num_rows:>10}{dim:>5}{batch:>6}{job.k:>5}{limit:>11.3f}{empty:>8.3f}{maxima:>8.3f}"
         f"{whole:>8.3f}{limit / whole:>14.0%}{repairs:>9}  {told}"

@@ -17,7 +17,7 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -129,12 +129,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def times(trainer: Trainer, steps: int, before: Callable[[int], object] = id) -> tuple[float, float]:
-    """(median, 95th percentile) of a step in seconds; `before` is what a step boundary does, and is timed."""
+def times(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """(median, 95th percentile) of a step in seconds."""
     seconds = []
-    for step in range(steps):
+    for _ in range(steps):
         start = time.perf_counter()
-        before(step)
         trainer.step()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), statistics.quantiles(seconds, n=20)[-1]

@@ -53,9 +53,16 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def lines_of(results: dict[str, Any]) -> Lines:
+def tables_of(results: dict[str, Any]) -> list[Lines]:
+    """One table an op, in whose columns stand its own peers."""
+    by_op: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows_of(results):
+        by_op[row["group"].split()[0]].append(row)
+    return [lines_of(rows) for rows in by_op.values()]
+
+
+def lines_of(rows: list[dict[str, Any]]) -> Lines:
     """Of rows_of; the recall of an approximate peer stands behind its ratio."""
-    rows = rows_of(results)
     peers = sorted({name for row in rows for name in row["ratios"]})
 
     def cell(row: dict[str, Any], name: str) -> str:
@@ -135,11 +142,13 @@ def markdown_of(lines: Lines) -> str:
 def write_report(json_path: Path) -> list[Path]:
     """Print the tables and write them beside the JSON as Markdown, with a plot of what it can show."""
     results = json.loads(json_path.read_text())
-    ours, orders = lines_of(results), orders_of(results)
+    tables, orders = tables_of(results), orders_of(results)
     text = machine_line(results) + "\n"
-    if ours[1]:
-        print("medians; x peer: the peer's time over ours; above 1 ours is faster\n" + plain_of(ours) + "\n")
-        text += "\n" + markdown_of(ours)
+    if tables:
+        print("medians; x peer: the peer's time over ours; above 1 ours is faster\n")
+    for table in tables:
+        print(plain_of(table) + "\n")
+        text += "\n" + markdown_of(table)
     if orders[1]:
         print("rows in other orders and of other values\n" + plain_of(orders) + "\n")
         text += "\n" + markdown_of(orders)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,8 +30,10 @@ from realm_kernels.score_spans.reference import count as span_count
 from realm_kernels.score_spans.triton import tile as score_tile
 from realm_kernels.table import device_codes
 
+from . import time_model_hopper
 from .bench_marginal_loss import SHAPES as MARGINAL_SHAPES
 from .bench_score_spans import SHAPES as SCORE_SHAPES
+from .gpu_model import H200, Gpu, Stage
 from .linear_marginal_loss_cases import DOCUMENTS, SHAPES, TOKENS
 from .report import Lines, markdown_of
 
@@ -56,64 +57,6 @@ OPS_PER_FILTERED_GROUP = 15
 OPS_PER_BOUND = 10
 # Instructions a number of a representation that the loops of score_spans compile to for sm_90.
 SCORE_FORWARD, SCORE_BACKWARD = 10, 17
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Rates per second. Which were measured on such a machine, and which are assumed, DOCS says."""
-
-    name: str
-    memory_bytes: float
-    l2_bytes: float
-    products: dict[torch.dtype, float]  # flops in the tensor cores
-    ops: float  # float32 maxima or 32-bit integer instructions, half the rate of a multiply-add
-    float64_flops: float
-    launch_seconds: float  # of a kernel behind another: its start and its end
-
-
-# Memory and bfloat16 were measured on an H200; 8 bit is twice bfloat16 and tf32 half of it, as the datasheet
-# has them. 132 multiprocessors at 1.755 GHz: 64 maxima, 64 float64 multiply-adds a clock each.
-H200 = Gpu(
-    name="H200",
-    memory_bytes=4.3e12,
-    l2_bytes=5.5e12,
-    products={torch.bfloat16: 790e12, torch.float32: 395e12, torch.int8: 1580e12},
-    ops=132 * 64 * 1.755e9,
-    float64_flops=2 * 132 * 64 * 1.755e9,
-    launch_seconds=2.5e-6,
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage does in a call."""
-
-    name: str
-    bytes: float = 0.0  # of device memory
-    l2_bytes: float = 0.0
-    flops: float = 0.0  # in the tensor cores
-    dtype: torch.dtype = torch.bfloat16
-    ops: float = 0.0
-    float64_flops: float = 0.0
-    launches: float = 1.0
-
-    def busy(self, gpu: Gpu) -> dict[str, float]:
-        return {
-            "memory": self.bytes / gpu.memory_bytes,
-            "L2": self.l2_bytes / gpu.l2_bytes,
-            "matrix": self.flops / gpu.products[self.dtype],
-            "instructions": self.ops / gpu.ops,
-            "float64": self.float64_flops / gpu.float64_flops,
-        }
-
-    def seconds(self, gpu: Gpu) -> float:
-        return max(self.busy(gpu).values()) + self.launches * gpu.launch_seconds
-
-    def bound(self, gpu: Gpu) -> str:
-        """What takes the most of it; empty where that is the launches."""
-        busy = self.busy(gpu)
-        most = max(busy, key=lambda name: busy[name])
-        return most if busy[most] > self.launches * gpu.launch_seconds else ""
 
 
 def mips_topk_stages(
@@ -293,15 +236,17 @@ def lines_of(
     return header, body
 
 
-def mips_limit(batch: int, k: int, dtype: torch.dtype, gpu: Gpu) -> float:
-    moved, flops = mips_cost(batch, WIKIPEDIA, DIM, k, dtype.itemsize, 2)
+def mips_limit(
+    batch: int, k: int, dtype: torch.dtype, gpu: Gpu, num_rows: int = WIKIPEDIA, dim: int = DIM
+) -> float:
+    moved, flops = mips_cost(batch, num_rows, dim, k, dtype.itemsize, 2)
     return max(moved / gpu.memory_bytes, flops / gpu.products[dtype])
 
 
 def tables(gpu: Gpu) -> str:
     """The Markdown of all of them."""
     losses = [*linear_marginal_loss_tables(gpu), marginal_loss_table(gpu), score_spans_table(gpu)]
-    return "\n".join([*mips_topk_tables(gpu), *losses])
+    return "\n".join([*mips_topk_tables(gpu), *hopper_tables(gpu), *losses])
 
 
 def mips_topk_tables(gpu: Gpu) -> list[str]:
@@ -322,6 +267,33 @@ def mips_topk_tables(gpu: Gpu) -> list[str]:
             title = f"**mips_topk, {told}**, N = {WIKIPEDIA:,}, D = {DIM}, k = {k}, Triton"
             found.append(f"{title}\n\n{markdown_of(lines)}")
     return found
+
+
+def hopper_tables(gpu: Gpu) -> list[str]:
+    found = []
+    for title, num_rows, dim, k, codes, batches in time_model_hopper.SEARCHES:
+        of_label = {f"B={batch}": batch for batch in batches}
+        shape = num_rows, dim, k
+        lines = lines_of(
+            list(of_label),
+            lambda label, of=of_label, shape=shape, codes=codes: time_model_hopper.stages(
+                of[label], *shape, codes=codes
+            ),
+            lambda label, of=of_label, shape=shape, codes=codes: mips_limit(
+                of[label], shape[2], torch.int8 if codes else torch.bfloat16, gpu, *shape[:2]
+            ),
+            gpu,
+        )
+        told = f"**mips_topk, {title}**, N = {num_rows:,}, D = {dim}, k = {k}, Hopper scan"
+        found.append(f"{told}\n\n{markdown_of(lines)}")
+    lines = lines_of(
+        list(time_model_hopper.PEERS),
+        lambda name: time_model_hopper.PEERS[name](512, WIKIPEDIA, DIM, 8, gpu),
+        lambda _: mips_limit(512, 8, torch.bfloat16, gpu),
+        gpu,
+    )
+    told = f"**mips_topk and peers, bfloat16**, N = {WIKIPEDIA:,}, D = {DIM}, k = 8, B = 512"
+    return [*found, f"{told}\n\n{markdown_of(lines)}"]
 
 
 def linear_marginal_loss_tables(gpu: Gpu) -> list[str]:

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "cpu/fma_ceiling.h"
 #include "cpu/huge_pages.h"
@@ -110,38 +111,71 @@ MarginalLossParams marginal_loss_inputs(const Array& scores, const Array& log_li
   return params;
 }
 
-using Kept = std::pair<uintptr_t, uintptr_t>;  // addresses of residual and posterior
+// Of the calls below: numbers only, which pybind11 reads fastest.
+MarginalLossParams marginal_loss_arguments(uintptr_t scores, int scores_type, uintptr_t log_likelihood,
+                                           int log_likelihood_type, uintptr_t log_weight, int log_weight_type,
+                                           uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
+                                           const Extents& strides, bool per_token, bool wide,
+                                           const std::optional<std::vector<uintptr_t>>& kept, int num_threads,
+                                           const std::string& isa) {
+  MarginalLossParams params{};
+  const auto array = [](uintptr_t address, int type) {
+    return FloatArray{reinterpret_cast<const void*>(address), static_cast<FloatType>(type)};
+  };
+  params.scores = array(scores, scores_type);
+  params.log_likelihood = array(log_likelihood, log_likelihood_type);
+  params.log_weight = array(log_weight, log_weight_type);
+  params.token_mask = reinterpret_cast<const bool*>(token_mask);
+  params.doc_mask = reinterpret_cast<const bool*>(doc_mask);
+  std::tie(params.batch, params.documents, params.tokens) = shape;
+  std::tie(params.stride_b, params.stride_k, params.stride_m) = strides;
+  params.per_token = per_token;
+  params.wide = wide;
+  params.divisor = 1.0;
+  if (kept.has_value()) {  // addresses of residual, posterior and columns
+    params.kept_residual = reinterpret_cast<void*>(kept->at(0));
+    params.kept_posterior = reinterpret_cast<void*>(kept->at(1));
+    params.kept_columns = reinterpret_cast<double*>(kept->at(2));
+  }
+  params.num_threads = num_threads;
+  params.isa = choose_isa(isa);
+  return params;
+}
+
+using KeptAddresses = std::optional<std::vector<uintptr_t>>;
 
 // Returns what was counted of all examples; a null count is one that nobody asked for per example.
-int64_t marginal_loss_fwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
-                          uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape,
-                          const Extents& strides, bool per_token, const std::string& reduction,
-                          const Array& loss, uintptr_t count, const Kept& kept, int num_threads,
-                          const std::string& isa) {
-  MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
-                                                   shape, strides, per_token, reduction, num_threads, isa);
-  params.wide = float_array(loss).type == FloatType::kFloat64;
-  params.loss = reinterpret_cast<void*>(std::get<0>(loss));
+int64_t marginal_loss_fwd(uintptr_t scores, int scores_type, uintptr_t log_likelihood,
+                          int log_likelihood_type, uintptr_t log_weight, int log_weight_type,
+                          uintptr_t token_mask, uintptr_t doc_mask, int64_t batch, int64_t documents,
+                          int64_t tokens, int64_t stride_b, int64_t stride_k, int64_t stride_m,
+                          bool per_token, int reduction, uintptr_t loss, bool wide, uintptr_t count,
+                          const KeptAddresses& kept, int num_threads, const std::string& isa) {
+  MarginalLossParams params =
+      marginal_loss_arguments(scores, scores_type, log_likelihood, log_likelihood_type, log_weight,
+                              log_weight_type, token_mask, doc_mask, {batch, documents, tokens},
+                              {stride_b, stride_k, stride_m}, per_token, wide, kept, num_threads, isa);
+  params.reduction = static_cast<Reduction>(reduction);
+  params.loss = reinterpret_cast<void*>(loss);
   params.count = reinterpret_cast<int64_t*>(count);
-  params.kept_residual = reinterpret_cast<void*>(kept.first);
-  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   return launch_marginal_loss_fwd(params);
 }
 
-void marginal_loss_bwd(const Array& scores, const Array& log_likelihood, const Array& log_weight,
-                       uintptr_t token_mask, uintptr_t doc_mask, const Extents& shape, const Extents& strides,
-                       bool per_token, const std::string& reduction, const Array& d_loss, int64_t count,
-                       uintptr_t d_scores, uintptr_t d_log_likelihood, const Kept& kept, int num_threads,
-                       const std::string& isa) {
-  MarginalLossParams params = marginal_loss_inputs(scores, log_likelihood, log_weight, token_mask, doc_mask,
-                                                   shape, strides, per_token, reduction, num_threads, isa);
-  params.wide = float_array(d_loss).type == FloatType::kFloat64;
-  params.d_loss = float_array(d_loss).data;
+void marginal_loss_bwd(uintptr_t scores, int scores_type, uintptr_t log_likelihood, int log_likelihood_type,
+                       uintptr_t log_weight, int log_weight_type, uintptr_t token_mask, uintptr_t doc_mask,
+                       int64_t batch, int64_t documents, int64_t tokens, int64_t stride_b, int64_t stride_k,
+                       int64_t stride_m, bool per_token, bool per_example, uintptr_t d_loss, bool wide,
+                       int64_t count, uintptr_t d_scores, uintptr_t d_log_likelihood,
+                       const KeptAddresses& kept, int num_threads, const std::string& isa) {
+  MarginalLossParams params =
+      marginal_loss_arguments(scores, scores_type, log_likelihood, log_likelihood_type, log_weight,
+                              log_weight_type, token_mask, doc_mask, {batch, documents, tokens},
+                              {stride_b, stride_k, stride_m}, per_token, wide, kept, num_threads, isa);
+  params.reduction = per_example ? Reduction::kNone : Reduction::kMean;
+  params.d_loss = reinterpret_cast<const void*>(d_loss);
   params.divisor = static_cast<double>(std::max<int64_t>(1, count));
   params.d_scores = reinterpret_cast<void*>(d_scores);
   params.d_log_likelihood = reinterpret_cast<void*>(d_log_likelihood);
-  params.kept_residual = reinterpret_cast<void*>(kept.first);
-  params.kept_posterior = reinterpret_cast<void*>(kept.second);
   launch_marginal_loss_bwd(params);
 }
 

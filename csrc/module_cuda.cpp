@@ -85,13 +85,19 @@ Scanned scanned(const std::string& dtype) {
 }
 
 // B, N, D, k, E; what the scan multiplies, and whether queries are it already; rows of a group of codes, or
-// 0; multiprocessors and bytes of workspace at most.
-using Shape = std::tuple<std::array<int64_t, 5>, std::string, bool, int, int, int64_t>;
+// 0; multiprocessors, and clusters as mips_topk_load() told; bytes of workspace at most.
+using Shape = std::tuple<std::array<int64_t, 5>, std::string, bool, int, int, int, int64_t>;
 
 SearchShape search_shape(const Shape& shape) {
-  const auto& [sizes, type, is_exact, code_group, multiprocessors, workspace] = shape;
-  return {sizes[0],      sizes[1], sizes[2],   sizes[3],        sizes[4],
-          scanned(type), is_exact, code_group, multiprocessors, workspace};
+  const auto& [sizes, type, is_exact, code_group, multiprocessors, large_clusters, workspace] = shape;
+  return {sizes[0], sizes[1],   sizes[2],        sizes[3],       sizes[4], scanned(type),
+          is_exact, code_group, multiprocessors, large_clusters, workspace};
+}
+
+int mips_topk_load() {
+  int large_clusters = 0;
+  check(load_mips_topk(&large_clusters));
+  return large_clusters;
 }
 
 py::dict mips_topk_plan(const Shape& shape) {
@@ -100,12 +106,13 @@ py::dict mips_topk_plan(const Shape& shape) {
   told["batch"] = plan.batch;
   told["bytes"] = plan.bytes;
   told["shape"] = plan.shape == 0 ? "wide" : plan.shape == 1 ? "deep" : "narrow";
-  told["group"] = plan.group;
+  told["kept"] = plan.kept;
   told["selected"] = plan.selected;
   told["stages"] = plan.stages;
   told["shared_bytes"] = plan.shared_bytes;
   told["blocks"] = plan.blocks;
-  told["group_max"] = plan.group_max;
+  told["cluster"] = plan.cluster;
+  told["words"] = plan.words;
   told["pitch"] = plan.pitch;
   return told;
 }
@@ -159,6 +166,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("runtime_version", &runtime_version);
   m.def("architectures", &architectures);
   m.def("marginal_loss", &marginal_loss, py::call_guard<py::gil_scoped_release>());
+  m.def("mips_topk_load", &mips_topk_load);
   m.def("mips_topk_plan", &mips_topk_plan);
   m.def("mips_topk", &mips_topk, py::call_guard<py::gil_scoped_release>());
 }

@@ -174,7 +174,10 @@ def _one_clear_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(f"realm-kernels: {error}", style="red", markup=False, soft_wrap=True)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        errors.print(f"realm-kernels: {said}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import ModuleType
 
 # torch comes first: its OpenMP runtime (soname libgomp.so.1) must be loaded when the CPU module asks for it.
@@ -16,9 +17,16 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(f"realm_kernels.{name}"), ""
     except ModuleNotFoundError:
-        return None, f"realm_kernels.{name} was not built (reinstall with a compiler at hand to build it)"
+        return None, f"realm_kernels.{name} was not built ({_mend()})"
     except ImportError as error:
         return None, f"realm_kernels.{name} does not load: {error}"
+
+
+def _mend() -> str:
+    here = Path(__file__).resolve().parent
+    if (here.parent / "CMakeLists.txt").exists():
+        return f"this is the source tree, {here}: run `make build` there, or start Python elsewhere"
+    return "reinstall with a compiler at hand to build it"
 
 
 cpu, cpu_missing = _load("_cpu")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import realm_kernels as rk
+from realm_kernels.testing import assert_within
 
 MODES = ("sequence", "token")
 DIFFERENTIABLE = ("scores", "hidden", "weight", "bias", "log_weight")
@@ -136,3 +137,30 @@ class Meter(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
+
+
+def assert_no_worse_than_torch(case: Case, mode: str, reduction: str = "mean", upstream: float = 1.0) -> None:
+    """Largest error against float64 <= plain torch's in the same dtype + the roundings that have to be.
+
+    Those are an ulp of the result's dtype for the unit gradient and one for its product with the upstream
+    one, and what float32 logits do to a posterior: a token's log likelihood moves by up to 2 u |logit|, the M
+    of a document add up, and a posterior moves by at most half of that.
+    """
+
+    def compute(loss_of, chosen):
+        found = gradients(lambda c: loss_of(c, mode, reduction) * upstream, chosen)
+        return {name: value.double() for name, value in found.items()}
+
+    oracle = compute(eager, case.to(torch.float64))
+    torch_error = compute(eager, case)
+    ours = compute(Case.loss, case)
+    logits = torch.nn.functional.linear(case.hidden.double(), case.weight.double())
+    moved = case.targets.shape[1] * 2.0**-24 * logits[logits.isfinite()].abs().max()
+    for name, expected in oracle.items():
+        if name == "loss":
+            rounding = 2.0**-23 * expected.abs()
+        elif name in ("scores", "log_weight"):  # residuals of a sum over documents of at most 2
+            rounding = moved * upstream
+        else:
+            rounding = (2 * torch.finfo(getattr(case, name).dtype).eps + moved) * expected.abs().max()
+        assert_within(ours[name], expected, (torch_error[name] - expected).abs().max() + rounding, name)

@@ -24,7 +24,7 @@ def column(*values: float) -> torch.Tensor:
 
 
 def cases() -> dict[str, Inputs]:
-    """What is known to break a marginal likelihood (../shared/PEERS.md, adversarial inputs)."""
+    """What is known to break a marginal likelihood."""
     torch.manual_seed(0)
     tiny_prior = torch.tensor([[0.0, 25.3, 24.0, 22.0]])  # the first has 1e-11 of the prior
     near = -60 + 1e-4 * torch.rand(2, 5, 1)
@@ -48,6 +48,13 @@ def cases() -> dict[str, Inputs]:
         "it holds it beyond float64": Inputs(torch.tensor([[800.0, 0.0]]), column(-900.0, -1.0)),
         "prior below the smallest double": Inputs(
             torch.tensor([[900.0, 0.0, 1.0]]), column(-950.0, -2.0, -1.5)
+        ),
+        "a likelihood beyond float64 for a prior below it": Inputs(
+            torch.tensor([[0.0, -800.0, 0.1]]), column(-1000.0, -200.0, -1000.5)
+        ),
+        "the same in one of two tokens": Inputs(
+            torch.tensor([[0.0, -800.0, 0.1]]),
+            torch.cat([column(-1000.0, -200.0, -1000.5), column(-1.0, -2.0, -1.5)], 2),
         ),
         "large scores": Inputs(1e4 * torch.randn(2, 4), -torch.rand(2, 4, 2)),
         "a likelihood of zero": Inputs(torch.randn(1, 3), column(-1.0, -INF, -2.0)),

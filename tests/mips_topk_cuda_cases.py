@@ -15,6 +15,7 @@ NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SCANNED = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2}
 SHAPES = {"wide": 0, "deep": 1, "narrow": 2}
 INF, NAN = float("inf"), float("nan")
+TILE, GROUP, GROUPS, QUAD = 128, 32, 4, 512  # rows of a tile, of a group; groups of a tile; rows of a quad
 
 
 def compiler():
@@ -48,26 +49,37 @@ class Model:
         for name in ("model_scan", "model_search"):
             getattr(self._library, name).restype = ctypes.c_char_p
 
-    def scan(self, shape, queries, rows, *, group, blocks, workers=1, row_mask=None, seed=0):
-        """(group maxima [B, N / G], norms) by one shape of the scan; all in the scanned dtype."""
+    def words(self, maxima):
+        """Words of tiles [T] as the scan makes them, of maxima [T, 4] of their groups, float32."""
+        words = torch.empty(maxima.shape[0], dtype=torch.int32)
+        self._library.model_words(words.shape[0], pointer(maxima.contiguous()), pointer(words))
+        return words
+
+    def maxima(self, words):
+        """(no less than the maxima of the groups [..., 4] float64, no more than those of the tiles [...])."""
+        groups = torch.empty(*words.shape, GROUPS, dtype=torch.float64)
+        least = torch.empty(*words.shape)
+        self._library.model_maxima(
+            words.numel(), pointer(words.contiguous()), pointer(groups), pointer(least)
+        )
+        return groups, least
+
+    def scan(self, shape, queries, rows, *, blocks, workers=1, cluster=1, row_mask=None, seed=0):
+        """(maxima of the groups [B, T, 4], norms of quads) by one shape of the scan; all in its dtype."""
         (B, D), N = queries.shape, rows.shape[0]
-        groups = -(-N // group)
-        if rows.dtype == torch.int8:
-            maxima = torch.full((B, groups), 2**31 - 1, dtype=torch.int32)
-        else:
-            maxima = torch.full((B, groups), NAN)
-        norms = torch.zeros(-(-N // (4 * group)))
+        words = torch.full((B, -(-N // TILE)), -1, dtype=torch.int32)  # NaN
+        norms = torch.zeros(-(-N // QUAD))
         error = self._library.model_scan(
             *(SCANNED[rows.dtype], SHAPES[shape], pointer(queries), pointer(rows), B, N, D),
-            *(ctypes.c_int64(rows.stride(0)), pointer(row_mask), group, blocks, workers),
-            *(pointer(maxima), ctypes.c_int64(groups), pointer(norms), ctypes.c_uint64(seed)),
+            *(ctypes.c_int64(rows.stride(0)), pointer(row_mask), blocks, workers, cluster),
+            *(pointer(words), ctypes.c_int64(words.shape[1]), pointer(norms), ctypes.c_uint64(seed)),
         )
         if error is not None:
             raise RuntimeError(error.decode())
-        return maxima, norms
+        return self.maxima(words)[0], norms
 
     def search(self, queries, rows, k, exclude=None, row_mask=None, codes=None, **how):
-        """A whole search of one piece. how: threads of a block, group, selected, shape, first_row, seed."""
+        """A whole search of one piece. how: threads of a block, kept, selected, shape, first_row, seed."""
         (B, D), N = queries.shape, rows.shape[0]
         result = Found(torch.full((B, k), NAN), torch.full((B, k), -99), torch.zeros(1, dtype=torch.int64))
         tensors = [queries, rows, row_mask, exclude, *(codes or [None] * 3)]
@@ -79,7 +91,7 @@ class Model:
             *(SCANNED[torch.int8 if codes else rows.dtype], NUMBERS[queries.dtype], NUMBERS[rows.dtype]),
             *(rows.stride(0), how.get("first_row", 0)),
             *((codes[0].shape[1], codes[0].shape[2]) if codes else (0, 0)),
-            *(how.get("threads", 32), how.get("group", 0), how.get("selected", 0)),
+            *(how.get("threads", 32), how.get("kept", 0), how.get("selected", 0)),
             0 if shape is None else SHAPES[shape] + 1,
         )
         error = self._library.model_search(
@@ -102,6 +114,11 @@ class Found:
     @property
     def repairs(self):
         return int(self.counter)
+
+    @property
+    def chosen(self):
+        """Groups of all queries whose rows were rescored."""
+        return int(self.told[3])
 
     @property
     def shape(self):

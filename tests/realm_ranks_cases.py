@@ -4,9 +4,13 @@ import os
 import signal
 import time
 
+import torch
+
 from realm_model import builders as builders_module
+from realm_model import evaluate as evaluate_module
 from realm_model.machine import Machine
-from realm_model.pretrain import Trainer, pretrain
+from realm_model.pretrain import Trainer, make_model, make_setting, pretrain
+from realm_model.ranks import Ranks
 
 
 def train(rank, size, config, out, builders, timeout, trouble=(None, None, None)):
@@ -52,3 +56,23 @@ def refused(rank, size, config, out, builders):
         pretrain(config, out, lambda record: None, machine=Machine(refresh_ranks=builders))
     except (ValueError, OSError) as error:
         return str(error)
+
+
+def evaluated(rank, size, config, count):
+    """What this rank makes of the first `count` held-out statements, three at a time, and which it read."""
+    setting = make_setting(config)
+    asked = []
+    ask, at_once = evaluate_module._ask, evaluate_module.AT_ONCE
+
+    def ask_and_tell(model, corpus, marginal, table, batch):
+        asked.append(batch.fact.tolist())
+        return ask(model, corpus, marginal, table, batch)
+
+    evaluate_module._ask, evaluate_module.AT_ONCE = ask_and_tell, 3
+    try:
+        statements = setting.corpus.held_out[torch.arange(count)]
+        model, ranks = make_model(setting), Ranks.current()
+        result = evaluate_module.evaluate(model, setting.corpus, config.marginal, statements, ranks)
+    finally:
+        evaluate_module._ask, evaluate_module.AT_ONCE = ask, at_once
+    return result.as_dict(), asked

@@ -91,6 +91,24 @@ def test_there_is_no_speed_where_tests_are_red_or_unknown(tmp_path, monkeypatch)
     assert len(results["left_out"]) == sum(len(rows.rows_of(op, True)) for op in OPS)
 
 
+def test_a_backend_that_is_asked_for_has_a_gate_of_its_own(tmp_path, monkeypatch):
+    """Red tests of the CUDA backend take no speed from the default one, nor the other way round."""
+    measured = []
+    monkeypatch.setattr(
+        bench, "measure_op", lambda op, named, *rest: measured.extend(named) or bench.Results()
+    )
+    red, green = tests.Verdict(passed=9, failed=1), tests.Verdict(passed=9)
+    for triton, cuda in ((green, red), (red, green)):
+        measured.clear()
+        tests.remember({"marginal_loss": triton, "marginal_loss cuda": cuda}, tmp_path)
+        left_out = bench.bench(["marginal_loss"], {}, tmp_path, quick=True)["left_out"]
+        assert measured and all(name.endswith("| ours cuda") == (cuda is green) for name in measured)
+        assert left_out and all(name.endswith("| ours cuda") == (cuda is red) for name in left_out)
+    whose = {tests.verdict_of("marginal_loss", s) for s in tests.selections("marginal_loss")}
+    assert whose == {"marginal_loss", "marginal_loss cuda"}
+    assert tests.verdict_of("mips_topk", ["tests/test_mips_topk_cuda.py", "-m", "gpu"]) == "mips_topk cuda"
+
+
 def test_tests_that_were_out_of_time_are_neither_red_nor_green(tmp_path):
     verdict = tests.Verdict(passed=9, stopped=1)
     tests.remember({"mips_topk": verdict}, tmp_path)
@@ -228,6 +246,13 @@ def test_what_runs_on_a_gpu_needs_no_more_than_is_promised():
 def test_a_sanitizer_is_clean_only_where_it_says_so_and_the_program_ended_well(status, text, ok, tmp_path):
     (tmp_path / "log").write_text(text)
     assert sanitize.read_finding("memcheck", status, tmp_path / "log").ok is ok
+
+
+@pytest.mark.parametrize("status", [0, 1, sanitize.ERRORS, None])
+def test_a_planted_fault_is_found_where_the_tool_says_so_however_the_program_ended(status, tmp_path):
+    for text, found in (("ERROR SUMMARY: 2 errors", True), ("ERROR SUMMARY: 0 errors", False), ("", False)):
+        (tmp_path / "log").write_text(f"========= {text}")
+        assert sanitize.finds_errors(sanitize.read_finding("memcheck", status, tmp_path / "log")) is found
 
 
 def test_every_kernel_is_watched():

@@ -186,19 +186,22 @@ def test_plain_tables_keep_their_columns():
     assert report.plain_of((["a", "bb"], [["ccc", "1"], ["d", "22"]])) == "a    bb\n---  --\nccc   1\nd    22"
 
 
+H200 = cuda.Processors(multiprocessors=132, large_clusters=32)
+
+
 @pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
 def test_the_hopper_scan_is_told_line_by_line(cpu_for_gpu, monkeypatch, capsys):
     """All but the launches themselves, on the CPU: plans, workspaces, passes, codes, the table."""
     launched = []
 
     def launch(queries, piece, exclude, scores, indices, workspace, batch, *, with_maxima, whole):
-        plan = cuda.plan_for(batch, piece, piece.rows.shape[1], scores.shape[1], 0, queries.dtype, 132)
+        plan = cuda.plan_for(batch, piece, piece.rows.shape[1], scores.shape[1], 0, queries.dtype, H200)
         assert queries.shape[0] == scores.shape[0] == indices.shape[0] <= plan["batch"]
         assert workspace.numel() == plan["bytes"]
         launched.append((piece.scanned(), queries.shape[0], with_maxima, whole))
 
     monkeypatch.setattr(hopper_scan, "time_calls", timing.time_calls)
-    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "load", lambda device: H200)
     monkeypatch.setattr(cuda, "launch", launch)
     monkeypatch.setattr(roofline, "measure_bandwidth", lambda device: 4.3e12)
     monkeypatch.setattr(roofline, "measure_matrix_rate", lambda dtype, device: 7.9e14)

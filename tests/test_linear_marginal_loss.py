@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linear_marginal_loss_cases import MODES, Case, eager, gradients, make_case
+from linear_marginal_loss_cases import MODES, assert_no_worse_than_torch, eager, gradients, make_case
 from torch import Tensor
 
 import realm_kernels as rk
@@ -15,33 +15,6 @@ from realm_kernels.testing import assert_within
 
 modes = pytest.mark.parametrize("mode", MODES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-
-
-def assert_no_worse_than_torch(case: Case, mode: str, reduction: str = "mean", upstream: float = 1.0) -> None:
-    """Largest error against float64 <= plain torch's in the same dtype + the roundings that have to be.
-
-    Those are an ulp of the result's dtype for the unit gradient and one for its product with the upstream
-    one, and what float32 logits do to a posterior: a token's log likelihood moves by up to 2 u |logit|, the M
-    of a document add up, and a posterior moves by at most half of that.
-    """
-
-    def compute(loss_of, chosen):
-        found = gradients(lambda c: loss_of(c, mode, reduction) * upstream, chosen)
-        return {name: value.double() for name, value in found.items()}
-
-    oracle = compute(eager, case.to(torch.float64))
-    torch_error = compute(eager, case)
-    ours = compute(Case.loss, case)
-    logits = torch.nn.functional.linear(case.hidden.double(), case.weight.double())
-    moved = case.targets.shape[1] * 2.0**-24 * logits[logits.isfinite()].abs().max()
-    for name, expected in oracle.items():
-        if name == "loss":
-            rounding = 2.0**-23 * expected.abs()
-        elif name in ("scores", "log_weight"):  # residuals of a sum over documents of at most 2
-            rounding = moved * upstream
-        else:
-            rounding = (2 * torch.finfo(getattr(case, name).dtype).eps + moved) * expected.abs().max()
-        assert_within(ours[name], expected, (torch_error[name] - expected).abs().max() + rounding, name)
 
 
 @modes
@@ -315,6 +288,10 @@ def test_bad_input_is_named():
             replace(case, **changes).loss()
     with pytest.raises(TypeError, match="ignore_index must be an int, got float 1.0"):
         case.loss(ignore_index=1.0)
+    with pytest.raises(
+        ValueError, match=r"ignore_index must be an int64, in \[-2\*\*63, 2\*\*63\), got 9223372036854775808"
+    ):
+        case.loss(ignore_index=2**63)
     with pytest.raises(ValueError, match="mode must be one of 'sequence', 'token', got 'all'"):
         case.loss("all")
     with pytest.raises(ValueError, match="reduction must be one of"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from marginal_loss_cases import CASES, INF, MODES, NAN, ROUNDING, answer, rounded
@@ -86,6 +88,32 @@ def test_the_retrieval_gradient_is_within_1e_5_of_the_sum_of_r(backend, name):
     _, d_scores, _, _ = run(CASES[name], "sequence")
     smallest = ROUNDING[torch.float32][1]
     assert_within(d_scores, expected.d_scores, 1e-5 * expected.residual_sum + smallest, "d_scores")
+
+
+def test_two_documents_of_one_prior_pull_by_half_a_tanh(backend):
+    """r = tanh(d / 2) / 2 for every difference d of log-likelihoods, and the posterior is 1 / (1 + exp(-d)):
+    to 2^-44 of each, as exponentials are good to 2^-47 of what they are."""
+    sizes = [2.0**e * (1 + f / 7) for e in range(-60, 9) for f in range(7)]
+    if backend == "triton":  # an example is a program there, and the interpreter slow
+        sizes = sizes[::20]
+    d = torch.tensor([s * x for x in sizes for s in (1, -1) if x < 600], dtype=torch.float64)
+    log_likelihood = torch.stack([torch.zeros_like(d), d], 1)
+    scores = torch.full_like(log_likelihood, 3.0)
+    for mode, shape in (("sequence", (-1, 2, 1)), ("token", (1, 2, -1))):
+        per_token = mode == "token"
+        inputs = Inputs(
+            scores[:1] if per_token else scores,
+            log_likelihood.t().reshape(shape) if per_token else log_likelihood.reshape(shape),
+        )
+        _, d_scores, d_log_likelihood, _ = run(inputs, mode)
+        posterior = torch.tensor(
+            [[1 / (1 + math.exp(x)), 1 / (1 + math.exp(-x))] for x in d.tolist()], dtype=torch.float64
+        )
+        found = -d_log_likelihood[0].t() if per_token else -d_log_likelihood[:, :, 0]
+        assert_within(found, posterior, 2.0**-44 * posterior, f"posterior, {mode}")
+        if not per_token:
+            r = torch.tensor([math.tanh(x / 2) / 2 for x in d.tolist()], dtype=torch.float64)
+            assert_within(-d_scores, torch.stack([-r, r], 1), 2.0**-44 * r.abs()[:, None], "r")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import realm_kernels as rk
 from realm_kernels import native
@@ -115,6 +116,40 @@ def test_backward_twice_gives_the_same_bits_and_leaves_the_inputs_alone(backend,
     second = torch.autograd.grad(loss, inputs)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+
+
+class _Listening(TorchDispatchMode):
+    """Sees every op, and counts ours."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += "realm_kernels" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(native.cpu is None, reason="the CPU module was not built")
+@pytest.mark.parametrize("tokens", [1, 3, 12])
+@pytest.mark.parametrize("documents", [3, 501], ids=["little", "much"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_way_past_the_dispatcher_gives_the_same_bits(mode, dtype, documents, tokens):
+    """Where nothing listens a call on the CPU takes it, and keeps what the backward needs if that is much.
+    Where something does it sees the ops, which keep nothing. A gradient is the same whoever else asks."""
+    everything = make(5, documents, tokens, dtype)
+    options = masks(5, documents, tokens) | {"mode": mode}
+    with _Listening() as listening:
+        loss = rk.marginal_loss(*everything[:2], log_weight=everything[2], **options)
+        expected = torch.autograd.grad(loss, everything)
+    assert listening.seen == 2
+    for wanted in itertools.product([False, True], repeat=3):
+        if any(wanted):
+            inputs = [x.detach().requires_grad_(want) for x, want in zip(everything, wanted, strict=True)]
+            found = rk.marginal_loss(*inputs[:2], log_weight=inputs[2], **options)
+            assert found.grad_fn.name() == "_DirectBackward" and torch.equal(found, loss)
+            found.backward()
+            for x, want, gradient in zip(inputs, wanted, expected, strict=True):
+                assert torch.equal(x.grad, gradient) if want else x.grad is None
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -5,7 +5,7 @@ The tests marked gpu have not run yet: no GPU has been at hand.
 
 import pytest
 import torch
-from mips_topk_cuda_cases import ORDERS, integers, ordered_table, special_rows
+from mips_topk_cuda_cases import ORDERS, TILE, integers, ordered_table, special_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import realm_kernels as rk
@@ -173,11 +173,18 @@ def test_int8_codes(dtype, B, D):
         assert_same_topk(rk.mips_topk(queries.cuda(), table, 8), expected)
 
 
+@pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
+def test_kernels_are_not_loaded_during_a_capture(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="search once before the capture"):
+        backend.load(torch.device("cuda", 7))
+
+
 @on_gpu
 def test_in_a_cuda_graph_and_on_a_stream_of_its_own():
     queries, rows = torch.randn(80, 128, device="cuda"), torch.randn(30_000, 128, device="cuda").bfloat16()
     with rk.use_backend("cuda"):
-        rk.mips_topk(queries, rows, 8)  # makes the counter of repairs
+        rk.mips_topk(queries[:2], rows, 3)  # loads the kernels, for every shape
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = rk.mips_topk(queries, rows, 8)
@@ -207,18 +214,25 @@ def test_a_hundred_million_scored_pairs(B):
 @pytest.mark.parametrize("B", [5, 200])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-62, 2.0**40])
 def test_the_bound_of_a_sum_holds_on_the_hardware(B, D, scale):
-    """|s~ - s| of the scan itself is within what tensor cores may lose: truncation, flushed subnormals."""
+    """s - s~ of the scan itself is within what tensor cores may lose: truncation, flushed subnormals.
+
+    Words round maxima upward by up to 2^-11, which would hide a larger loss in most of them, but not in those
+    that lie just above a number of twenty bits; there are thousands.
+    """
     queries = (torch.rand(B, D, device="cuda") * scale).bfloat16()  # positive: all cuts go one way
-    rows = (torch.rand(5000, D, device="cuda") * scale).bfloat16()
+    num_rows = 500_000 // B
+    rows = (torch.rand(num_rows, D, device="cuda") * scale).bfloat16()
     piece = backend.Piece(rows, 0, None)
-    plan = backend.plan_for(B, piece, D, 1, 0, queries.dtype, backend.multiprocessors(queries.device))
+    plan = backend.plan_for(B, piece, D, 1, 0, queries.dtype, backend.load(queries.device))
     workspace = torch.empty(plan["bytes"], dtype=torch.uint8, device="cuda")
     result = torch.empty(B, 1, device="cuda"), torch.empty(B, 1, dtype=torch.int64, device="cuda")
     backend.launch(queries, piece, None, *result, workspace, B, whole=False)
-    start, pitch, group = plan["group_max"], plan["pitch"], plan["group"]
-    maxima = workspace[start : start + 4 * B * pitch].view(torch.float32).view(B, pitch)
-    scores = torch.nn.functional.pad(queries.double() @ rows.double().T, (0, -5000 % group))
-    best = scores.view(B, -1, group).amax(2)
+    start, pitch = plan["words"], plan["pitch"]
+    words = workspace[start : start + 4 * B * pitch].view(torch.int32).view(B, pitch)
+    scores = torch.nn.functional.pad(queries.double() @ rows.double().T, (0, -num_rows % TILE))
+    best = scores.view(B, -1, TILE).amax(2)
+    maxima = (words[:, : best.shape[1]] & -4096).view(torch.float32).double()
     norms = queries.double().norm(dim=1, keepdim=True) * rows.double().norm(dim=1).amax()
     error = 2.0**-22 * (D + D / 8 + 4) * norms + 2.0**-126 * 2 * D * (norms.sqrt() + 1)
-    assert ((maxima[:, : best.shape[1]].double() - best).abs() <= error).all()
+    assert (maxima >= best - error).all()
+    assert (maxima <= (best + error) * (1 + 2.0**-11)).all()

@@ -57,15 +57,6 @@ class Compiled:
         found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
         self.registers = {name: int(registers) for name, registers, _, _ in found}
         self.spills = {name: int(stack) + int(local) for name, _, stack, local in found}
-        elf = subprocess.run(
-            [cuobjdump(), "-elf", self.cubin], capture_output=True, text=True, check=True
-        ).stdout
-        parts = re.split(r"^\.nv\.info\.(\S+)$", elf, flags=re.M)
-        found = zip(parts[1::2], parts[2::2], strict=True)
-        dims = {name: re.search(r"CTA_PER_CLUSTER\s+Format:.*\s+Value:(.*)", said) for name, said in found}
-        self.clusters = {
-            name: tuple(int(x, 16) for x in at[1].split()) if at else (1, 1, 1) for name, at in dims.items()
-        }
         return self
 
 
@@ -124,12 +115,9 @@ def test_the_scan_is_made_of_wgmma_and_tma(compiled):
 
 
 @needs_nvcc
-def test_blocks_that_stream_queries_share_them_in_clusters_of_two(compiled):
-    scan = compiled[0]
-    assert set(scan.clusters) == set(scan.sass)
-    for name, sass in scan.sass.items():
+def test_blocks_that_stream_queries_share_them_in_clusters(compiled):
+    for name, sass in compiled[0].sass.items():
         is_deep = "ShapeE1" in name
-        assert scan.clusters[name] == (2 if is_deep else 1, 1, 1), name
         assert ("UTMALDG.2D.MULTICAST" in sass) == is_deep, name
         # All of a cluster meet before the first load and after the last arrival, and nothing else waits for
         # what was stored to be seen by the whole device.
@@ -163,13 +151,14 @@ def test_registers_are_as_designed(compiled):
         assert registers * SEARCH_THREADS * blocks <= REGISTERS, name
 
 
-H200_SHAPE = dict(N=13_353_718, k=8, E=0, scanned="bfloat16", exact=True, group=0)
+H200_SHAPE = dict(N=13_353_718, k=8, E=0, scanned="bfloat16", exact=True, group=0, clusters=32)
 
 
 def plan(B, D, **changes):
     s = H200_SHAPE | changes
     sizes = [B, s["N"], D, s["k"], s["E"]]
-    return native.cuda.mips_topk_plan((sizes, s["scanned"], s["exact"], s["group"], 132, 256 << 20))
+    device = 132, s["clusters"]
+    return native.cuda.mips_topk_plan((sizes, s["scanned"], s["exact"], s["group"], *device, 256 << 20))
 
 
 @needs_module
@@ -205,24 +194,35 @@ def test_every_plan_keeps_to_its_budgets():
                         assert 1 <= found["batch"] <= B
                         assert found["bytes"] <= 256 << 20 or found["batch"] == 1
                         assert found["stages"] >= 3
-                        assert found["selected"] * found["group"] >= min(k, N)
+                        assert found["selected"] * 32 >= min(k, N)
 
 
 @needs_module
 @pytest.mark.parametrize("D", [128, 768])
 @pytest.mark.parametrize("N", [100_000, H200_SHAPE["N"]])
-def test_blocks_of_the_scan_share_out_the_device(N, D):
+@pytest.mark.parametrize("clusters", [0, 32])
+def test_blocks_of_the_scan_share_out_the_device(N, D, clusters):
     for B in range(65, 16_000, 97):
-        found = plan(B, D, N=N)
-        cluster = 2 if found["shape"] == "deep" else 1
+        found = plan(B, D, N=N, clusters=clusters)
+        cluster = found["cluster"]
+        assert cluster == (1 if found["shape"] != "deep" else 4 if clusters else 2)
+        processors = 4 * clusters if cluster == 4 else 132
         queries = -(-min(B, found["batch"]) // 64)  # blocks of 64
         columns = -(-queries // (4 if found["shape"] == "deep" else 8))  # of the grid
         workers, rest = divmod(found["blocks"], columns * cluster)
         assert rest == 0
         # Steps of all waves, against tiles shared out evenly.
         tiles = -(-N // 128)
-        steps = -(-found["blocks"] // 132) * -(-tiles // (workers * cluster))
-        assert steps <= 1.15 * (tiles * columns / 132) + 8, (B, found)
+        steps = -(-found["blocks"] // processors) * -(-tiles // (workers * cluster))
+        assert steps <= 1.15 * (tiles * columns / processors) + 8, (B, found)
+
+
+@needs_module
+def test_clusters_of_four_are_used_where_they_cover_the_device():
+    for clusters, cluster in ((33, 4), (32, 4), (31, 4), (30, 2), (0, 2)):
+        found = plan(128, 768, clusters=clusters)
+        assert (found["cluster"], found["blocks"]) == (cluster, 4 * clusters if cluster == 4 else 132)
+        assert plan(128, 128, clusters=clusters)["cluster"] == 1
 
 
 @needs_module

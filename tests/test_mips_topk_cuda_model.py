@@ -8,7 +8,7 @@ barriers and everything after the scan are tested here; instructions and clocks 
 import mips_topk_cuda_cases as cases
 import pytest
 import torch
-from mips_topk_cuda_cases import INF, NAN, ORDERS, integers
+from mips_topk_cuda_cases import GROUPS, INF, NAN, ORDERS, QUAD, TILE, integers
 
 from realm_kernels.mips_topk import reference
 from realm_kernels.testing import assert_same_topk
@@ -24,62 +24,86 @@ def model(tmp_path_factory):
 def draw(dtype, *shape):
     if dtype == torch.int8:
         return torch.randint(-127, 128, shape).to(dtype)
-    return torch.randn(*shape).to(dtype)
+    return (torch.randn(*shape).clamp(-4, 4) * 16).round().div(16).to(dtype)  # sums of products are exact
 
 
 SCANS = [
-    # shape, dtype, B, N, D, group, blocks of queries, workers, masked
-    pytest.param("wide", torch.bfloat16, 130, 300, 128, 128, 4, 2, False, id="wide-B130-two-workers"),
-    pytest.param("wide", torch.bfloat16, 512, 260, 128, 64, 8, 1, False, id="wide-B512-as-REALM"),
-    pytest.param("wide", torch.bfloat16, 300, 400, 96, 32, 3, 2, True, id="wide-two-query-blocks-masked"),
-    pytest.param("wide", torch.float16, 128, 400, 256, 128, 2, 3, True, id="wide-float16-four-panels"),
-    pytest.param("wide", torch.int8, 256, 400, 128, 128, 4, 2, False, id="wide-int8"),
-    pytest.param("deep", torch.bfloat16, 128, 200, 768, 128, 2, 2, False, id="deep-D768"),
-    pytest.param("deep", torch.bfloat16, 250, 300, 328, 64, 4, 1, True, id="deep-ragged-D-masked"),
-    pytest.param("deep", torch.int8, 70, 300, 1040, 32, 3, 1, True, id="deep-int8-three-blocks"),
-    pytest.param("deep", torch.bfloat16, 300, 700, 192, 128, 3, 2, True, id="deep-two-query-blocks-masked"),
-    pytest.param("deep", torch.float16, 66, 100, 320, 64, 2, 2, False, id="deep-blocks-without-rows"),
-    pytest.param("narrow", torch.bfloat16, 5, 700, 128, 128, 1, 2, False, id="narrow-B5"),
-    pytest.param("narrow", torch.bfloat16, 64, 400, 768, 64, 1, 1, True, id="narrow-more-panels-than-stages"),
-    pytest.param("narrow", torch.bfloat16, 9, 900, 320, 128, 1, 1, False, id="narrow-stages-of-either-group"),
-    pytest.param("narrow", torch.float16, 33, 500, 64, 32, 1, 1, True, id="narrow-float16"),
-    pytest.param("narrow", torch.int8, 33, 500, 64, 32, 1, 2, True, id="narrow-int8"),
+    # shape, dtype, B, N, D, blocks of queries, workers, masked
+    pytest.param("wide", torch.bfloat16, 130, 300, 128, 4, 2, False, id="wide-B130-two-workers"),
+    pytest.param("wide", torch.bfloat16, 512, 260, 128, 8, 1, False, id="wide-B512-as-REALM"),
+    pytest.param("wide", torch.bfloat16, 300, 400, 96, 3, 2, True, id="wide-two-query-blocks-masked"),
+    pytest.param("wide", torch.float16, 128, 400, 256, 2, 3, True, id="wide-float16-four-panels"),
+    pytest.param("wide", torch.int8, 256, 400, 128, 4, 2, False, id="wide-int8"),
+    pytest.param("deep", torch.bfloat16, 128, 200, 768, 2, 2, False, id="deep-D768"),
+    pytest.param("deep", torch.bfloat16, 250, 300, 328, 4, 1, True, id="deep-ragged-D-masked"),
+    pytest.param("deep", torch.int8, 70, 300, 1040, 3, 1, True, id="deep-int8-three-blocks"),
+    pytest.param("deep", torch.bfloat16, 300, 700, 192, 3, 2, True, id="deep-two-query-blocks-masked"),
+    pytest.param("deep", torch.float16, 66, 100, 320, 2, 2, False, id="deep-blocks-without-rows"),
+    pytest.param("narrow", torch.bfloat16, 5, 700, 128, 1, 2, False, id="narrow-B5"),
+    pytest.param("narrow", torch.bfloat16, 64, 400, 768, 1, 1, True, id="narrow-more-panels-than-stages"),
+    pytest.param("narrow", torch.bfloat16, 9, 900, 320, 1, 1, False, id="narrow-stages-of-either-group"),
+    pytest.param("narrow", torch.float16, 33, 500, 64, 1, 1, True, id="narrow-float16"),
+    pytest.param("narrow", torch.int8, 33, 500, 64, 1, 2, True, id="narrow-int8"),
 ]
 
 
-def check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked, seed=0):
+def read_of_words(maxima):
+    """What a word says of the maxima of its groups [..., 4], by arithmetic instead of bits."""
+    largest = maxima.amax(-1, keepdim=True).double()
+    _, exponent = torch.frexp(largest.abs())
+    unit = torch.exp2(
+        exponent.double() - 12
+    )  # of 20 bits eleven are a fraction, beside the one that is implied
+    rounded = torch.where(largest.isfinite() & (largest != 0), (largest / unit).ceil() * unit, largest)
+    _, exponent = torch.frexp(rounded.abs())
+    exponent[rounded == 0] = -126
+    gap = largest - maxima.double()
+    # Of 2^(exponent - 1) * {1/16, 1/8, ... 4} the largest that the gap reaches.
+    steps = torch.exp2(exponent.unsqueeze(-1) - 1 + torch.arange(-4.0, 3.0, dtype=torch.float64))
+    reached = torch.where(steps <= gap.unsqueeze(-1), steps, 0.0).amax(-1)
+    return torch.where(rounded.isfinite(), rounded - reached, rounded)
+
+
+def test_a_word_bounds_the_maxima_of_its_groups(model):
+    maxima = torch.randn(20_000, 4) * torch.exp2(torch.randint(-30, 30, (20_000, 1)).float())
+    maxima[5000:10_000] += 30 * maxima[5000:10_000, :1].abs()  # a mean
+    maxima[::7, 2], maxima[::11] = -INF, maxima[::11].abs().neg()
+    rare = torch.tensor([INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, 1e-36, 3.4e38, -3.4e38, 1.0])
+    maxima = torch.cat([maxima, torch.cartesian_prod(*[rare] * 4)])
+    largest = maxima.amax(1)
+    groups, least = model.maxima(model.words(maxima))
+    assert (groups >= maxima).all() and (groups.amax(1) >= largest).all()
+    assert (least <= largest)[largest > -INF].all()
+    usual = slice(20_000)
+    assert torch.equal(groups[usual], read_of_words(maxima[usual]))
+    assert (groups.amax(1) - largest <= largest.abs() / 2048)[usual].all()
+    assert (largest - least <= largest.abs() / 512)[usual].all()
+
+
+def check_scan(model, shape, dtype, B, N, D, blocks, workers, masked, seed=0, cluster=None):
     queries, rows = draw(dtype, B, D), draw(dtype, N, D)
     row_mask = torch.rand(N) < 0.5 if masked else None
-    maxima, norms = model.scan(
-        shape, queries, rows, group=group, blocks=blocks, workers=workers, row_mask=row_mask, seed=seed
-    )
-    lowest = -INF if dtype != torch.int8 else -(2.0**31)
+    cluster = cluster or (2 if shape == "deep" else 1)
+    how = {"workers": workers, "cluster": cluster, "row_mask": row_mask, "seed": seed}
+    maxima, norms = model.scan(shape, queries, rows, blocks=blocks, **how)
     scores = queries.double() @ rows.double().T  # [B, N]
     # What is not there scores 0, the zeros that TMA fills in, or nothing where a mask looks at it.
-    scores = torch.nn.functional.pad(scores, (0, -N % group), value=lowest if masked else 0.0)
-    lengths = torch.nn.functional.pad(rows.double().norm(dim=1), (0, -N % (4 * group)))
+    scores = torch.nn.functional.pad(scores, (0, -N % TILE), value=-INF if masked else 0.0)
+    lengths = torch.nn.functional.pad(rows.double().norm(dim=1), (0, -N % QUAD))
     if masked:
-        scores[:, :N][:, ~row_mask] = lowest
+        scores[:, :N][:, ~row_mask] = -INF
         lengths[:N][~row_mask] = 0.0
-    best = scores.view(B, -1, group).amax(2)
+    best = scores.view(B, -1, GROUPS, TILE // GROUPS).amax(3)
+    assert torch.equal(maxima, read_of_words(best))
     if dtype == torch.int8:
-        assert torch.equal(maxima.double(), best)
         return
-    # The sum truncates: each addition loses at most 2^-22 of what is summed.
-    bound = (
-        2.0**-22 * (D + D / 8 + 4) * (queries.double().abs() @ rows.double().abs().T).amax(1, keepdim=True)
-    )
-    assert ((maxima.double() - best).abs().nan_to_num(0.0) <= bound).all()  # -inf in the same places
-    assert torch.equal(maxima == -INF, best == -INF)
-    longest = lengths.view(-1, 4 * group).amax(1)
+    longest = lengths.view(-1, QUAD).amax(1)
     assert ((norms.double() - longest).abs() <= (D + 8) * 2.0**-23 * longest).all()
 
 
-@pytest.mark.parametrize("shape,dtype,B,N,D,group,blocks,workers,masked", SCANS)
-def test_the_scan_finds_the_maximum_of_every_group(
-    model, shape, dtype, B, N, D, group, blocks, workers, masked
-):
-    check_scan(model, shape, dtype, B, N, D, group, blocks, workers, masked)
+@pytest.mark.parametrize("shape,dtype,B,N,D,blocks,workers,masked", SCANS)
+def test_the_scan_finds_the_maximum_of_every_group(model, shape, dtype, B, N, D, blocks, workers, masked):
+    check_scan(model, shape, dtype, B, N, D, blocks, workers, masked)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +119,15 @@ def test_the_scan_finds_the_maximum_of_every_group(
 @pytest.mark.parametrize("seed", range(4))
 def test_no_order_of_threads_and_transfers_matters(model, shape, blocks, N, D, seed):
     """More panels than stages: each is used again, in orders that chance makes, memory quick or slow."""
-    check_scan(model, shape, torch.bfloat16, 40, N, D, 128, blocks, 1, False, seed)
+    check_scan(model, shape, torch.bfloat16, 40, N, D, blocks, 1, False, seed)
 
 
 @pytest.mark.parametrize("cluster", [1, 4])
-def test_clusters_of_any_size_find_the_same(tmp_path, cluster):
-    sized = cases.build(tmp_path, ("sm90/layout.h", "kDeepCluster = 2;", f"kDeepCluster = {cluster};"))
-    for seed in range(3):
-        check_scan(sized, "deep", torch.bfloat16, 130, 128 * 9 - 5, 192, 128, 3, 2, True, seed)
+@pytest.mark.parametrize("B,blocks", [(66, 2), (130, 3), (500, 4)])
+def test_clusters_of_any_size_find_the_same(model, cluster, B, blocks):
+    """Of four, with fewer blocks of queries than ranks, with as many, and in two columns of the grid."""
+    for seed in range(2):
+        check_scan(model, "deep", torch.bfloat16, B, 128 * 9 - 5, 192, blocks, 1, True, seed, cluster)
 
 
 # Mistakes that such kernels are prone to. The model must notice each: by wrong numbers or a deadlock.
@@ -135,7 +160,7 @@ MISTAKES = {
     ),
     "a tile is freed by one block of queries of two": (
         "sm90/scan.h",
-        "if (item.block + kConsumerGroups >= a.plan.blocks) {\n#",
+        "if (item.block + kConsumerGroups >= blocks) {\n#",
         "if (item.block == group) {\n#",
     ),
     "a group lets a tile pass unseen": (
@@ -149,15 +174,34 @@ MISTAKES = {
         "2 * (thread % 4) + i / 2 % 2;",
     ),
 }
+WORD_MISTAKES = {
+    "a maximum is rounded to the nearest": (
+        "mips_topk_words.h",
+        "(bits + (~sign & kGaps)) & ~kGaps",
+        "(bits + kGaps / 2) & ~kGaps",
+    ),
+    "a negative maximum is rounded downward": (
+        "mips_topk_words.h",
+        "(bits + (~sign & kGaps)) & ~kGaps",
+        "(bits + kGaps) & ~kGaps",
+    ),
+    "a gap is told too large by one": ("mips_topk_words.h", "+ kGapOffset;", "+ kGapOffset + 1;"),
+    "the sign of a gap of nothing counts": ("mips_topk_words.h", " & 0x7FFFFFFFu);", ");"),
+    "the least maximum is the rounded one": (
+        "mips_topk_words.h",
+        "bits == 0 ? 0 : bits - kGaps - 1",
+        "bits",
+    ),
+}
 CLUSTER_MISTAKES = {
     "a block is told twice that a stage is free and the other one never": (
         "sm90/scan_parts.h",
-        "barrier_arrive_at(barrier, lane);",
+        "barrier_arrive_at(barrier, static_cast<uint32_t>(lane));",
         "barrier_arrive(barrier);",
     ),
     "a stage is free when the warps of its own block are done": (
         "sm90/scan_parts.h",
-        "const int readers = kCluster * kConsumerWarps",
+        "const int readers = cluster * kConsumerWarps",
         "const int readers = kConsumerWarps",
     ),
     "a block announces the bytes that it loads itself": (
@@ -166,7 +210,7 @@ CLUSTER_MISTAKES = {
         "static_cast<uint32_t>((plan.stage_bytes + kStageBytes) / 2)",
     ),
     "both blocks load the same queries": ("sm90/scan_parts.h", "int b = share.rank;", "int b = 0;"),
-    "queries are loaded for one block": ("sm90/scan_parts.h", "(1 << kCluster) - 1", "1 << share.rank"),
+    "queries are loaded for one block": ("sm90/scan_parts.h", "(1 << a.cluster) - 1", "1 << share.rank"),
     "others load before the barriers are made": (
         "sm90/scan_parts.h",
         "    cluster_sync();  // before",
@@ -189,17 +233,24 @@ CLUSTER_MISTAKES = {
 def test_the_model_notices_mistakes(tmp_path, mistake):
     broken = cases.build(tmp_path, (MISTAKES | CLUSTER_MISTAKES)[mistake])
     if mistake in CLUSTER_MISTAKES:
-        scan = ("deep", torch.bfloat16, 250, 128 * 9, 192, 128, 4)  # an odd number of tiles
+        scan = ("deep", torch.bfloat16, 250, 128 * 9, 192, 4)  # an odd number of tiles
     elif "pass" in mistake:
-        scan = ("narrow", torch.bfloat16, 5, 128 * 5, 768, 64, 1)  # more panels than stages
+        scan = ("narrow", torch.bfloat16, 5, 128 * 5, 768, 1)  # more panels than stages
     else:
-        scan = ("wide", torch.bfloat16, 250, 128 * 9, 128, 64, 4)
+        scan = ("wide", torch.bfloat16, 250, 128 * 9, 128, 4)
     for seed in range(10):
         try:
-            check_scan(broken, *scan, 1, False, seed)
+            check_scan(broken, *scan, 1, False, seed, 4 if mistake in CLUSTER_MISTAKES and seed % 2 else None)
         except (AssertionError, RuntimeError):
             return
     pytest.fail("every run was right")
+
+
+@pytest.mark.parametrize("mistake", WORD_MISTAKES, ids=lambda m: m.replace(" ", "-"))
+def test_mistakes_in_words_are_noticed(tmp_path, mistake):
+    broken = cases.build(tmp_path, WORD_MISTAKES[mistake])
+    with pytest.raises(AssertionError):
+        test_a_word_bounds_the_maxima_of_its_groups(broken)
 
 
 def check(model, queries, rows, k, exclude=None, row_mask=None, **how):
@@ -229,11 +280,10 @@ def test_sizes_around_groups_and_tiles(model, N, k):
     check(model, torch.randn(2, 16), torch.randn(N, 16).bfloat16(), k)
 
 
-@pytest.mark.parametrize("shape,B", [("narrow", 3), ("wide", 3), ("deep", 3)])
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_every_shape_and_group_gives_the_same(model, shape, B, group):
-    queries, rows = integers(B, 72), integers(390, 72).bfloat16()
-    check(model, queries, rows, 9, shape=shape, group=group)
+@pytest.mark.parametrize("shape", ["narrow", "wide", "deep"])
+def test_every_shape_gives_the_same(model, shape):
+    queries, rows = integers(3, 72), integers(390, 72).bfloat16()
+    check(model, queries, rows, 9, shape=shape)
 
 
 def test_batches_around_the_blocks_of_queries(model):
@@ -303,11 +353,34 @@ def test_a_repair_is_made_where_the_certificate_fails_and_only_there(model):
     assert check(model, torch.randn(3, 16), torch.randn(900, 16).bfloat16(), 70, selected=2).repairs == 3
 
 
+def test_groups_that_cannot_reach_the_floor_are_not_rescored(model):
+    queries, rows = torch.randn(3, 16), torch.randn(12_800, 16)
+    queries[:, 0] = 2.0
+    for mean in (0.0, 20.0):  # of the scores some ten standard deviations
+        rows[:, 0] = mean + torch.randn(12_800)
+        found = check(model, queries, rows.bfloat16(), 4, threads=64)
+        assert found.repairs == 0 and 3 * 2 <= found.chosen <= 3 * 9, mean
+    # Rows below the floor by their own group alone: of a tile with the best row the other groups stay unread.
+    rows = torch.full((1280, 8), -1.0)
+    rows[::160, 0] = 50.0  # eight groups in eight tiles
+    found = check(model, torch.ones(1, 8), rows.bfloat16(), 8)
+    assert found.repairs == 0 and found.chosen == 8
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_blocks_take_several_shares_where_more_groups_are_chosen_than_tiles_kept(model, codes):
+    queries, rows = integers(2, 8), torch.ones(1100, 8).bfloat16()
+    rows[0::32, 0] = integers(35).bfloat16()  # all groups of a tile may hold one of the first
+    queries[:, 0] = 0
+    coded = cases.encode(rows) if codes else None
+    assert check(model, queries, rows, 5, codes=coded, kept=6, selected=24).chosen >= 2 * 20
+
+
 def test_more_keys_than_the_buffer_holds(model):
     """Thirty-two threads keep 288 keys: the buffer is cut again and again."""
-    check(model, torch.randn(2, 8), torch.randn(5000, 8).bfloat16(), 100, group=32, selected=110)
+    check(model, torch.randn(2, 8), torch.randn(5000, 8).bfloat16(), 100, kept=110)
     queries, rows = cases.ordered_table("ascending", 5000)
-    check(model, queries, rows, 100, group=32, selected=110)
+    check(model, queries, rows, 100, kept=110)
 
 
 def test_ids_beyond_two_to_the_thirty_one(model):

@@ -161,7 +161,7 @@ def test_the_bounds_hold_for_every_group_and_row_and_are_tight(scale, mean):
 
 def test_rows_of_the_host_without_codes_come_in_windows(monkeypatch):
     rows_stay_on_the_host(monkeypatch)
-    monkeypatch.setattr(device_stream.windows, "__defaults__", (4 * 6 * 20,))
+    monkeypatch.setattr(device_stream, "WINDOW_BYTES", 4 * 6 * 20)
     queries, table = integers(2, 6), integers(130, 6)
     exclude, row_mask = torch.randint(-1, 130, (2, 4)), torch.rand(130) < 0.6
     for k in (3, 25):

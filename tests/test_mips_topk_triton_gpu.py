@@ -102,6 +102,7 @@ def test_a_captured_search_replays_with_new_queries(where):
     shards, queries = random_shards(), torch.randn(9, DIM, device="cuda")
     table = table_on(where, shards)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         rk.mips_topk(queries, table, 8)  # compiles, and encodes
     torch.cuda.current_stream().wait_stream(stream)

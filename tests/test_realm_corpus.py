@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 import tracemalloc
 
@@ -280,3 +282,31 @@ def test_a_damaged_store_is_named(tmp_path):
     (tmp_path / "c" / "bodies.values").write_bytes(b"1234")
     with pytest.raises(ValueError, match=r"bodies.values must hold \d+ bytes, got 4"):
         BlockStore.open(tmp_path / "c")
+
+
+def test_a_corpus_is_the_same_bytes_in_every_process(tmp_path):
+    # Python's sets and dicts of strings are ordered by a seed that each process draws.
+    names = ["Ada", "Boole", "Curie", "Darwin", "Euler", "Fermat"]
+    write(
+        tmp_path / "documents.jsonl",
+        *(
+            {
+                "id": str(i),
+                "title": name,
+                "text": f"In {1700 + i} {name} met {names[i % 5]} by the {name}sea.",
+            }
+            for i, name in enumerate(names * 20)
+        ),
+    )
+    script = """
+import sys
+from realm_model.corpus import build_corpus, read_documents
+
+build_corpus(read_documents(sys.argv[1]), sys.argv[2], vocabulary_size=150)
+"""
+    contents = []
+    for seed in ("1", "2"):
+        arguments = [sys.executable, "-c", script, tmp_path / "documents.jsonl", tmp_path / seed]
+        subprocess.run(arguments, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) > 5

@@ -4,6 +4,7 @@ The device is torch's "meta", whose tensors here hold their values; an op that i
 fails, as on a GPU. What is not shown is a GPU's kernels and its numbers.
 """
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -170,6 +171,23 @@ def test_a_device_is_chosen_by_one_rule(monkeypatch, name, seen, place):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     expected = torch.device("cpu") if place is None else torch.device("cuda", place)
     assert device_named(name) == expected and chosen == ([] if place is None else [place])
+
+
+def test_a_gpu_computes_the_same_twice_and_the_cpu_is_left_alone(monkeypatch):
+    """Or a resumed run would have other losses: attention's backward is not repeatable by default."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # to be as it was afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    torch.use_deterministic_algorithms(False)
+    device_named("cpu")
+    assert not torch.are_deterministic_algorithms_enabled()
+    device_named("cuda")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.parametrize(

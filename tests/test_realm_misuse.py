@@ -30,6 +30,7 @@ COMMANDS = {
         "steps": 3, "batch": 2, "length": 64,
     },
     "evaluate": {"questions": "questions.jsonl", "model": "tuned", "out": "scores.json"},
+    "answer": {"model": "tuned"},
     "world evaluate": {"run": "realm"},
     "world swap": {"run": "realm"},
 }  # fmt: skip
@@ -167,6 +168,8 @@ CASES = [
     ("evaluate", {"model": "cutreader"}, "cutreader/reader/model.safetensors is damaged"),
     ("evaluate", {"model": "realm", "corpus": "corpus", "index": "ictindex"}, "do not belong together"),
     ("evaluate", {"out": "corpus"}, "cannot write corpus: Is a directory"),
+    ("evaluate", {"reader_beam": 0}, "reader beam must be at least 1, got 0"),
+    ("answer", {"model": "nowhere"}, "nowhere is not there: name with --model a run that `finetune` wrote"),
     ("evaluate", {"threads": 0}, "threads must be at least 1, got 0"),
     ("world evaluate", {"run": "corpus"}, "corpus is no run folder"),
     ("world evaluate", {"run": "edited"}, "is not of the model of its config.json"),

@@ -97,6 +97,9 @@ def test_a_split_by_article_shares_no_article():
     assert list(map(len, articles)) == [3, 2] and not articles[0] & articles[1]
     assert Counter(train + held_out) == Counter(questions)
     assert split_by_article(questions, titles, 3, seed=1) == (train, held_out)
+    assert {titles[q.document_id] for q in split_by_article(questions, titles, None, seed=1)[0]} == articles[
+        0
+    ]
     with pytest.raises(ValueError, match=r"articles must be in \[1, 4\].* 5 articles, got 5"):
         split_by_article(questions, titles, 5, seed=1)
     with pytest.raises(ValueError, match="question 'x' names 'F#0'"):

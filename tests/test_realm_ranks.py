@@ -44,6 +44,11 @@ def losses(out):
     return [(line["stage"], line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+def evaluations(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"], line["evaluation"]) for line in lines if "evaluation" in line]
+
+
 def succeed(results):
     for rank, result in enumerate(results):
         assert not isinstance(result, Exception), f"rank {rank}: {getattr(result, 'where', result)}"
@@ -115,6 +120,29 @@ def test_the_losses_are_those_of_one_process(alone, undisturbed):
     assert [line[:2] for line in one] == [line[:2] for line in three] and len(one) == 17
     # What differs is the rounding of sums over the ranks, as without builders.
     torch.testing.assert_close([line[2] for line in one], [line[2] for line in three], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 4), (3, 5), (2, 1), (3, 2), (2, 0)])
+def test_ranks_share_an_evaluation_and_find_what_one_does(pool, config, size, count):
+    alone, asked = cases.evaluated(0, 1, config, count)
+    results = pool.run(cases.evaluated, size, config, count)
+    assert not any(isinstance(result, Exception) for result in results), results
+    for values, _ in results:
+        assert values == results[0][0] and values.keys() == alone.keys()
+        assert all(values[name] == alone[name] for name in alone if name.startswith("recall"))
+        torch.testing.assert_close(values, alone, rtol=1e-5, atol=1e-5)
+    shares = [sum(batches, []) for _, batches in results]
+    if count >= size:  # each statement is read by one rank, and ranks have equal work
+        assert sum(shares, []) == sum(asked, [])
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert len({len(batches) for _, batches in results}) == 1  # rounds, in which all search together
+
+
+def test_the_evaluations_of_a_run_are_those_of_one_process(alone, undisturbed):
+    one, three = evaluations(alone), evaluations(undisturbed)
+    assert [line[:2] for line in one] == [line[:2] for line in three] and len(one) == 3
+    for line, other in zip(one, three, strict=True):
+        torch.testing.assert_close(line[2], other[2], rtol=1e-3, atol=1e-4)
 
 
 def test_one_builder_for_one_trainer_changes_no_bit(pool, config, alone, tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import time_model
-from benchmarks.time_model import H200, Stage
+from benchmarks import time_model, time_model_hopper
+from benchmarks.gpu_model import H200, Stage
+from realm_kernels import native
 from realm_kernels.mips_topk.plan import cost
 
 
@@ -33,6 +34,35 @@ def test_a_search_moves_and_multiplies_no_less_than_its_cost(batch, k, rows):
     assert sum(stage.bytes for stage in stages) >= moved
     assert sum(stage.flops for stage in stages) >= flops
     assert sum(stage.seconds(H200) for stage in stages) >= time_model.mips_limit(batch, k, scanned, H200)
+
+
+SEARCHES = [
+    (batch, num_rows, dim, k, codes)
+    for _, num_rows, dim, k, codes, batches in time_model_hopper.SEARCHES
+    for batch in (*batches, 700, 5000)
+]
+
+
+@pytest.mark.parametrize("batch,num_rows,dim,k,codes", SEARCHES)
+def test_a_search_on_hopper_moves_and_multiplies_no_less_than_its_cost(batch, num_rows, dim, k, codes):
+    stages = time_model_hopper.stages(batch, num_rows, dim, k, codes)
+    scanned = torch.int8 if codes else torch.bfloat16
+    moved, flops = cost(batch, num_rows, dim, k, scanned.itemsize, 2)
+    assert sum(stage.bytes for stage in stages) >= moved
+    assert sum(stage.flops for stage in stages) >= flops
+    limit = time_model.mips_limit(batch, k, scanned, H200, num_rows, dim)
+    assert sum(stage.seconds(H200) for stage in stages) >= limit
+
+
+@pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
+@pytest.mark.parametrize("batch,num_rows,dim,k,codes", SEARCHES)
+def test_the_model_of_the_hopper_scan_has_the_sizes_of_its_plan(batch, num_rows, dim, k, codes):
+    shape = [batch, num_rows, dim, k, 0], "int8" if codes else "bfloat16", True, 128 if codes else 0
+    plan = native.cuda.mips_topk_plan((*shape, 132, 32, time_model_hopper.WORKSPACE_BYTES))
+    assert plan["kept"] == time_model_hopper.kept(dim, k, codes)
+    assert plan["selected"] == time_model_hopper.selected(dim, k, codes)
+    assert plan["batch"] == time_model_hopper.pass_of(batch, num_rows, dim, k, codes)
+    assert plan["cluster"] == (time_model_hopper.CLUSTER if plan["shape"] == "deep" else 1)
 
 
 def test_a_loss_takes_no_less_than_its_products():

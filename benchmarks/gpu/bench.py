@@ -50,10 +50,11 @@ def bench(
     began = time.monotonic()
     ends = shares(ops, seconds)
     for op in ops:
-        named = [row.name for row in rows.rows_of(op, quick) if select in row.name]
-        why_not = gate(op, verdicts)
-        if why_not:
-            results["left_out"] |= dict.fromkeys(named, why_not)
+        wanted = [row for row in rows.rows_of(op, quick) if select in row.name]
+        closed = {row.name: why for row in wanted if (why := gate(op, verdicts, row.implementation))}
+        named = [row.name for row in wanted if row.name not in closed]
+        results["left_out"] |= closed
+        if not named:
             continue
         results["machine_info"]["missing_peers"] += rows.absent(op)
         found = measure_op(op, named, began + ends[op], out, quick)
@@ -65,11 +66,12 @@ def bench(
     return results
 
 
-def gate(op: str, verdicts: dict[str, tests.Verdict]) -> str:
-    """Why no speed of this op is reported; empty where its tests are not red."""
-    if op not in verdicts:
+def gate(op: str, verdicts: dict[str, tests.Verdict], implementation: str = rows.OURS) -> str:
+    """Why no speed of this row is reported; empty where the tests of op, or of its backend, are not red."""
+    whose = f"{op} cuda" if implementation == "ours cuda" else op
+    if whose not in verdicts:
         return "its GPU tests have not run on these sources"
-    return f"its GPU tests are {verdicts[op]}" if verdicts[op].state == "RED" else ""
+    return f"its GPU tests are {verdicts[whose]}" if verdicts[whose].state == "RED" else ""
 
 
 def measure_op(op: str, named: list[str], deadline: float, out: Path, quick: bool) -> Results:

@@ -78,6 +78,12 @@ def read_finding(tool: str, status: int | None, log: Path) -> Finding:
     return Finding(tool, status == 0 and summary is not None, f"{said} ({log})")
 
 
+def finds_errors(finding: Finding) -> bool:
+    """By what the tool says: a fault ends the CUDA context, and the program then ends one way or another."""
+    errors = re.match(r"(\d+) error", finding.said)
+    return errors is not None and int(errors[1]) > 0
+
+
 def sanitize(out: Path, seconds: float = SECONDS) -> list[Finding]:
     executable = find_tool()
     if executable is None:
@@ -109,6 +115,6 @@ def sanitize(out: Path, seconds: float = SECONDS) -> list[Finding]:
     for title, status in zip(watched, finish(running, deadline), strict=True):
         finding = read_finding(title, status, logs[title])
         if watched[title][1] == "faulty":
-            finding = Finding(title, status == ERRORS, finding.said)
+            finding = Finding(title, finds_errors(finding), finding.said)
         findings.append(finding)
     return findings

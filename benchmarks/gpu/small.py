@@ -18,7 +18,7 @@ from realm_kernels.mips_topk import op as mips_op
 from realm_kernels.score_spans import op as score_op
 from realm_kernels.span_marginal_loss import op as span_op
 
-from .served import GPU, GPU_BACKENDS
+from .served import GPU, on_gpu
 
 
 def search(
@@ -32,7 +32,7 @@ def search(
 ) -> None:
     """same: every row alike, so that every query is repaired. where: "device", "codes", "pinned codes"."""
     # From the CPU: the libraries' kernels stay out of the tools' sight.
-    queries = torch.randn(batch, dim).to(dtype).to(GPU)
+    queries = torch.randn(batch, dim).to(dtype).to(GPU).requires_grad_()
     rows = torch.randn(num_rows, dim).to(dtype)
     rows = rows[:1].repeat(num_rows, 1) if same else rows
     table = rk.ShardedTable.from_tensors([rows])
@@ -40,7 +40,7 @@ def search(
     table = table.quantize("int8", device=GPU) if where.endswith("codes") else table
     exclude = torch.randint(-1, num_rows, (batch, 3)).to(GPU)
     row_mask = (torch.rand(num_rows) < 0.9).to(GPU)
-    rk.mips_topk(queries, table, k, exclude=exclude, row_mask=row_mask)
+    rk.mips_topk(queries, table, k, exclude=exclude, row_mask=row_mask).scores.sum().backward()
 
 
 def marginal(batch: int, documents: int, tokens: int, mode: str, dtype: torch.dtype) -> None:
@@ -87,6 +87,7 @@ CALLS: dict[str, tuple[Sequence[Backend], Calls]] = {
             lambda: search(2, 300, 64, 3, torch.float32),
             lambda: search(4, 2000, 128, 8, torch.bfloat16, same=True),
             lambda: search(3, 9000, 64, 3000, torch.bfloat16),
+            lambda: search(2, 100_000, 64, 1100, torch.bfloat16),  # in two passes
             lambda: search(70, 3001, 100, 8, torch.float32, where="codes"),
             lambda: search(4, 1000, 128, 8, torch.bfloat16, same=True, where="codes"),
             lambda: search(3, 2000, 768, 20, torch.bfloat16, where="pinned codes"),
@@ -134,7 +135,7 @@ def main(share: str = "0/1") -> None:
         (op, backend.name, number, call)
         for op, (backends, calls) in CALLS.items()
         for backend in backends
-        if backend.name in GPU_BACKENDS
+        if on_gpu(backend)
         for number, call in enumerate(calls)
     ]
     for op, name, number, call in jobs[which::of]:

@@ -13,7 +13,8 @@ import re
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ MARKED = re.compile(r"mark\.gpu\b")
 # About what needs no GPU, or the interpreter that is not used where one is.
 NOT_THERE = {"test_gpu_harness.py", "test_triton_interpreter.py"}
 # Of these files only some tests: the other backends are the CPU's.
-TRITON = ["-k", "triton"]
-SELECTED = {"test_marginal_loss.py": ["-k", "triton or cuda"], "test_score_spans.py": TRITON}
-SELECTED["test_span_marginal_loss.py"] = TRITON
+TRITON, CUDA = ["-k", "triton"], ["-k", "cuda"]
+SELECTED = {"test_marginal_loss.py": (TRITON, CUDA), "test_score_spans.py": (TRITON,)}
+SELECTED["test_span_marginal_loss.py"] = (TRITON,)
 # Compiling is what takes the time, on one core a process.
 PROCESSES = {"test_mips_topk_triton.py": 8, "test_mips_topk_triton_gpu.py": 5}
 PROCESSES_OF_OTHERS = 3
@@ -46,8 +47,14 @@ def selections(op: str) -> list[list[str]]:
         text = path.read_text()
         if path.name not in NOT_THERE and FOR_A_GPU.search(text) and op_of(path.name) == op:
             marked = ["-m", "gpu"] if MARKED.search(text) else []
-            found.append([f"tests/{path.name}", *marked, *SELECTED.get(path.name, [])])
+            for selected in SELECTED.get(path.name, ([],)):
+                found.append([f"tests/{path.name}", *marked, *selected])
     return found
+
+
+def verdict_of(op: str, selection: Sequence[str]) -> str:
+    """Whose verdict these tests are: the op's, or that of its CUDA backend, which nobody gets unasked."""
+    return f"{op} cuda" if "_cuda" in selection[0] or selection[-2:] == CUDA else op
 
 
 def op_of(name: str) -> str:
@@ -101,7 +108,10 @@ def read_junit(path: Path, verdict: Verdict) -> None:
 
 
 def run_tests(ops: list[str], out: Path, extra: list[str], seconds: float = SECONDS) -> dict[str, Verdict]:
-    """The tests of these ops side by side, each process with its share; written to tests.json."""
+    """The tests of these ops side by side, each process with its share; written to tests.json.
+
+    A verdict for each op, and one for the CUDA backend of each that has one.
+    """
     deadline = time.monotonic() + seconds
     running = []
     for op in ops:
@@ -113,11 +123,12 @@ def run_tests(ops: list[str], out: Path, extra: list[str], seconds: float = SECO
                 junit.unlink(missing_ok=True)
                 command = [sys.executable, "-m", "pytest", *selection, "-q", f"--junitxml={junit}"]
                 command += [f"--share={share}/{processes}", *extra]
-                running.append((op, junit, start(command, stem.with_suffix(".log"), environment())))
-    verdicts = {op: Verdict() for op in ops}
+                process = start(command, stem.with_suffix(".log"), environment())
+                running.append((verdict_of(op, selection), junit, process))
+    verdicts: dict[str, Verdict] = defaultdict(Verdict)
     statuses = finish([process for _, _, process in running], deadline)
-    for (op, junit, _), status in zip(running, statuses, strict=True):
-        verdict = verdicts[op]
+    for (whose, junit, _), status in zip(running, statuses, strict=True):
+        verdict = verdicts[whose]
         if junit.exists():
             read_junit(junit, verdict)
         if status is None:

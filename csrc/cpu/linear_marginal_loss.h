@@ -59,8 +59,8 @@ struct LinearMarginalLossCall {
 
   double* log_likelihood;  // [B, K, M], contiguous, 0 for rows without a part; written, as are the loss and
                            // the count of `documents`, if there is no factor yet
-  double* factor;   // [B, K, M], contiguous, the upstream gradient times the posterior
-  bool has_factor;  // else it becomes the posterior
+  double* factor;          // [B, K, M], contiguous, the upstream gradient times the posterior
+  bool has_factor;         // else it becomes the posterior
 };
 // Rows have a part if their document is there, their token scored, and their factor, where there is one, not
 // 0. Of others hidden is never looked at, and d_hidden is 0.

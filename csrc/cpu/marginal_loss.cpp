@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/marginal_loss_kernels.h"
 #include "cpu/parallel.h"
 
@@ -17,6 +18,12 @@ namespace {
 // Log-likelihoods a thread should have at least: below that, waking it costs what it saves.
 constexpr int64_t kGrain = 1 << 13;
 constexpr std::size_t kAlignment = 64;
+// Of a gradient in fresh memory, two huge pages at least: less is not worth the call.
+constexpr int64_t kHugeBytes = 4 << 20;
+
+int64_t size_of(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
 
 const MarginalLossKernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
@@ -91,6 +98,15 @@ int64_t launch_marginal_loss_fwd(MarginalLossParams params) {
   return counted;
 }
 
-void launch_marginal_loss_bwd(const MarginalLossParams& params) { launch(params, true); }
+void launch_marginal_loss_bwd(const MarginalLossParams& params) {
+  if (params.d_log_likelihood != nullptr) {
+    const int64_t size =
+        params.batch * params.documents * params.tokens * size_of(params.log_likelihood.type);
+    if (size >= kHugeBytes) {
+      advise_huge_pages(reinterpret_cast<uintptr_t>(params.d_log_likelihood), size);
+    }
+  }
+  launch(params, true);
+}
 
 }  // namespace realm_kernels

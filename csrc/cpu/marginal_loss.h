@@ -8,6 +8,7 @@
 
 namespace realm_kernels {
 
+// Python names both by their numbers (realm_kernels/marginal_loss/cpu.py).
 enum class FloatType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 enum class Reduction { kNone, kSum, kMean };
@@ -41,10 +42,11 @@ struct MarginalLossParams {
   void* d_log_likelihood;  // [B, K, M], contiguous, of the type of log_likelihood, written by the backward,
                            // or null
 
-  // Between the passes, both or either null: what the forward leaves for the backward, which then scales it
-  // and looks at no input. double where wide, else float.
-  void* kept_residual;   // [B, K], r summed over columns
-  void* kept_posterior;  // [B, K], or [B, K, M] where per_token
+  // Between the passes, each may be null: what the forward leaves for the backward, documents in mode
+  // "sequence" and where M is 1, else columns. double where wide, else float.
+  void* kept_residual;   // [B, K], r
+  void* kept_posterior;  // [B, K]
+  double* kept_columns;  // [B, 4, M rounded up to a multiple of 8]
 
   double* example_loss;  // [B], [B]: scratch of the driver
   int64_t* example_count;

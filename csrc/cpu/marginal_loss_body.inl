@@ -1,5 +1,6 @@
 // The body of marginal_loss, compiled once for each instruction set with kLanes doubles to a vector: how the
-// columns of the two modes become lanes, what is read and what is written. Log-likelihoods are read once.
+// columns of the two modes become lanes, what is read and what is written. Each pass reads the
+// log-likelihoods once.
 //
 // Nothing here may be shared with another translation unit (no std templates): the linker might keep the copy
 // for an instruction set this processor lacks.
@@ -37,252 +38,103 @@ double upstream(const MarginalLossParams& params, int64_t b) {
   return d_loss / params.divisor;
 }
 
-int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
-
-void load_prior(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const int64_t vectors = vectors_of(params.documents);
-  c.prior.relevance[vectors - 1] = splat(-kInfinity);
-  load_relevance(params, b, reinterpret_cast<double*>(c.prior.relevance));
-  normalise(vectors, c.prior);
-}
-
-// Mode "sequence": the documents of example b lie in the lanes. False where the example is not scored.
-bool load_sequence(const MarginalLossParams& params, int64_t b, Columns& c) {
-  if (!any_scored(params, b)) return false;
-  load_prior(params, b, c);
-  c.log_likelihood[vectors_of(params.documents) - 1] = splat(0.0);
-  sum_tokens(params, b, reinterpret_cast<double*>(c.log_likelihood));
-  return c.prior.exists;
-}
-
-void nothing(Columns& c, int64_t vectors) {
-  for (int64_t v = 0; v < vectors; ++v) c.d_relevance[v] = c.shifted[v] = splat(0.0);
-  c.loss = splat(0.0);
-}
-
-// The type of the loss, its gradient to scores, and of what is kept.
+// The type of the loss, its gradient to scores, and of documents that are kept.
 FloatType loss_type(const MarginalLossParams& params) {
   return params.wide ? FloatType::kFloat64 : FloatType::kFloat32;
 }
 
-// A value as it is kept. A backward that finds it again rounds it too, so that both have the same bits.
-Vec as_kept(const MarginalLossParams& params, Vec value) {
-  return params.wide ? value : __builtin_convertvector(__builtin_convertvector(value, FloatVec), Vec);
-}
-
-void keep_residual(const MarginalLossParams& params, int64_t b, const Vec* residual) {
-  if (params.kept_residual == nullptr) return;
-  store(params.kept_residual, loss_type(params), b * params.documents, params.documents,
-        reinterpret_cast<const double*>(residual), 1);
-}
-
-// r to c.d_relevance and the posterior to c.shifted, 0 where the column pulls nothing. Both, whoever asks for
-// them: a posterior that only the residual needed would be fused into the residual's subtraction, and the
-// bits of d_scores would depend on which gradients are wanted.
-void residuals(Columns& c, int64_t vectors) {
-  const Centre centre = centre_columns<true>(vectors, c);
-  const bool pulls = !centre.impossible[0];
-  for (int64_t v = 0; v < vectors; ++v) {
-    const Shifted s = pulls ? posterior_of<true>(c, v, centre) : Shifted{};
-    c.d_relevance[v] = s.change;
-    c.shifted[v] = s.joint;
-  }
-  c.loss = -log_marginal(c, centre);
-}
-
-void sequence_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const int64_t vectors = vectors_of(params.documents);
-  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
-  const bool scored = load_sequence(params, b, c);
-  if (!scored) {
-    nothing(c, vectors);
-  } else if (keeps) {
-    residuals(c, vectors);
-  } else {
-    c.loss = -log_marginal(c, centre_columns<true>(vectors, c));
-  }
-  params.example_count[b] = scored ? 1 : 0;
-  params.example_loss[b] = c.loss[0];
-  keep_residual(params, b, c.d_relevance);
-  if (params.kept_posterior != nullptr) {
-    store(params.kept_posterior, loss_type(params), b * params.documents, params.documents,
-          reinterpret_cast<const double*>(c.shifted), 1);
-  }
-}
-
-// -g x `count` numbers of the type of the loss, from `offset` of kept, to store_scaled(first, count, values).
-template <class Store>
-void scale(const MarginalLossParams& params, const void* kept, int64_t offset, int64_t count, double g,
-           const Store& store_scaled) {
-  double values[kChunk];
-  for (int64_t first = 0; first < count; first += kChunk) {
-    const int chunk = chunk_from(first, count);
-    load({kept, loss_type(params)}, offset + first, 1, chunk, values);
-    for (int i = 0; i < chunk; ++i) values[i] = values[i] != 0.0 ? -g * values[i] : 0.0;
-    store_scaled(first, chunk, values);
-  }
-}
-
-// Scales what the forward left.
-void kept_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const double g = upstream(params, b);
-  const int64_t documents = params.documents;
-  if (params.d_scores != nullptr) {
-    scale(params, params.kept_residual, b * documents, documents, g,
-          [&](int64_t first, int count, const double* values) {
-            store(params.d_scores, loss_type(params), b * documents + first, count, values, 1);
-          });
-  }
-  if (params.d_log_likelihood == nullptr) return;
-  const FloatType type = params.log_likelihood.type;
-  if (params.per_token) {
-    const int64_t size = documents * params.tokens, offset = b * size;
-    scale(params, params.kept_posterior, offset, size, g,
-          [&](int64_t first, int count, const double* values) {
-            store(params.d_log_likelihood, type, offset + first, count, values, 1);
-          });
-    return;
-  }
-  auto* const d_sequence = reinterpret_cast<double*>(c.shifted);
-  scale(params, params.kept_posterior, b * documents, documents, g,
-        [&](int64_t first, int count, const double* values) {
-          memcpy(d_sequence + first, values, count * sizeof(double));
-        });
-  spread_over_tokens(params, b, d_sequence);
-}
-
-void store_d_scores(const MarginalLossParams& params, int64_t b, const Vec* values) {
-  store(params.d_scores, loss_type(params), b * params.documents, params.documents,
-        reinterpret_cast<const double*>(values), 1);
-}
-
-void sequence_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const int64_t vectors = vectors_of(params.documents);
-  load_sequence(params, b, c) ? residuals(c, vectors) : nothing(c, vectors);
-  const Vec g = splat(upstream(params, b));
-  for (int64_t v = 0; v < vectors; ++v) {
-    c.d_relevance[v] = gradient(g, as_kept(params, c.d_relevance[v]));
-    c.shifted[v] = gradient(g, as_kept(params, c.shifted[v]));
-  }
-  if (params.d_scores != nullptr) store_d_scores(params, b, c.d_relevance);
-  if (params.d_log_likelihood != nullptr) {
-    spread_over_tokens(params, b, reinterpret_cast<const double*>(c.shifted));
-  }
-}
-
-// Mode "token": tokens m .. m + lanes - 1 of example b, one a lane. Loads them and returns which are scored.
-Mask load_tokens(const MarginalLossParams& params, int64_t b, int64_t m, int lanes, const Columns& c) {
-  alignas(64) int64_t scored[kLanes];
-  for (int j = 0; j < kLanes; ++j)
-    scored[j] = c.prior.exists && j < lanes && is_scored(params, b, m + j) ? -1 : 0;
-  const int64_t first = b * params.stride_b + m * params.stride_m;
-  for (int64_t k = 0; k < params.documents; ++k) {
-    c.log_likelihood[k] =
-        load_lanes(params.log_likelihood, first + k * params.stride_k, params.stride_m, lanes);
-  }
-  Mask result;
-  memcpy(&result, scored, sizeof result);
-  return result;
-}
+int64_t vectors_of(int64_t count) { return (count + kLanes - 1) / kLanes; }
 
 int lanes_from(int64_t first, int64_t end) {
   return static_cast<int>(end - first < kLanes ? end - first : kLanes);
 }
 
-// Mode "token": r of tokens m .. m + lanes - 1 added to c.d_relevance and their posteriors in c.shifted, 0
-// where they pull nothing; both as in residuals().
-void token_residuals(const MarginalLossParams& params, const Columns& c, const Centre& centre, Mask scored) {
-  const Mask pulls = scored & ~centre.impossible;
-  for (int64_t k = 0; k < params.documents; ++k) {
-    const Shifted s = posterior_of<false>(c, k, centre);
-    c.d_relevance[k] += pulls ? s.change : splat(0.0);
-    c.shifted[k] = pulls ? s.joint : splat(0.0);
-  }
-}
-
-void sum_lanes(const MarginalLossParams& params, const Columns& c) {
-  auto* const sums = reinterpret_cast<double*>(c.d_relevance);
-  for (int64_t k = 0; k < params.documents; ++k) sums[k] = sum_of(c.d_relevance[k]);
-}
-
-void token_forward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  const bool keeps = params.kept_residual != nullptr || params.kept_posterior != nullptr;
-  load_prior(params, b, c);
-  Vec loss = splat(0.0);
-  Mask count{};  // of -1 each
-  for (int64_t k = 0; k < params.documents && keeps; ++k) c.d_relevance[k] = splat(0.0);
-  for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c);
-    const Centre centre = centre_columns<false>(params.documents, c);
-    loss -= scored ? log_marginal(c, centre) : splat(0.0);
-    count += scored;
-    if (keeps) token_residuals(params, c, centre, scored);
-    for (int64_t k = 0; k < params.documents && params.kept_posterior != nullptr; ++k) {
-      store_lanes(params.kept_posterior, loss_type(params), (b * params.documents + k) * params.tokens + m,
-                  lanes, c.shifted[k]);
+// -g x values to the row at offset.
+template <class T>
+void store_scaled(const T* values, int64_t count, Vec g, void* data, FloatType type, int64_t offset) {
+  if (type == FloatType::kFloat32) {
+    float* const target = static_cast<float*>(data) + offset;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int lanes = lanes_from(i, count);
+      store_first(target + i, lanes, gradient(g, load_first(values + i, lanes)));
     }
+    return;
   }
-  params.example_loss[b] = sum_of(loss);
-  params.example_count[b] = 0;
-  for (int j = 0; j < kLanes; ++j) params.example_count[b] -= count[j];
-  if (params.kept_residual != nullptr) {
-    sum_lanes(params, c);
-    keep_residual(params, b, c.d_relevance);
+  double scaled[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int chunk = chunk_from(first, count);
+    for (int i = 0; i < chunk; i += kLanes) {
+      const int lanes = lanes_from(i, chunk);
+      store_first(scaled + i, lanes, gradient(g, load_first(values + first + i, lanes)));
+    }
+    store(data, type, offset + first, chunk, scaled, 1);
   }
 }
 
-void token_backward(const MarginalLossParams& params, int64_t b, Columns& c) {
-  load_prior(params, b, c);
-  const Vec g = splat(upstream(params, b));
-  for (int64_t k = 0; k < params.documents; ++k) c.d_relevance[k] = splat(0.0);
-  for (int64_t m = 0; m < params.tokens; m += kLanes) {
-    const int lanes = lanes_from(m, params.tokens);
-    const Mask scored = load_tokens(params, b, m, lanes, c);
-    token_residuals(params, c, centre_columns<false>(params.documents, c), scored);
-    for (int64_t k = 0; k < params.documents && params.d_log_likelihood != nullptr; ++k) {
-      store_lanes(params.d_log_likelihood, params.log_likelihood.type,
-                  (b * params.documents + k) * params.tokens + m, lanes,
-                  gradient(g, as_kept(params, c.shifted[k])));
-    }
-  }
-  if (params.d_scores != nullptr) {
-    sum_lanes(params, c);
-    const int64_t vectors = vectors_of(params.documents);
-    for (int64_t v = 0; v < vectors; ++v) {
-      c.d_relevance[v] = gradient(g, as_kept(params, c.d_relevance[v]));
-    }
-    store_d_scores(params, b, c.d_relevance);
-  }
-}
+// Scratch of a thread.
+struct Scratch {
+  Prior prior;
+  Vec* log_likelihood;  // mode "sequence": of vectors of documents; mode "token": tokens of a document
+  Vec* joint;           // mode "sequence"
+  Vec* spare;           // mode "sequence": two of vectors of documents
+  Vec* d_relevance;     // mode "token": r of a document, one sum a lane
+};
 
-// Vectors of documents, and vectors of columns a document in mode "token".
-constexpr int kPriorArrays = 2, kColumnArrays = 3;
+}  // namespace
+}  // namespace realm_kernels
+
+#include "cpu/marginal_loss_sequence.inl"
+#include "cpu/marginal_loss_token.inl"
+
+namespace realm_kernels {
+namespace {
+
+// Vectors a thread needs, of documents but for the columns of mode "token": a vector a document.
+constexpr int kSequenceArrays = 5, kPriorArrays = 2, kColumnArrays = 2;
 
 int64_t workspace(int64_t documents, bool per_token) {
   const int64_t vectors = vectors_of(documents);
-  return kLanes * (kPriorArrays * vectors + kColumnArrays * (per_token ? documents : vectors));
+  return kLanes *
+         (per_token ? kPriorArrays * vectors + kColumnArrays * documents : kSequenceArrays * vectors);
 }
 
-Columns columns_in(double* memory, int64_t documents, bool per_token) {
-  const int64_t vectors = vectors_of(documents), columns = per_token ? documents : vectors;
-  Vec* const prior = reinterpret_cast<Vec*>(memory);
-  Vec* const first = prior + kPriorArrays * vectors;
-  return {{prior, prior + vectors, 1.0, false}, first, first + columns, first + 2 * columns, Vec{}};
+Scratch scratch_in(double* memory, int64_t documents, bool per_token) {
+  const int64_t vectors = vectors_of(documents);
+  Vec* const first = reinterpret_cast<Vec*>(memory);
+  Scratch s{};
+  s.prior.relevance = first;
+  s.prior.mass = first + vectors;
+  s.log_likelihood = first + 2 * vectors;
+  s.d_relevance = s.log_likelihood + documents;
+  if (!per_token) {  // the mass takes the place of the relevance
+    s.log_likelihood = first + vectors;
+    s.joint = first + 2 * vectors;
+    s.spare = first + 3 * vectors;
+  }
+  return s;
 }
 
 void forward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  Columns c = columns_in(memory, params.documents, params.per_token);
+  Scratch s = scratch_in(memory, params.documents, params.per_token);
+  Pending pending;
   for (int64_t b = begin; b < end; ++b) {
-    (params.per_token ? token_forward : sequence_forward)(params, b, c);
+    if (params.per_token) {
+      token_forward(params, b, s);
+    } else {
+      params.wide ? sequence_forward<double>(params, b, s, pending)
+                  : sequence_forward<float>(params, b, s, pending);
+      if (pending.count == kLanes || b + 1 == end) pending.flush(params, b + 1);
+    }
   }
 }
 
 void backward(const MarginalLossParams& params, int64_t begin, int64_t end, double* memory) {
-  Columns c = columns_in(memory, params.documents, params.per_token);
-  const bool kept = params.kept_residual != nullptr || params.kept_posterior != nullptr;
-  const auto run = kept ? kept_backward : params.per_token ? token_backward : sequence_backward;
-  for (int64_t b = begin; b < end; ++b) run(params, b, c);
+  Scratch s = scratch_in(memory, params.documents, params.per_token);
+  for (int64_t b = begin; b < end; ++b) {
+    (params.per_token ? token_backward
+     : params.wide    ? sequence_backward<double>
+                      : sequence_backward<float>)(params, b, s);
+  }
 }
 
 const MarginalLossKernels kKernels{&workspace, &forward, &backward};

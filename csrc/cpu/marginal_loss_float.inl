@@ -101,7 +101,8 @@ inline void load(const FloatArray& array, int64_t offset, int64_t stride, int64_
 }
 
 // values[i * stride] to the row at offset.
-inline void store(void* data, FloatType type, int64_t offset, int64_t count, const double* values, int64_t stride) {
+inline void store(void* data, FloatType type, int64_t offset, int64_t count, const double* values,
+                  int64_t stride) {
   switch (type) {
     case FloatType::kFloat32:
       return store_as<float>(data, offset, count, values, stride);

@@ -99,10 +99,6 @@ inline double sum_of_parts(Vec (&parts)[kSumVecs]) {
 
 // sum_m c_m l_km of example b to out[k], for every document.
 inline void sum_tokens(const MarginalLossParams& params, int64_t b, double* out) {
-  if (params.tokens == 1) {  // masked, it is not scored, and nothing of the example is looked at
-    load(params.log_likelihood, b * params.stride_b, params.stride_k, params.documents, out);
-    return;
-  }
   const bool* const mask = params.token_mask == nullptr ? nullptr : params.token_mask + b * params.tokens;
   const bool direct =
       mask == nullptr && params.log_likelihood.type == FloatType::kFloat32 && params.stride_m == 1;
@@ -143,10 +139,6 @@ inline void spread_as(const MarginalLossParams& params, int64_t b, const double*
 
 // values[k] to d_log_likelihood[b, k, m] of every scored token m, zero to the others.
 inline void spread_over_tokens(const MarginalLossParams& params, int64_t b, const double* values) {
-  if (params.tokens == 1) {  // where it is not scored, the values are zero
-    return store(params.d_log_likelihood, params.log_likelihood.type, b * params.documents, params.documents,
-                 values, 1);
-  }
   switch (params.log_likelihood.type) {
     case FloatType::kFloat32:
       return spread_as<float>(params, b, values);
@@ -170,20 +162,38 @@ inline Vec load_lanes(const FloatArray& array, int64_t offset, int64_t stride, i
   return widened(values);
 }
 
-// The first `lanes` lanes to a row.
-inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
-  if (type == FloatType::kFloat32) {
-    float* const target = static_cast<float*>(data) + offset;
-#if defined(__AVX512VL__)
-    const FloatVec rounded = __builtin_convertvector(value, FloatVec);
-    _mm256_mask_storeu_ps(target, static_cast<__mmask8>((1u << lanes) - 1), rounded);
-#elif defined(__AVX__)
-    _mm_maskstore_ps(target, first_lanes_of_four(lanes), _mm256_cvtpd_ps(value));
-#else
-    for (int j = 0; j < lanes; ++j) target[j] = static_cast<float>(value[j]);
-#endif
+template <class T>
+inline Vec load_first(const T* source, int lanes) {
+  return lanes == kLanes ? widened(source) : widened_first(source, lanes);
+}
+
+inline void store_first(double* target, int lanes, Vec value) {
+  if (lanes == kLanes) {
+    memcpy(target, &value, sizeof value);
+  } else {
+    for (int j = 0; j < lanes; ++j) target[j] = value[j];
+  }
+}
+
+inline void store_first(float* target, int lanes, Vec value) {
+  if (lanes == kLanes) {
+    const FloatVec whole = __builtin_convertvector(value, FloatVec);
+    memcpy(target, &whole, sizeof whole);
     return;
   }
+#if defined(__AVX512VL__)
+  const FloatVec part = __builtin_convertvector(value, FloatVec);
+  _mm256_mask_storeu_ps(target, static_cast<__mmask8>((1u << lanes) - 1), part);
+#elif defined(__AVX__)
+  _mm_maskstore_ps(target, first_lanes_of_four(lanes), _mm256_cvtpd_ps(value));
+#else
+  for (int j = 0; j < lanes; ++j) target[j] = static_cast<float>(value[j]);
+#endif
+}
+
+// The first `lanes` lanes to a row.
+inline void store_lanes(void* data, FloatType type, int64_t offset, int lanes, Vec value) {
+  if (type == FloatType::kFloat32) return store_first(static_cast<float*>(data) + offset, lanes, value);
   double values[kLanes];
   memcpy(values, &value, sizeof values);
   store(data, type, offset, lanes, values, 1);

@@ -72,13 +72,13 @@ void backward_span(const ScoreSpansParams& params, const float* start, const flo
   for (int64_t s = 0; s < params.width; s += kLanes) {
     const Vec x = representation(start, end, s);
     const Vec normal = (x - mean) * rstd;
-    if (kHalves) {
+    if constexpr (kHalves) {
       const Vec dx = scale * (load(params.weight + s) - normal * pull);
       const Vec passed = x == 0.0f ? Vec{} : dx;
       store(d_start + s, load(d_start + s) + passed);
       store(d_end + s, load(d_end + s) + passed);
     }
-    if (kWeight) store(d_weight + s, load(d_weight + s) + g * normal);
+    if constexpr (kWeight) store(d_weight + s, load(d_weight + s) + g * normal);
   }
 }
 
@@ -102,11 +102,11 @@ void backward_rows(const ScoreSpansParams& params, int64_t begin, int64_t end) {
     float* const d_starts = kHalves ? params.d_start + n * size : nullptr;
     float* const d_ends = kHalves ? params.d_end + n * size : nullptr;
     float* const d_weight = kWeight ? params.d_weight_of + n * params.width : nullptr;
-    if (kHalves) {
+    if constexpr (kHalves) {
       memset(d_starts, 0, size * sizeof(float));
       memset(d_ends, 0, size * sizeof(float));
     }
-    if (kWeight) memset(d_weight, 0, params.width * sizeof(float));
+    if constexpr (kWeight) memset(d_weight, 0, params.width * sizeof(float));
     const float* const starts = params.start + n * params.length * params.start_stride;
     const float* const ends = params.end + n * params.length * params.end_stride;
     int64_t c = n * params.spans;

@@ -33,12 +33,6 @@ inline Mask load_mask(const bool* source, int lanes) {
   return __builtin_convertvector(bytes, Mask) != 0;
 }
 
-inline Mask first_lanes(int lanes) {
-  Mask mask{};
-  for (int j = 0; j < kLanes; ++j) mask[j] = j < lanes ? -1 : 0;
-  return mask;
-}
-
 inline int span_lanes(const SpanEvidenceParams& params, int64_t c) {
   return static_cast<int>(params.spans - c < kLanes ? params.spans - c : kLanes);
 }

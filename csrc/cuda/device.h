@@ -26,6 +26,7 @@ RK_DEVICE float round_up_to_float(double x) { return __double2float_ru(x); }
 RK_DEVICE float round_down_to_float(double x) { return __double2float_rd(x); }
 RK_DEVICE float to_float_up(int x) { return __int2float_ru(x); }
 RK_DEVICE float add_up(float a, float b) { return __fadd_ru(a, b); }
+RK_DEVICE float subtract_down(float a, float b) { return __fsub_rd(a, b); }
 RK_DEVICE float multiply_up(float a, float b) { return __fmul_ru(a, b); }
 RK_DEVICE float multiply_down(float a, float b) { return __fmul_rd(a, b); }
 RK_DEVICE float multiply_add_up(float a, float b, float c) { return __fmaf_ru(a, b, c); }

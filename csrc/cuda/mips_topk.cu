@@ -2,6 +2,7 @@
 // a pass is answered by all of them; nothing in between is read by the host.
 #include "cuda/mips_topk.h"
 
+#include "cuda/load_kernel.h"
 #include "cuda/sm90/mips_topk_scan.h"
 
 namespace realm_kernels {
@@ -34,11 +35,6 @@ __global__ void __launch_bounds__(kSearchThreads)  // rare, and it holds more at
 template <class... Arguments>
 cudaError_t run(void (*kernel)(Arguments...), int blocks, int threads, int64_t shared, cudaStream_t stream,
                 const SearchArguments& a, bool is_float16 = false) {
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  if (status != cudaSuccess) {
-    return status;
-  }
   if constexpr (sizeof...(Arguments) == 2) {
     kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared),
              stream>>>(a, is_float16);
@@ -53,9 +49,20 @@ cudaError_t run(void (*kernel)(Arguments...), int blocks, int threads, int64_t s
 
 MipsTopkPlan plan_mips_topk(const SearchShape& shape) {
   const SearchPlan p = search_plan(shape);
-  return {p.batch,        p.at.bytes,      static_cast<int>(p.shape), p.group,
-          p.selected,     p.shared.stages, p.shared.bytes(),          p.scan_blocks,
-          p.at.group_max, p.pitch};
+  return {p.batch,          p.at.bytes,    static_cast<int>(p.shape),
+          p.kept,           p.selected,    p.shared.stages,
+          p.shared.bytes(), p.scan_blocks, p.cluster,
+          p.at.words,       p.pitch};
+}
+
+cudaError_t load_mips_topk(int* large_clusters) {
+  cudaError_t status = load_kernel(mips_topk_prepare_kernel);
+  for (const auto kernel :
+       {mips_topk_select_kernel<false>, mips_topk_select_kernel<true>, mips_topk_rescore_kernel<false>,
+        mips_topk_rescore_kernel<true>, mips_topk_repair_kernel}) {
+    status = status == cudaSuccess ? load_kernel(kernel) : status;
+  }
+  return status == cudaSuccess ? sm90::load_scan(large_clusters) : status;
 }
 
 cudaError_t launch_mips_topk(const MipsTopkLaunch& launch, cudaStream_t stream) {

@@ -12,12 +12,18 @@ namespace cuda {
 // What a plan is. batch: queries of a pass, over which the caller loops; bytes: of the workspace of a pass.
 struct MipsTopkPlan {
   int64_t batch, bytes;
-  int shape;  // of the scan: 0 wide, 1 deep, 2 narrow
-  int group, selected, stages, shared_bytes, blocks;
-  int64_t group_max, pitch;  // where the maxima [B, pitch] of a pass lie in the workspace
+  int shape;           // of the scan: 0 wide, 1 deep, 2 narrow
+  int kept, selected;  // tiles of a query, and groups of these that are rescored at most
+  int stages, shared_bytes, blocks;
+  int cluster;           // blocks of one
+  int64_t words, pitch;  // where the maxima [B, pitch] of a pass lie in the workspace
 };
 
 MipsTopkPlan plan_mips_topk(const SearchShape& shape);
+
+// Once for each device, before anything is launched on it and not while a graph is captured: loads all
+// kernels and tells how many clusters of the scan run at once, which plans ask for.
+cudaError_t load_mips_topk(int* large_clusters);
 
 struct MipsTopkLaunch {
   SearchShape shape;         // of the whole batch, as it was planned

@@ -4,6 +4,7 @@
 
 #include "cuda/device.h"
 #include "cuda/mips_topk_params.h"
+#include "cuda/mips_topk_words.h"
 
 namespace realm_kernels {
 namespace cuda {
@@ -52,9 +53,8 @@ RK_DEVICE float upper_bound(const QueryBound& q, double product, bool has_row, d
   return q.of_norm != q.of_norm ? -infinity() : bound;  // nothing is returned for a NaN query
 }
 
-// A *quad* is four neighbouring groups, whose maxima are read at once. Of the rows scanned as they are it has
-// one norm, the largest; of codes the least and the largest of their numbers.
-constexpr int kQuad = 4;
+// Of rows scanned as they are a quad has one norm, the largest; of codes the least and the largest of their
+// numbers.
 struct alignas(16) CodeQuad {
   float least_step, step, norm, residual;
 };
@@ -78,11 +78,11 @@ struct QuadBound {
   RK_DEVICE float of_rows(float product, float norm) const {
     return bounded(product, multiply_add_up(of_norm, norm, own));
   }
-  RK_DEVICE float of_codes(int product, const CodeQuad& quad) const {
+  RK_DEVICE float of_codes(float product, const CodeQuad& quad) const {
     const float error = multiply_add_up(of_norm, quad.norm, multiply_add_up(of_residual, quad.residual, own));
     const float step =
-        product < 0 ? multiply_down(step_down, quad.least_step) : multiply_up(step_up, quad.step);
-    return bounded(multiply_add_up(step, to_float_up(product), shift), error);
+        product < 0.0f ? multiply_down(step_down, quad.least_step) : multiply_up(step_up, quad.step);
+    return bounded(multiply_add_up(step, product, shift), error);
   }
 
   RK_DEVICE static float bounded(float product, float error) {

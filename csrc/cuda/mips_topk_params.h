@@ -16,6 +16,7 @@ struct SearchShape {
   bool is_exact;        // queries are not rounded for the scan
   int code_group;       // rows of a group of codes; 0: rows are scanned as they are
   int multiprocessors;  // of the device
+  int large_clusters;   // of kLargeCluster blocks of the scan that run at once on it
   int64_t workspace;    // bytes at most
 };
 

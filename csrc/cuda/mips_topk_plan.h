@@ -1,7 +1,8 @@
-// How the CUDA backend searches one piece of a table: shape of the scan, groups, slack, the workspace. A plan
+// How the CUDA backend searches one piece of a table: shape of the scan, slack, the workspace. A plan
 // depends on shapes, dtypes and budgets only. Its constants are reasoned (docs/hopper_scan.md), not measured.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 
@@ -20,8 +21,8 @@ constexpr double kTensorCoreRoundoff = 0x1p-22;  // of an addition; it truncates
 
 // Offsets in the workspace, in the order of SearchArguments.
 struct Workspace {
-  int64_t scanned, bounds, coarse, group_max, quads, chosen, left_out, floor, candidates, kth, repaired,
-      flagged, arrived;
+  int64_t scanned, bounds, coarse, words, quads, tiles, chosen, num_chosen, left_out, floor, candidates, kth,
+      repaired, flagged, arrived;
   int64_t bytes;
 };
 
@@ -30,10 +31,11 @@ struct SearchPlan {
   sm90::SharedPlan shared;
   int64_t batch;  // queries of a pass; the caller loops
   int query_blocks;
+  int cluster;
   int scan_blocks;
-  int group, num_groups;
+  int num_tiles, num_groups;
   int64_t pitch;
-  int selected, parts, visit_step;
+  int kept, selected, parts, visit_step;
   int64_t scanned_pitch;
   double relative;
   Workspace at;
@@ -41,26 +43,22 @@ struct SearchPlan {
 
 inline int bytes_of(Scanned scanned) { return scanned == Scanned::kInt8 ? 1 : 2; }
 
-// Rows of a group: writing and reading a query's maxima, 8 N / G bytes, against reading m G rows to rescore;
-// the nearest of 32, 64 and 128 to sqrt(8 N / m row bytes). Over codes it is these that are read again, and a
-// group of codes is the largest that a bound is known for.
-inline int group_rows(const SearchShape& s, int64_t selected) {
-  const int64_t square = 8 * s.num_rows / (selected * s.dim * bytes_of(s.scanned));
-  const int group = square < 32 * 64 ? 32 : square < 64 * 128 ? 64 : 128;
-  return s.code_group > 0 && s.code_group < group ? s.code_group : group;
-}
-
-// k + E groups hold every row that may be returned, were U exact. Unrounded operands leave an error of a few
-// ulp; a rounded query up to 2 % of a standard deviation; codes, at the tail of a normal distribution, this
-// many.
-inline int64_t selected_groups(const SearchShape& s) {
-  double slack = s.is_exact ? 4 + s.k / 8 : 8 + s.k / 2;
+// k + E tiles hold every row that may be returned, were U exact. Unrounded operands leave an error of a few
+// ulp and the rounding of words one of 2^-11, of a score that may have a mean; a rounded query up to 2 % of a
+// standard deviation; codes, at the tail of a normal distribution, this many.
+inline int64_t kept_tiles(const SearchShape& s) {
+  double slack = s.is_exact ? 8 + s.k / 4 : 8 + s.k / 2;
   if (s.code_group > 0) {
     slack = std::round(s.k * (std::exp(4.5 * 0.01 * std::sqrt(static_cast<double>(s.dim)) * 1.8) - 1)) + 16;
   }
-  const auto most = static_cast<int64_t>(most_kept(kSearchThreads, kGroupKeys) - 1);  // select keeps one more
-  const auto wanted = s.k + s.num_excluded + static_cast<int64_t>(std::fmin(slack, 1e6));
-  return wanted < most ? wanted : most;
+  return s.k + s.num_excluded + static_cast<int64_t>(std::fmin(slack, 1e6));
+}
+
+// Groups of them, one a tile and some: the others' maxima are known up to half of their distance. Of rows
+// scanned as they are only what reaches the floor is rescored, so room for more costs nothing; over codes
+// more reaches it than can matter, and the best by U are enough.
+inline int64_t selected_groups(const SearchShape& s) {
+  return s.code_group > 0 ? kept_tiles(s) * 5 / 4 : 2 * kept_tiles(s);
 }
 
 inline double relative_error(const SearchShape& s) {
@@ -82,13 +80,14 @@ inline Workspace lay_out(const SearchPlan& p, const SearchShape& s, int64_t batc
   w.scanned = take(batch * p.scanned_pitch * bytes_of(s.scanned));
   w.bounds = take(batch * static_cast<int64_t>(sizeof(QueryBound)));
   w.coarse = take(batch * static_cast<int64_t>(sizeof(QuadBound)));
-  w.group_max = take(batch * p.pitch * 4);
-  w.quads =
-      take(ceil_div(p.num_groups, kQuad) * static_cast<int64_t>(s.code_group > 0 ? sizeof(CodeQuad) : 4));
+  w.words = take(batch * p.pitch * 4);
+  w.quads = take(p.pitch / kQuad * static_cast<int64_t>(s.code_group > 0 ? sizeof(CodeQuad) : 4));
+  w.tiles = take(batch * p.kept * 4);
   w.chosen = take(batch * p.selected * 4);
+  w.num_chosen = take(batch * 4);
   w.left_out = take(batch * 8);
-  w.floor = take(s.code_group > 0 ? batch * 4 : 0);
-  w.candidates = take(batch * p.selected * p.group * 8);
+  w.floor = take(batch * 4);
+  w.candidates = take(batch * p.selected * kGroupRows * 8);
   w.kth = take(batch * 8);
   w.repaired = take(batch * p.parts * s.k * 8);
   w.flagged = take(batch * 4);
@@ -153,23 +152,38 @@ inline int scan_blocks(int multiprocessors, int query_blocks, int cluster, int64
   return each * static_cast<int>(clusters);
 }
 
+// Blocks of a cluster. Larger ones ask L2 for less, but leave multiprocessors alone that no cluster covers:
+// on a GPU of parts of 16 and 18 of them two of each 18. Up to a sixteenth that is worth it.
+inline int cluster_blocks(const SearchShape& s, sm90::Shape shape) {
+  const int covered = sm90::kLargeCluster * s.large_clusters;
+  return shape != sm90::Shape::kDeep              ? 1
+         : 16 * covered >= 15 * s.multiprocessors ? sm90::kLargeCluster
+                                                  : sm90::kSmallCluster;
+}
+
 // The scan of a pass of `batch` queries, at most p.batch: the last pass may have fewer.
 inline void plan_scan(SearchPlan& p, const SearchShape& s, int64_t batch) {
   choose_shape(p, batch, static_cast<int>(p.scanned_pitch * bytes_of(s.scanned) / sm90::kPanelBytes));
-  const int64_t tiles = ceil_div<int64_t>(s.num_rows, sm90::kTileRows);
-  p.scan_blocks = scan_blocks(s.multiprocessors, p.query_blocks, sm90::cluster_blocks(p.shape), tiles);
+  p.cluster = cluster_blocks(s, p.shape);
+  const bool large = p.cluster == sm90::kLargeCluster;
+  const int processors = large ? p.cluster * s.large_clusters : s.multiprocessors;
+  p.scan_blocks = scan_blocks(processors, p.query_blocks, p.cluster, p.num_tiles);
 }
 
-// Groups of `group` rows, and as many queries a pass as then fit the workspace.
-inline void plan_pass(SearchPlan& p, const SearchShape& s, int group) {
-  const int64_t wanted = selected_groups(s);
-  p.group = group;
-  p.num_groups = static_cast<int>(ceil_div<int64_t>(s.num_rows, group));
-  p.pitch = ceil_div(p.num_groups, kQuad) * kQuad;
-  p.selected = static_cast<int>(wanted < p.num_groups ? wanted : p.num_groups);
-  p.visit_step = scattered_step(ceil_div(p.num_groups, kOffersPerRound * kSearchThreads));
-  // One flagged query should still spread over the device; their keys, over all queries, stay below 16 MiB.
-  const int64_t room = (int64_t{16} << 20) / (8 * s.k * s.batch);
+// As many queries a pass as fit the workspace.
+inline void plan_pass(SearchPlan& p, const SearchShape& s) {
+  const auto at_most = [](int64_t wanted, int there) {
+    const int most = most_kept(kSearchThreads, kGroupKeys) - 1;  // select keeps one more
+    return static_cast<int>(std::min<int64_t>(wanted, std::min(there, most)));
+  };
+  p.num_tiles = static_cast<int>(ceil_div<int64_t>(s.num_rows, kTileRows));
+  p.num_groups = static_cast<int>(ceil_div<int64_t>(s.num_rows, kGroupRows));
+  p.pitch = ceil_div(p.num_tiles, kQuad) * kQuad;
+  p.kept = at_most(kept_tiles(s), p.num_tiles);
+  p.selected = at_most(selected_groups(s), p.num_groups);
+  p.visit_step = scattered_step(ceil_div(p.num_tiles, kQuad * kSearchThreads));
+  // One flagged query should still spread over the device; their keys, over all queries, stay below 8 MiB.
+  const int64_t room = (int64_t{8} << 20) / (8 * s.k * s.batch);
   p.parts = static_cast<int>(room < 1 ? 1 : room > 64 ? 64 : room);
   p.parts = p.parts < p.num_groups ? p.parts : p.num_groups;
   p.batch = s.batch;
@@ -187,13 +201,7 @@ inline SearchPlan search_plan(const SearchShape& s) {
   const int panel_columns = sm90::kPanelBytes / bytes_of(s.scanned);
   p.scanned_pitch = ceil_div<int64_t>(s.dim, panel_columns) * panel_columns;
   p.relative = relative_error(s);
-  plan_pass(p, s, group_rows(s, selected_groups(s)));
-  // With fewer queries a pass would wait for memory, and larger groups cost less than more passes.
-  constexpr int64_t kEnough = 256;
-  const int largest = s.code_group > 0 && s.code_group < sm90::kTileRows ? s.code_group : sm90::kTileRows;
-  while (p.batch < kEnough && p.batch < s.batch && p.group < largest) {
-    plan_pass(p, s, 2 * p.group);
-  }
+  plan_pass(p, s);
   plan_scan(p, s, p.batch);
   return p;
 }
@@ -202,9 +210,10 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
   SearchArguments a{};
   static_cast<MipsTopkParams&>(a) = params;
   a.relative = p.relative;
-  a.group = p.group;
+  a.num_tiles = p.num_tiles;
   a.num_groups = p.num_groups;
   a.pitch = p.pitch;
+  a.kept = p.kept;
   a.selected = p.selected;
   a.visit_step = p.visit_step;
   a.parts = p.parts;
@@ -212,10 +221,12 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
   a.scanned = w + p.at.scanned;
   a.bounds = reinterpret_cast<QueryBound*>(w + p.at.bounds);
   a.coarse = reinterpret_cast<QuadBound*>(w + p.at.coarse);
-  a.group_max = w + p.at.group_max;
+  a.words = reinterpret_cast<uint32_t*>(w + p.at.words);
   a.quad_norm = reinterpret_cast<float*>(w + p.at.quads);
   a.quad_codes = reinterpret_cast<CodeQuad*>(w + p.at.quads);
+  a.tiles = reinterpret_cast<int32_t*>(w + p.at.tiles);
   a.chosen = reinterpret_cast<int32_t*>(w + p.at.chosen);
+  a.num_chosen = reinterpret_cast<int32_t*>(w + p.at.num_chosen);
   a.left_out = reinterpret_cast<int64_t*>(w + p.at.left_out);
   a.floor = reinterpret_cast<float*>(w + p.at.floor);
   a.candidates = reinterpret_cast<int64_t*>(w + p.at.candidates);
@@ -228,16 +239,14 @@ inline SearchArguments search_arguments(const SearchPlan& p, const MipsTopkParam
 
 inline sm90::ScanArguments scan_arguments(const SearchPlan& p, const SearchArguments& a) {
   sm90::ScanArguments scan{};
-  scan.group_max = a.group_max;
+  scan.words = a.words;
   scan.quad_norm = a.quad_norm;
   scan.row_mask = a.row_mask;
   scan.pitch = a.pitch;
   scan.num_queries = a.batch;
   scan.num_rows = a.num_rows;
-  scan.num_groups = a.num_groups;
-  scan.group = a.group;
-  scan.quad_shift = sm90::quad_shift(a.group);
   scan.query_blocks = p.query_blocks;
+  scan.cluster = p.cluster;
   scan.norm_scale = static_cast<float>(1 + (a.dim + 8) * 0x1p-23);
   scan.norm_hidden = static_cast<float>(a.dim * 0x1p-63);  // of squares below 2^-126; sqrt(D) <= D
   scan.plan = p.shared;
@@ -253,9 +262,9 @@ struct Matrix {
 inline Matrix scanned_rows(const SearchArguments& a) {
   if (a.codes != nullptr) {
     const int64_t rows = ceil_div<int64_t>(a.num_rows, a.code_group) * a.code_group;
-    return {a.codes, rows, a.dim, a.code_pitch, sm90::kTileRows};
+    return {a.codes, rows, a.dim, a.code_pitch, kTileRows};
   }
-  return {a.rows, a.num_rows, a.dim, a.row_stride, sm90::kTileRows};
+  return {a.rows, a.num_rows, a.dim, a.row_stride, kTileRows};
 }
 inline Matrix scanned_queries(const SearchArguments& a) {
   return {a.scanned, a.batch, a.scanned_pitch, a.scanned_pitch, sm90::kBlockQueries};
@@ -268,7 +277,7 @@ inline int prepare_blocks(const SearchArguments& a, int multiprocessors) {
 
 // Blocks of rescore: every query's rows.
 inline int rescore_blocks(const SearchArguments& a, int threads) {
-  return a.batch * ceil_div(a.selected * a.group, rows_of_block(threads, a.codes != nullptr));
+  return a.batch * parts_of_rescore(a.kept, a.selected, threads, a.codes != nullptr);
 }
 
 }  // namespace cuda

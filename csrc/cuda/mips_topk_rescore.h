@@ -10,6 +10,12 @@ namespace cuda {
 constexpr int kRefined = 8;  // rows a thread whose codes a block looks at, so that enough of them are left
 RK_BOTH constexpr int rows_of_block(int threads, bool codes) { return codes ? kRefined * threads : threads; }
 
+// Blocks for a query: as many groups are chosen as tiles are kept, nearly always. Where more are, blocks take
+// several shares of them.
+RK_BOTH constexpr int parts_of_rescore(int kept, int selected, int threads, bool codes) {
+  return ceil_div((kept < selected ? kept : selected) * kGroupRows, rows_of_block(threads, codes));
+}
+
 // Shared memory of rescore and repair: the query in float64 behind the keys, four numbers, then the groups
 // that a repair found, or the positions that codes left and the codes of the query.
 RK_BOTH constexpr int64_t scoring_bytes(int threads, int dim, int64_t code_pitch = 0) {
@@ -96,11 +102,9 @@ RK_DEVICE int64_t write_first(const SearchArguments& a, TopKeys<kRowKeys>& top, 
 
 // Where the rows of a query's chosen groups lie: the row at a position of their list, -1 for none.
 RK_DEVICE int row_at(const SearchArguments& a, int b, int position) {
-  const int group = a.chosen[static_cast<int64_t>(b) * a.selected + (position >> (a.group == 32   ? 5
-                                                                                  : a.group == 64 ? 6
-                                                                                                  : 7))];
-  const int64_t row = static_cast<int64_t>(group) * a.group + (position & (a.group - 1));
-  return group < 0 || row >= a.num_rows ? -1 : static_cast<int>(row);
+  const int group = a.chosen[static_cast<int64_t>(b) * a.selected + position / kGroupRows];
+  const int64_t row = static_cast<int64_t>(group) * kGroupRows + position % kGroupRows;
+  return row >= a.num_rows ? -1 : static_cast<int>(row);
 }
 
 // Of `count` rows from `first` on the keys that their codes leave possible. A warp takes 32 rows, four at a
@@ -161,8 +165,9 @@ RK_DEVICE void refine(const SearchArguments& a, int b, int first, int count, con
       const int row = row_at(a, b, first + position);
       bool may_be_first = false;
       if (row >= 0) {
-        const float* bounds = a.code_bounds + 3 * static_cast<int64_t>(row / a.code_group);
-        may_be_first = !(coarse.of_codes(mine, {bounds[0], bounds[0], bounds[2], bounds[1]}) < floor);
+        const float* bounds = bounds_of_codes(a, row);
+        const CodeQuad of_row{bounds[0], bounds[0], bounds[2], bounds[1]};
+        may_be_first = !(coarse.of_codes(to_float_up(mine), of_row) < floor);
       }
       if (may_be_first) {
         memory.listed[atomicAdd(memory.found, 1)] = position;
@@ -181,25 +186,34 @@ RK_DEVICE void refine(const SearchArguments& a, int b, int first, int count, con
 
 // Blocks score the rows of a query's chosen groups, a row a thread, or over codes those that may be among the
 // first; the last of them orders the keys, and certifies that no group left out can change the result, and no
-// row, or flags the query. Reads B m G D row bytes, with codes B m G D and few rows: the gather bounds it.
+// row, or flags the query. Reads 32 B D row bytes a chosen group, with codes 32 B D and few rows: the gather
+// bounds it. Blocks that no chosen group needs leave at once.
 template <bool kCodes>
 RK_DEVICE void rescore(const SearchArguments& a) {
   const auto threads = static_cast<int>(blockDim.x);
   const int rows = rows_of_block(threads, kCodes);
-  const int width = a.selected * a.group, blocks = ceil_div(width, rows);
-  const int b = static_cast<int>(blockIdx.x) / blocks, part = static_cast<int>(blockIdx.x) % blocks;
+  const int parts = parts_of_rescore(a.kept, a.selected, threads, kCodes);
+  const int b = static_cast<int>(blockIdx.x) / parts, part = static_cast<int>(blockIdx.x) % parts;
+  const int width = a.num_chosen[b] * kGroupRows;
+  const int shares = width > rows ? ceil_div(width, rows) : 1;
+  const int blocks = shares < parts ? shares : parts;
+  if (part >= blocks) {
+    return;
+  }
   unsigned char* memory = dynamic_shared_memory();
   TopKeys<kRowKeys> top(memory, a.k);
   auto* query = reinterpret_cast<double*>(memory + top_keys_bytes(threads, kRowKeys));
   auto* told = reinterpret_cast<int*>(query + a.dim);
   load_query(a, b, query);
-  int64_t* keys = a.candidates + static_cast<int64_t>(b) * width;
-  const int position = part * rows + static_cast<int>(threadIdx.x);
-  if constexpr (kCodes) {
-    const int first = part * rows, left = width - first;
-    refine(a, b, first, left < rows ? left : rows, query, RefineMemory(told + 4, rows), keys);
-  } else if (position < width) {
-    keys[position] = row_key(a, query, b, row_at(a, b, position));
+  int64_t* keys = a.candidates + static_cast<int64_t>(b) * a.selected * kGroupRows;
+  for (int first = part * rows; first < width; first += blocks * rows) {
+    if constexpr (kCodes) {
+      __syncthreads();  // the list of the share before is no longer read
+      const int left = width - first;
+      refine(a, b, first, left < rows ? left : rows, query, RefineMemory(told + 4, rows), keys);
+    } else if (const int position = first + static_cast<int>(threadIdx.x); position < width) {
+      keys[position] = row_key(a, query, b, row_at(a, b, position));
+    }
   }
   if (!is_last_block(a, b, blocks, told)) {
     return;
@@ -211,10 +225,10 @@ RK_DEVICE void rescore(const SearchArguments& a) {
     // is below every value: too few rows were found, and any group left out may hold one.
     const bool above = high_of(left) > high_of(last);
     const bool before =
-        high_of(left) == high_of(last) && static_cast<int64_t>(index_of(left)) * a.group < index_of(last);
+        high_of(left) == high_of(last) && static_cast<int64_t>(index_of(left)) * kGroupRows < index_of(last);
     a.kth[b] = last;
     // Rows that cannot reach the floor were not scored: that was right if k rows did reach it.
-    const bool unread = kCodes && value_of(last) < a.floor[b];
+    const bool unread = value_of(last) < a.floor[b];
     if ((left != kNothing && (above || before)) || unread) {
       a.flagged[atomicAdd(a.arrived + a.batch, 1)] = b;
       atomicAdd(a.repairs, 1ull);
@@ -251,17 +265,19 @@ RK_DEVICE void repair(const SearchArguments& a) {
       }
       __syncthreads();
       const int group = first + static_cast<int>(threadIdx.x);
-      const float bound = group < end ? group_bound(a, q, b, group) : -infinity();
+      const float bound =
+          group < end ? group_bound(a, q, word_of(a, b, group / kTileGroups), group) : -infinity();
       if (bound >= tau && bound > -infinity()) {
         groups[atomicAdd(found, 1)] = group;
       }
       __syncthreads();
-      const int64_t rows = static_cast<int64_t>(*found) * a.group;
+      const int64_t rows = static_cast<int64_t>(*found) * kGroupRows;
       for (int64_t start = 0; start < rows; start += threads) {
         const int64_t place = start + static_cast<int64_t>(threadIdx.x);
         int64_t key = kNothing;
         if (place < rows) {
-          const int64_t row = static_cast<int64_t>(groups[place / a.group]) * a.group + place % a.group;
+          const int64_t row =
+              static_cast<int64_t>(groups[place / kGroupRows]) * kGroupRows + place % kGroupRows;
           key = row < a.num_rows ? row_key(a, query, b, static_cast<int>(row)) : kNothing;
         }
         top.offer(key >= last ? key : kNothing);  // behind the k-th so far nothing can come in

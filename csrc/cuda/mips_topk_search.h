@@ -11,14 +11,16 @@
 namespace realm_kernels {
 namespace cuda {
 
-// The caller's arguments, the plan, and the arrays of the workspace. G rows of a group, m groups rescored.
+// The caller's arguments, the plan, and the arrays of the workspace. Of T tiles t are kept for a query, and
+// of their groups at most m rescored.
 struct SearchArguments : MipsTopkParams {
   // Bound of |s~ - q^.x| / (|q^| |x|); with codes, of what a float64 sum of D products may lose.
   double relative;
-  int group, num_groups;
-  int64_t pitch;          // of group_max, in groups
+  int num_tiles, num_groups;
+  int64_t pitch;          // of words
+  int kept;               // t
   int selected;           // m
-  int visit_step;         // order of the groups: coprime to how many rounds select makes
+  int visit_step;         // order of the tiles: coprime to how many rounds select makes
   int parts;              // blocks that share a query's repair
   int64_t scanned_pitch;  // of the scanned queries, in elements
 
@@ -26,13 +28,15 @@ struct SearchArguments : MipsTopkParams {
   void* scanned;         // [B, scanned_pitch] queries in scan precision, zero beyond D
   QueryBound* bounds;    // [B]
   QuadBound* coarse;     // [B] the same for quads
-  void* group_max;       // [B, pitch] float32, with codes int32
-  float* quad_norm;      // [N / 4 G] largest norm of the rows of four groups; unused with codes
-  CodeQuad* quad_codes;  // [N / 4 G] with codes
-  int32_t* chosen;       // [B, m] groups, -1 where there are fewer
-  int64_t* left_out;     // [B] key of (U, group) of the best group not chosen
-  float* floor;          // [B] with codes: what k rows score at least, as far as the chosen groups tell
-  int64_t* candidates;   // [B, m * G] keys of (score, row)
+  uint32_t* words;       // [B, pitch] maxima of a tile's groups
+  float* quad_norm;      // [T / 4] largest norm of the rows of four tiles; unused with codes
+  CodeQuad* quad_codes;  // [T / 4] with codes
+  int32_t* tiles;        // [B, t] that were kept, -1 where there are fewer
+  int32_t* chosen;       // [B, m] groups
+  int32_t* num_chosen;   // [B]
+  int64_t* left_out;     // [B] key of (U, group) of the best group that may matter and was not chosen
+  float* floor;          // [B] what k rows score at least, as far as the kept tiles tell
+  int64_t* candidates;   // [B, m * 32] keys of (score, row)
   int64_t* kth;          // [B] key of the k-th row
   int64_t* repaired;     // [B, parts, k] keys
   int32_t* flagged;      // [B], the first num_flagged are queries to repair
@@ -68,17 +72,24 @@ constexpr double kSmallest = 0x1p-126;  // below it hardware may flush
 constexpr double kSmallestStep = 0x1p-60;
 constexpr double kUp = 1 + 0x1p-40;  // what the float64 sums and products below may have lost
 
+// Step, residual norm, code norm.
+RK_DEVICE const float* bounds_of_codes(const SearchArguments& a, int64_t row) {
+  return a.code_bounds + 3 * (row / a.code_group);
+}
+
 // Quads are made ready for the scan: norms at 0, which it raises, or what select needs of the codes.
 RK_DEVICE void prepare_quads(const SearchArguments& a) {
-  const int quads = ceil_div(a.num_groups, kQuad), step = static_cast<int>(gridDim.x * blockDim.x);
+  const int quads = ceil_div(a.num_tiles, kQuad), step = static_cast<int>(gridDim.x * blockDim.x);
+  const int rows = a.code_group < kTileRows ? a.code_group : kTileRows;  // that have the same bounds
   for (int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < quads; i += step) {
     if (a.mean == nullptr) {
       a.quad_norm[i] = 0.0f;
       continue;
     }
     CodeQuad quad{infinity(), 0.0f, 0.0f, 0.0f};
-    for (int group = kQuad * i; group < kQuad * (i + 1) && group < a.num_groups; ++group) {
-      const float* of_codes = a.code_bounds + 3 * (static_cast<int64_t>(group) * a.group / a.code_group);
+    const int end = i + 1 < quads ? (i + 1) << kQuadShift : a.num_rows;
+    for (int row = i << kQuadShift; row < end; row += rows) {
+      const float* of_codes = bounds_of_codes(a, row);
       quad = {fminf(quad.least_step, of_codes[0]), fmaxf(quad.step, of_codes[0]),
               fmaxf(quad.norm, of_codes[2]), fmaxf(quad.residual, of_codes[1])};
     }
@@ -166,28 +177,70 @@ RK_DEVICE void prepare(const SearchArguments& a, bool is_float16) {
   }
 }
 
-// U of a group, from what the scan left.
-RK_DEVICE float group_bound(const SearchArguments& a, const QueryBound& q, int b, int group) {
-  const int64_t place = b * a.pitch + group;
+// U of a group, from the word of its tile.
+RK_DEVICE float group_bound(const SearchArguments& a, const QueryBound& q, uint32_t word, int group) {
+  const bool has_row = maximum_of(word) != -infinity();
+  const double product = maximum_of(word, group % kTileGroups);
+  const int64_t row = static_cast<int64_t>(group) * kGroupRows;
   if (a.mean != nullptr) {
-    const int32_t product = static_cast<const int32_t*>(a.group_max)[place];
-    const float* of_codes = a.code_bounds + 3 * (static_cast<int64_t>(group) * a.group / a.code_group);
-    return upper_bound(q, product, product != INT32_MIN, of_codes[0], of_codes[2], of_codes[1]);
+    const float* of_codes = bounds_of_codes(a, row);
+    return upper_bound(q, product, has_row, of_codes[0], of_codes[2], of_codes[1]);
   }
-  const float product = static_cast<const float*>(a.group_max)[place];
-  return upper_bound(q, product, product != -infinity(), 1.0, a.quad_norm[group / kQuad], 0.0);
+  return upper_bound(q, product, has_row, 1.0, a.quad_norm[row >> kQuadShift], 0.0);
 }
 
-RK_DEVICE int largest(int a, int b) { return a > b ? a : b; }
+RK_DEVICE uint32_t word_of(const SearchArguments& a, int b, int tile) { return a.words[b * a.pitch + tile]; }
 
-// What select reads of a quad: four maxima, as bits, and what bounds their error.
+// The largest U of the groups of a tile. Of rows as they are all groups have one error.
+template <bool kCodes>
+RK_DEVICE float tile_bound(const SearchArguments& a, const QueryBound& q, uint32_t word, int tile) {
+  if constexpr (!kCodes) {
+    const float maximum = maximum_of(word);
+    return upper_bound(q, maximum, maximum != -infinity(), 1.0, a.quad_norm[tile / kQuad], 0.0);
+  }
+  float bound = -infinity();
+#pragma unroll 1
+  for (int group = tile * kTileGroups; group < (tile + 1) * kTileGroups && group < a.num_groups; ++group) {
+    bound = fmaxf(bound, group_bound(a, q, word, group));
+  }
+  return bound;
+}
+
+// What the best row of a tile scores at least, if it may be returned; -inf where that is not known. It lies
+// in one of the groups whose maximum may be the tile's.
+RK_DEVICE float lower_bound(const SearchArguments& a, const QueryBound& q, uint32_t word, int tile) {
+  if (maximum_of(word) == -infinity()) {
+    return -infinity();
+  }
+  float least = infinity();
+#pragma unroll 1
+  for (int group = tile * kTileGroups; group < (tile + 1) * kTileGroups && group < a.num_groups; ++group) {
+    if (maximum_of(word, group % kTileGroups) == maximum_of(word)) {
+      const int64_t row = static_cast<int64_t>(group) * kGroupRows;
+      double scale = 1.0, error = q.own;
+      if (a.mean != nullptr) {
+        const float* of_codes = bounds_of_codes(a, row);
+        scale = of_codes[0];
+        error += q.of_norm * of_codes[2] + q.of_residual * of_codes[1];
+      } else {
+        error += q.of_norm * a.quad_norm[row >> kQuadShift];
+      }
+      const double score = q.shift + q.factor * scale * least_maximum_of(word);
+      const float bound = error < kOverflow ? round_down_to_float(score - error) + 0.0f : -infinity();
+      least = fminf(least, bound);
+    }
+  }
+  return least < infinity() ? least : -infinity();
+}
+
+// What select reads of a quad: four words, and what bounds their error.
 template <bool kCodes>
 struct Quad {
-  Vector16 maxima;
+  Vector16 words;
   std::conditional_t<kCodes, CodeQuad, float> of_rows;
 
   RK_DEVICE void load(const SearchArguments& a, int b, int quad) {
-    maxima = static_cast<const Vector16*>(a.group_max)[b * (a.pitch / kQuad) + quad];
+    words = reinterpret_cast<const Vector16*>(a.words)[b * (a.pitch / kQuad) + quad];
     if constexpr (kCodes) {
       of_rows = a.quad_codes[quad];
     } else {
@@ -195,57 +248,79 @@ struct Quad {
     }
   }
   RK_DEVICE float bound(const QuadBound& q) const {
-    const uint32_t* m = maxima.words;
+    const uint32_t* w = words.words;
+    const float maximum =
+        fmaxf(fmaxf(maximum_of(w[0]), maximum_of(w[1])), fmaxf(maximum_of(w[2]), maximum_of(w[3])));
     if constexpr (kCodes) {
-      return q.of_codes(largest(largest(m[0], m[1]), largest(m[2], m[3])), of_rows);
+      return q.of_codes(maximum, of_rows);
     } else {
-      return q.of_rows(fmaxf(fmaxf(__uint_as_float(m[0]), __uint_as_float(m[1])),
-                             fmaxf(__uint_as_float(m[2]), __uint_as_float(m[3]))),
-                       of_rows);
+      return q.of_rows(maximum, of_rows);
     }
   }
 };
 
-// What the best row of a group scores at least, if it may be returned; -inf where that is not known.
-RK_DEVICE float lower_bound(const SearchArguments& a, const QueryBound& q, int b, int group) {
-  const int32_t product = static_cast<const int32_t*>(a.group_max)[b * a.pitch + group];
-  const float* of_codes = a.code_bounds + 3 * (static_cast<int64_t>(group) * a.group / a.code_group);
-  const double error = q.of_norm * of_codes[2] + q.of_residual * of_codes[1] + q.own;
-  const double score = q.shift + q.factor * of_codes[0] * product;
-  return product != INT32_MIN && error < kOverflow ? round_down_to_float(score - error) + 0.0f : -infinity();
-}
-
-// The floor of a query: of the chosen groups, the least of the k + E best lower bounds. Rows that cannot
-// reach it need not be read; whether k rows did reach it rescore sees for itself.
-RK_DEVICE void find_floor(const SearchArguments& a, const QueryBound& q, int b, int chosen) {
+// The floor of a query: of the kept tiles, the least of the k + E best lower bounds. Groups and rows that
+// cannot reach it need not be read; whether k rows did reach it rescore sees for itself.
+RK_DEVICE float find_floor(const SearchArguments& a, const QueryBound& q, int b, const int32_t* tiles) {
   const int threads = static_cast<int>(blockDim.x), keep = a.k + a.num_excluded;
-  __syncthreads();  // the keys of the selection are no longer read
-  TopKeys<kGroupKeys> top(dynamic_shared_memory(), keep < a.selected ? keep : a.selected);
-  for (int first = 0; first < a.selected; first += threads) {
+  if (keep > a.kept) {
+    return -infinity();
+  }
+  TopKeys<kGroupKeys> top(dynamic_shared_memory(), keep);
+  for (int first = 0; first < a.kept; first += threads) {
     const int i = first + static_cast<int>(threadIdx.x);
-    const int group = i < a.selected ? a.chosen[static_cast<int64_t>(b) * a.selected + i] : -1;
-    const float bound = group >= 0 ? lower_bound(a, q, b, group) : -infinity();
-    top.offer(bound > -infinity() ? key_of(bound, group) : kNothing);
+    const int tile = i < a.kept ? tiles[i] : -1;
+    const float bound = tile >= 0 ? lower_bound(a, q, word_of(a, b, tile), tile) : -infinity();
+    top.offer(bound > -infinity() ? key_of(bound, tile) : kNothing);
     top.end_round();
   }
   const int found = top.finish();
   const int64_t least = top.smallest(found);
-  if (threadIdx.x == 0) {
-    a.floor[b] = found == keep && keep <= chosen ? value_of(least) : -infinity();
-  }
+  return found == keep ? value_of(least) : -infinity();
 }
 
-// A block chooses the m groups of one query with the largest U; ties go to the smaller group. Few quads reach
-// the floor: of the others nothing more is computed. Visits come in a scattered order, so that a sorted table
-// does not fill the buffer visit after visit. Reads 5 N / G bytes, with codes 8.
+// Of the kept tiles the groups that may reach the floor, the m with the largest U; returns the best of what
+// is left.
+RK_DEVICE int64_t choose_groups(const SearchArguments& a, const QueryBound& q, int b, const int32_t* tiles,
+                                float floor) {
+  const int threads = static_cast<int>(blockDim.x);
+  TopKeys<kGroupKeys> top(dynamic_shared_memory(), a.selected + 1);  // and the best of those left out
+  for (int first = 0; first < a.kept; first += threads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int tile = i < a.kept ? tiles[i] : -1;
+    const uint32_t word = tile >= 0 ? word_of(a, b, tile) : 0;
+#pragma unroll 1
+    for (int j = 0; j < kTileGroups; ++j) {
+      const int group = tile * kTileGroups + j;
+      const float bound = tile >= 0 && group < a.num_groups ? group_bound(a, q, word, group) : -infinity();
+      top.offer(bound > -infinity() && bound >= floor ? key_of(bound, group) : kNothing);
+    }
+    top.end_round();
+  }
+  const int count = top.finish();
+  const int64_t left = count > a.selected ? top.smallest(count) : kNothing;
+  for (int i = static_cast<int>(threadIdx.x); i < a.selected && i < count; i += threads) {
+    const int64_t key = top.keys()[i] != left ? top.keys()[i] : top.keys()[a.selected];
+    a.chosen[static_cast<int64_t>(b) * a.selected + i] = index_of(key);
+  }
+  if (threadIdx.x == 0) {
+    a.num_chosen[b] = count < a.selected ? count : a.selected;
+  }
+  return left;
+}
+
+// A block keeps the t tiles of one query with the largest U; ties go to the smaller tile. Few quads reach the
+// floor of that selection: of the others nothing more is computed. Visits come in a scattered order, so that
+// a sorted table does not fill the buffer visit after visit. Reads 5 T bytes, with codes 8. Then it chooses
+// from the groups of these tiles.
 template <bool kCodes>
 RK_DEVICE void select(const SearchArguments& a) {
-  constexpr int kVisits = 4;  // of quads whose maxima a thread has under way at once
+  constexpr int kVisits = 4;  // of quads whose words a thread has under way at once
   const int b = static_cast<int>(blockIdx.x), threads = static_cast<int>(blockDim.x);
-  TopKeys<kGroupKeys> top(dynamic_shared_memory(), a.selected + 1);  // and the best of those left out
+  TopKeys<kGroupKeys> top(dynamic_shared_memory(), a.kept + 1);  // and the best of those left out
   const QueryBound q = a.bounds[b];
   const QuadBound coarse = a.coarse[b];
-  const int quads = ceil_div(a.num_groups, kQuad);
+  const int quads = ceil_div(a.num_tiles, kQuad);
   const int visits = q.of_norm == q.of_norm ? ceil_div(quads, threads) : 0;  // none for a NaN query
   int at = 0;
   for (int first = 0; first < visits; first += kVisits) {
@@ -266,27 +341,29 @@ RK_DEVICE void select(const SearchArguments& a) {
       if (__any_sync(0xFFFFFFFFu, may_enter)) {
 #pragma unroll 1
         for (int j = 0; j < kQuad; ++j) {
-          const int group = quad[i] * kQuad + j;
-          const float bound = may_enter && group < a.num_groups ? group_bound(a, q, b, group) : -infinity();
-          top.offer(bound > -infinity() ? key_of(bound, group) : kNothing);
+          const int tile = quad[i] * kQuad + j;
+          const float bound = may_enter && tile < a.num_tiles
+                                  ? tile_bound<kCodes>(a, q, word_of(a, b, tile), tile)
+                                  : -infinity();
+          top.offer(bound > -infinity() ? key_of(bound, tile * kTileGroups) : kNothing);
         }
       }
       top.end_round();
     }
   }
   const int count = top.finish();
-  const int64_t left = count > a.selected ? top.smallest(count) : kNothing;
-  for (int i = static_cast<int>(threadIdx.x); i < a.selected; i += threads) {
-    const int64_t key = i >= count              ? kNothing
-                        : top.keys()[i] != left ? top.keys()[i]
-                                                : top.keys()[a.selected];
-    a.chosen[static_cast<int64_t>(b) * a.selected + i] = key != kNothing ? index_of(key) : -1;
+  const int64_t left = count > a.kept ? top.smallest(count) : kNothing;
+  int32_t* tiles = a.tiles + static_cast<int64_t>(b) * a.kept;
+  for (int i = static_cast<int>(threadIdx.x); i < a.kept; i += threads) {
+    const int64_t key = i >= count ? kNothing : top.keys()[i] != left ? top.keys()[i] : top.keys()[a.kept];
+    tiles[i] = key != kNothing ? index_of(key) / kTileGroups : -1;
   }
+  __syncthreads();
+  const float floor = find_floor(a, q, b, tiles);
+  const int64_t group_left = choose_groups(a, q, b, tiles, floor);
   if (threadIdx.x == 0) {
-    a.left_out[b] = left;
-  }
-  if constexpr (kCodes) {
-    find_floor(a, q, b, count);
+    a.left_out[b] = Largest{}(left, group_left);
+    a.floor[b] = floor;
   }
 }
 

@@ -17,8 +17,10 @@ from .inputs import IGNORE, Corpus, Documents, Statements, trivial
 from .masking import mask_statements, without
 from .model import Realm, embed_all
 from .objectives import fresh_scores, retrieve
+from .ranks import ALONE, Ranks
 
 RECALL_AT = (1, 5, 20)
+AT_ONCE = 100  # statements
 
 
 @dataclass(frozen=True)
@@ -55,25 +57,33 @@ class Reading:
     predictions: Tensor  # int64 [B, M], by the marginal
 
 
-def build_table(model: Realm, documents: Documents, asking: Statements | None = None) -> rk.ShardedTable:
-    """The index by the encoder as it is now; documents lack the statements `asking` that stand in them."""
+def build_table(
+    model: Realm, documents: Documents, asking: Statements | None = None, ranks: Ranks = ALONE
+) -> rk.ShardedTable | rk.DistributedTable:
+    """The index by the encoder as it is now; documents lack the statements `asking` that stand in them.
+
+    Of several ranks each embeds and holds its part of the documents.
+    """
     training = model.training
     model.eval()
-    rows = torch.cat(list(embed_all(model.retriever, documents)))
-    asking = asking if asking is None else asking[asking.origin >= 0]
+    mine = torch.arange(documents.num_documents)[ranks.part(documents.num_documents)]
+    rows = torch.cat(list(embed_all(model.retriever, documents, mine)))
+    asking = asking if asking is None else asking[(asking.origin >= 0) & torch.isin(asking.fact, mine)]
     if asking is not None and len(asking):
         rest = without(documents.read(asking.fact), asking)
         with torch.no_grad():
-            rows[asking.fact] = model.retriever.documents(*documents.inputs(asking.fact, rest))
+            embedded = model.retriever.documents(*documents.inputs(asking.fact, rest))
+            rows[asking.fact - mine[0]] = embedded
     model.train(training)
-    return rk.ShardedTable.from_tensors([rows])
+    local = rk.ShardedTable.from_tensors([rows])
+    return local if ranks.size == 1 else rk.DistributedTable.from_local(local, ranks.group)
 
 
 @torch.no_grad()
 def read(
     model: Realm,
     corpus: Corpus,
-    table: rk.ShardedTable,
+    table: rk.ShardedTable | rk.DistributedTable,
     masked: tuple[Tensor, Tensor, Tensor | None],
     config: RealmConfig,
     mode: str | None = None,
@@ -103,42 +113,75 @@ def read(
 
 
 @torch.no_grad()
-def evaluate(model: Realm, corpus: Corpus, config: RealmConfig, statements: Statements) -> Evaluation:
+def evaluate(
+    model: Realm, corpus: Corpus, config: RealmConfig, statements: Statements, ranks: Ranks = ALONE
+) -> Evaluation:
     """Objects of the statements masked, over all documents of the corpus, with a fresh index.
 
     A statement that stands in a document looks for that document without it (recall), and is read beside
-    other documents (the rest).
+    other documents (the rest). Several ranks call this together: each takes its share of the statements, and
+    all return the same, which is what one returns up to the rounding of sums.
     """
     model.eval()
-    table = build_table(model, corpus.documents, statements)
-    unused = torch.Generator()  # salient masks draw nothing
-    totals = dict.fromkeys(["utility", "gain", "right", "tokens", "log_marginal"], 0.0)
-    hits = dict.fromkeys(RECALL_AT, 0.0)
-    # A tensor of nothing is split into one part of nothing, which no encoder takes.
-    for rows in torch.arange(len(statements)).split(100) if len(statements) else ():
-        batch = statements[rows]
-        masked = mask_statements(batch, "salient", unused)
-        exclude = trivial(corpus.documents, batch)
-        copies = exclude.masked_fill(exclude == batch.fact[:, None], -1)
-        queries = model.retriever.queries(masked[0])
-        k = min(max(RECALL_AT), table.num_rows)
-        top = rk.mips_topk(queries, table, k, exclude=copies.to(queries.device)).indices.cpu()
-        for k in RECALL_AT:
-            hits[k] += (top[:, :k] == batch.fact[:, None]).any(1).sum().item()
-        reading = read(model, corpus, table, masked, config, exclude=exclude)
-        log_top = (reading.log_likelihood[:, 1] * reading.token_mask).sum(1).cpu()
-        totals["utility"] += reading.posterior.utility[:, 1].sum().item()
-        if corpus.objects_per_fact is not None:
-            totals["gain"] += (log_top + corpus.objects_per_fact[batch.fact].log()).sum().item()
-        totals["right"] += (reading.predictions.cpu() == masked[2]).sum().item()
-        totals["tokens"] += reading.token_mask.sum().item()
-        totals["log_marginal"] += reading.posterior.log_marginal.sum().item()
+    table = build_table(model, corpus.documents, statements, ranks)
+    sums = _Sums()
+    if len(statements):
+        mine = torch.arange(len(statements))[ranks.part(len(statements))]
+        # All search together, in as many rounds each; a rank without a statement asks another's, uncounted.
+        rounds = -(-len(statements) // (AT_ONCE * ranks.size))
+        for rows in (mine if len(mine) else torch.zeros(1, dtype=torch.int64)).tensor_split(rounds):
+            found = _ask(model, corpus, config, table, statements[rows])
+            if len(mine):
+                sums.add(found)
+    if ranks.size > 1:
+        ranks.sum_(sums.values)
     model.train()
-    n = max(len(statements), 1)
-    return Evaluation(
-        recall={k: hits[k] / n for k in RECALL_AT},
-        utility=totals["utility"] / n,
-        gain=None if corpus.objects_per_fact is None else totals["gain"] / n,
-        accuracy=totals["right"] / max(totals["tokens"], 1),
-        log_marginal=totals["log_marginal"] / n,
-    )
+    return sums.means(len(statements), corpus.objects_per_fact is not None)
+
+
+class _Sums:
+    """Sums over statements, float64: hits at each k, utility, gain, right wordpieces, wordpieces, log p."""
+
+    def __init__(self) -> None:
+        self.values = torch.zeros(len(RECALL_AT) + 5, dtype=torch.float64)
+
+    def add(self, sums: list[Tensor]) -> None:
+        self.values += torch.stack([value.detach().cpu().double() for value in sums])
+
+    def means(self, count: int, is_gain_known: bool) -> Evaluation:
+        count = max(count, 1)
+        *hits, utility, gain, right, wordpieces, log_marginal = self.values.tolist()
+        return Evaluation(
+            recall={k: hit / count for k, hit in zip(RECALL_AT, hits, strict=True)},
+            utility=utility / count,
+            gain=gain / count if is_gain_known else None,
+            accuracy=right / max(wordpieces, 1),
+            log_marginal=log_marginal / count,
+        )
+
+
+def _ask(
+    model: Realm,
+    corpus: Corpus,
+    config: RealmConfig,
+    table: rk.ShardedTable | rk.DistributedTable,
+    batch: Statements,
+) -> list[Tensor]:
+    """What _Sums adds up, of a batch of statements."""
+    masked = mask_statements(batch, "salient", torch.Generator())  # salient masks draw nothing
+    exclude = trivial(corpus.documents, batch)
+    copies = exclude.masked_fill(exclude == batch.fact[:, None], -1)
+    queries = model.retriever.queries(masked[0])
+    k = min(max(RECALL_AT), corpus.documents.num_documents)
+    top = rk.mips_topk(queries, table, k, exclude=copies.to(queries.device)).indices.cpu()
+    hits = [(top[:, :k] == batch.fact[:, None]).any(1).sum() for k in RECALL_AT]
+    reading = read(model, corpus, table, masked, config, exclude=exclude)
+    utility = reading.posterior.utility
+    assert utility is not None  # read() names the null document
+    gain = torch.zeros(())
+    if corpus.objects_per_fact is not None:
+        log_top = (reading.log_likelihood[:, 1] * reading.token_mask).sum(1).cpu()
+        gain = (log_top + corpus.objects_per_fact[batch.fact].log()).sum()
+    right = (reading.predictions.cpu() == masked[2]).sum()
+    log_marginal = reading.posterior.log_marginal.sum()
+    return [*hits, utility[:, 1].sum(), gain, right, reading.token_mask.sum(), log_marginal]

@@ -32,7 +32,7 @@ def use_threads(count: int) -> None:
 
 def device_named(name: str) -> torch.device:
     """ "cpu"; "cuda", the GPU of this rank's place on its machine (torchrun's LOCAL_RANK), else the first;
-    "auto", that GPU where torch sees one and the CPU otherwise.
+    "auto", that GPU where torch sees one and the CPU otherwise. A GPU computes by repeatable() from then on.
 
     Raises ValueError for "cuda" where torch sees no GPU, or fewer than there are ranks.
     """
@@ -46,5 +46,19 @@ def device_named(name: str) -> torch.device:
     place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if place >= count:
         raise ValueError(f"device cuda needs a GPU for each rank of a machine, got {count} for rank {place}")
+    repeatable()
     torch.cuda.set_device(place)
     return torch.device("cuda", place)
+
+
+def repeatable() -> None:
+    """Have torch sum in a fixed order on a GPU, so that a resumed run has the losses of an undisturbed one.
+
+    Left to itself the backward of attention with a mask adds up as its blocks end. What has no such form
+    warns, and goes on. To be called before the GPU is used.
+    """
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # what torch asks for; read with the first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # that mode's own, of no use here

@@ -146,7 +146,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         corpus, config = self.setting.corpus, self.setting.config
-        return evaluate(self.model, corpus, config.marginal, corpus.held_out)
+        return evaluate(self.model, corpus, config.marginal, corpus.held_out, self.ranks)
 
     def close(self) -> None:
         if self.stage is not None:
@@ -196,8 +196,8 @@ def pretrain(
     fresh: drop the run that it holds, once this one can begin.
 
     Writes config.json, metrics.jsonl (a line for each step and each evaluation) and checkpoints/. `report`
-    sees each line. In a process group all ranks call it: they train together, but for those that embed the
-    documents (builders.py), and rank 0 alone evaluates, writes and reports.
+    sees each line. In a process group all ranks call it: they train and evaluate together, but for those that
+    embed the documents (builders.py), and rank 0 alone writes and reports.
 
     Raises ValueError for data that are missing, batches that the ranks cannot share, a folder that is another
     run's or a damaged checkpoint, OSError where the folder cannot be written, and LostRankError.
@@ -256,8 +256,7 @@ def _run(
             report(record)
 
     def evaluate() -> None:
-        if log is not None:
-            write(_evaluation_record(trainer, started))
+        write(_evaluation_record(trainer, started))
 
     def commit() -> None:
         if log is None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from .config import WorldConfig
 
+SUBJECTS = 3000  # names that are made up; a world draws its own of them
 FILLERS = (
     "Little else is told about [X].",
     "Many records in the archive mention [X].",
@@ -81,7 +82,9 @@ class World:
 
 
 def load_source(folder: Path) -> Source:
-    """Names, objects and patterns of a folder with facts.jsonl and patterns.jsonl."""
+    """Names, objects and patterns of a folder with facts.jsonl (subject, relation, object) and patterns.jsonl
+    (relation, pattern with [X] for the subject and [Y] for the object).
+    """
     facts, patterns = _read_jsonl(folder / "facts.jsonl"), _read_jsonl(folder / "patterns.jsonl")
     objects: dict[str, Counter[str]] = defaultdict(Counter)
     for fact in facts:
@@ -97,7 +100,7 @@ def load_source(folder: Path) -> Source:
     return Source(subjects, ordered, dict(by_relation))
 
 
-def generate_source(subjects: int = 3000) -> Source:
+def generate_source() -> Source:
     """Names, objects and patterns made here; the same ones every time, as a world has its own seed."""
     data = json.loads(resources.files("realm_model").joinpath("generated.json").read_text(encoding="utf-8"))
     rng = random.Random(0)
@@ -107,7 +110,7 @@ def generate_source(subjects: int = 3000) -> Source:
         return ("".join(syllables) + rng.choice(data["name_endings"])).capitalize()
 
     names: dict[str, None] = {}
-    while len(names) < subjects:
+    while len(names) < SUBJECTS:
         names[f"{word()} {word()}"] = None
     objects = {relation: data["pools"][pool] for relation, (pool, _) in data["relations"].items()}
     patterns = {relation: list(lines) for relation, (_, lines) in data["relations"].items()}

@@ -32,6 +32,8 @@ def check(problem: Problem, reduction: str, *, least_documents: int = 1, least_w
         check_tensor(OP, "bias", bias, "[V]", (weight.shape[0],), (hidden.dtype,), device)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{OP}: ignore_index must be an int, got {describe(ignore_index)}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{OP}: ignore_index must be an int64, in [-2**63, 2**63), got {ignore_index}")
     if isinstance(min_posterior, bool) or not isinstance(min_posterior, (int, float)):
         raise TypeError(f"{OP}: min_posterior must be a float, got {describe(min_posterior)}")
     if not 0.0 <= min_posterior <= 1.0:

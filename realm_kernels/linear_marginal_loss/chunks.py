@@ -10,8 +10,8 @@ from .products import takes_narrow_operands
 
 WORKSPACE_BYTES = 256 << 20
 # On a CPU a chunk's exponentials should come back from a cache that others use too. But each chunk reads and
-# writes the sum of d_weight, so it has LEAST_ROWS even where they do not. Above CACHE_ROWS a block's gradients
-# outgrow a second-level cache.
+# writes the sum of d_weight, so it has LEAST_ROWS even where they do not. Above CACHE_ROWS the gradients of a
+# block outgrow a second-level cache.
 CACHE_BYTES, CACHE_ROWS = 8 << 20, 640
 LEAST_BYTES, LEAST_ROWS = 32 << 20, 256
 ALIGNMENT = 8  # examples: chunks of a multiple keep the pitch of the logits a multiple of 16 bytes

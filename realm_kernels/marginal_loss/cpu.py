@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import native
-from ..backends import Backend, forced_variant
+from ..backends import Backend, forced_backend, forced_variant
 from ..validation import dtype_name
 from .checks import DTYPES
 from .problem import Problem
@@ -18,6 +20,12 @@ def refuses(problem: Problem) -> str | None:
     if native.cpu is None:
         return native.cpu_missing
     return None
+
+
+def serves_tensors_here() -> bool:
+    """What choosing a backend comes to for tensors that are on the CPU."""
+    forced = forced_backend()
+    return native.cpu is not None and (forced is None or forced.startswith("cpu"))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,41 +45,57 @@ def pointer(tensor: Tensor | None) -> int:
 _NAMES = {dtype: dtype_name(dtype) for dtype in DTYPES}
 
 
+# The numbers by which C++ knows them (csrc/cpu/marginal_loss.h).
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}
+# empty_like takes half the time of empty.
+_SCALARS = {dtype: torch.empty((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
 def array(tensor: Tensor | None) -> tuple[int, str]:
     return (0, "float32") if tensor is None else (tensor.data_ptr(), _NAMES[tensor.dtype])
 
 
-Kept = tuple[Tensor | None, Tensor | None]
+# Log-likelihoods from which on finding things again costs more than memory for them.
+LEAST_TO_KEEP = 2048
 
 
-def room_to_keep(problem: Problem, needs_scores: bool, needs_log_likelihood: bool) -> Kept:
-    """Where the forward leaves r [B, K] and the posterior, [B, K] or [B, K, M] in mode "token", for the
-    backward, which then scales them. A backward without them finds them again from the inputs."""
-    dtype, scores = problem.loss_dtype, problem.scores
-    columns = problem.log_likelihood if problem.mode == "token" else scores
-    return (
-        _room_like(scores, dtype) if needs_scores else None,
-        _room_like(columns, dtype) if needs_log_likelihood else None,
-    )
+def room_to_keep(problem: Problem, needs_scores: bool, needs_log_likelihood: bool) -> Sequence[Tensor | None]:
+    """Where the forward leaves what the backward would have to find again: r and posterior, [B, K] each, or
+    four numbers a token, where each draws a document."""
+    scores, log_likelihood = problem.scores, problem.log_likelihood
+    if log_likelihood.numel() < LEAST_TO_KEEP:
+        return ()
+    tokens = log_likelihood.shape[2] if log_likelihood.dim() == 3 else 1
+    if problem.mode == "token" and tokens > 1:
+        return None, None, torch.empty(scores.shape[0], 4, (tokens + 7) // 8 * 8, dtype=torch.float64)
+    dtype = problem.loss_dtype
+    residual = _room_like(scores, dtype) if needs_scores else None
+    return residual, _room_like(scores, dtype) if needs_log_likelihood else None, None
 
 
-def forward(problem: Problem, reduction: str, *, kept: Kept = (None, None)) -> tuple[Tensor, Tensor | int]:
+def forward(
+    problem: Problem, reduction: str, *, kept: Sequence[Tensor | None] = ()
+) -> tuple[Tensor, Tensor | int]:
     """The loss and what it counts: per example in a tensor, of all examples as a number, where the caller who
-    needs a tensor makes one."""
+    needs a tensor makes one. kept: of room_to_keep, or nothing."""
     assert native.cpu is not None
-    count = None
+    count, dtype = None, problem.loss_dtype
     if reduction == "none":
-        loss = torch.empty(problem.scores.shape[:1], dtype=problem.loss_dtype)
-        count = torch.empty(problem.scores.shape[:1], dtype=torch.int64)
+        loss = torch.empty(problem.scores.shape[0], dtype=dtype)
+        count = torch.empty(problem.scores.shape[0], dtype=torch.int64)
     else:
-        loss = torch.empty((), dtype=problem.loss_dtype)
-    problem = _in_rows(problem)
+        loss = torch.empty_like(_SCALARS[dtype])
+    _held, inputs = _inputs(problem)
     total = native.cpu.marginal_loss_fwd(
-        *_inputs(problem),
-        reduction,
-        array(loss),
+        *inputs,
+        _REDUCTIONS[reduction],
+        loss.data_ptr(),
+        dtype is torch.float64,
         pointer(count),
-        (pointer(kept[0]), pointer(kept[1])),
+        [pointer(x) for x in kept] if kept else None,
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -85,7 +109,7 @@ def backward(
     needs_scores: bool,
     needs_log_likelihood: bool,
     *,
-    kept: Kept = (None, None),
+    kept: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor]:
     assert native.cpu is not None
     dtype, log_likelihood = problem.loss_dtype, problem.log_likelihood
@@ -96,15 +120,16 @@ def backward(
         else torch.empty(0, dtype=log_likelihood.dtype)
     )
     d_loss = cast(d_loss, dtype).contiguous()
-    problem = _in_rows(problem)
+    _held, inputs = _inputs(problem)
     native.cpu.marginal_loss_bwd(
-        *_inputs(problem),
-        "none" if d_loss.dim() == 1 else "sum" if count is None else "mean",
-        array(d_loss),
+        *inputs,
+        d_loss.dim() == 1,
+        d_loss.data_ptr(),
+        dtype is torch.float64,
         1 if count is None else int(count),
         d_scores.data_ptr(),
         d_log_likelihood.data_ptr(),
-        (pointer(kept[0]), pointer(kept[1])),
+        [pointer(x) for x in kept] if kept else None,
         torch.get_num_threads(),
         forced_variant(),
     )
@@ -118,33 +143,45 @@ def _room_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(tensor.shape, dtype=dtype)
 
 
-def _in_rows(problem: Problem) -> Problem:
-    """The kernel takes log-likelihoods of any strides and nothing else. To be held by its caller: what
-    _inputs passes are addresses, which keep nothing alive."""
-    scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
-    return Problem(
-        scores.contiguous(),
-        log_likelihood,
-        contiguous(token_mask),
-        contiguous(doc_mask),
-        contiguous(log_weight),
-        mode,
-    )
+def _inputs(problem: Problem) -> tuple[Sequence[Tensor | None], tuple[int, ...]]:
+    """What the kernel is told of the arguments, behind tensors to hold meanwhile: it is told addresses, which
+    keep nothing alive. It takes log-likelihoods of any strides and nothing else.
 
-
-def _inputs(problem: Problem) -> tuple[object, ...]:
+    Plain numbers and few steps: among a training step's other work each takes several times as long as in a
+    loop of its own."""
     scores, log_likelihood, token_mask, doc_mask, log_weight, mode = problem
-    sizes, strides = tuple(log_likelihood.shape), log_likelihood.stride()
-    if len(sizes) == 2:
-        sizes, strides = (*sizes, 1), (*strides, 1)
-    return (
-        array(scores),
-        array(log_likelihood),
-        array(log_weight),
-        pointer(token_mask),
-        pointer(doc_mask),
-        sizes,
-        strides,
+    if log_likelihood.dim() == 2:
+        (batch, documents), tokens = log_likelihood.shape, 1
+        (stride_b, stride_k), stride_m = log_likelihood.stride(), 1
+    else:
+        batch, documents, tokens = log_likelihood.shape
+        stride_b, stride_k, stride_m = log_likelihood.stride()
+    scores = scores.contiguous()
+    weight = mask_of_tokens = mask_of_documents = weight_type = 0
+    if token_mask is not None:
+        token_mask = token_mask.contiguous()
+        mask_of_tokens = token_mask.data_ptr()
+    if doc_mask is not None:
+        doc_mask = doc_mask.contiguous()
+        mask_of_documents = doc_mask.data_ptr()
+    if log_weight is not None:
+        log_weight = log_weight.contiguous()
+        weight, weight_type = log_weight.data_ptr(), _TYPES[log_weight.dtype]
+    return (scores, token_mask, doc_mask, log_weight), (
+        scores.data_ptr(),
+        _TYPES[scores.dtype],
+        log_likelihood.data_ptr(),
+        _TYPES[log_likelihood.dtype],
+        weight,
+        weight_type,
+        mask_of_tokens,
+        mask_of_documents,
+        batch,
+        documents,
+        tokens,
+        stride_b,
+        stride_k,
+        stride_m,
         mode == "token",
     )
 

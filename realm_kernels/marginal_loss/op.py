@@ -120,15 +120,15 @@ def call(problem: Problem, reduction: str) -> Tensor:
 
     log_likelihood: [B, K, M] or [B, K].
     """
-    scores, log_likelihood, _, _, log_weight, _ = tensors = problem
-    if observed(*tensors[:5]) or backend_for(problem) is not cpu.BACKEND:
+    scores, log_likelihood, _, _, log_weight, _ = problem
+    if observed(*problem[:5]) or not cpu.serves_tensors_here():
         return torch.ops.realm_kernels.marginal_loss(*problem.with_tokens(), reduction)[0]
     if torch.is_grad_enabled() and (
         scores.requires_grad
         or log_likelihood.requires_grad
         or (log_weight is not None and log_weight.requires_grad)
     ):
-        return _Direct.apply(*problem, reduction)
+        return _Direct.apply(scores, log_likelihood, log_weight, problem, reduction)  # type: ignore[attr-defined]
     return cpu.forward(problem, reduction)[0]
 
 
@@ -161,47 +161,59 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _backward(ctx: Any, d_loss: Tensor, _d_count: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, divisor = ctx.saved_tensors
-    return _backward_by_op(ctx, ctx.forced, d_loss, Problem._make([*tensors, ctx.mode]), divisor)
-
-
-def _backward_by_op(
-    ctx: Any, forced: str | None, d_loss: Tensor, problem: Problem, divisor: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    wants = ctx.needs_input_grad
+    problem, wants = Problem._make([*tensors, ctx.mode]), ctx.needs_input_grad
     needs = wants[0] or wants[4], wants[1]
-    with backends.use_backend(forced):
+    with backends.use_backend(ctx.forced):
         gradients = torch.ops.realm_kernels.marginal_loss_bwd(d_loss, *problem, *needs, divisor)
     return _gradients(wants, 0, problem, *gradients)
 
 
-class _Direct(torch.autograd.Function):
-    """The autograd of the op without the op, for the C++ backend."""
+class Direct(torch.autograd.function._SingleLevelFunction):
+    """The autograd of an op without the op, for the C++ backend: torch.autograd.Function without its look
+    at transforms, which `observed` has taken."""
 
+
+class _Direct(Direct):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        problem, reduction = Problem(*arguments[:6]), arguments[6]
+    def forward(
+        ctx: Any,
+        scores: Tensor,
+        log_likelihood: Tensor,
+        log_weight: Tensor | None,
+        problem: Problem,
+        reduction: str,
+    ) -> Tensor:
         wants = ctx.needs_input_grad
-        kept = cpu.room_to_keep(problem, wants[0] or wants[4], wants[1])
-        loss, count = cpu.BACKEND.forward(problem, reduction, kept=kept)
-        ctx.save_for_backward(*arguments[:5], *kept)
+        kept = cpu.room_to_keep(problem, wants[0] or wants[2], wants[1])
+        loss, count = cpu.forward(problem, reduction, kept=kept)
+        ctx.save_for_backward(*problem[:5], *kept)
         ctx.plan = problem.mode, backends.forced_backend(), count if reduction == "mean" else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, residual, posterior = ctx.saved_tensors
+        saved = ctx.saved_tensors
         mode, forced, divisor = ctx.plan
-        problem, wants = Problem._make([*tensors, mode]), ctx.needs_input_grad
+        problem, wants = Problem._make([*saved[:5], mode]), ctx.needs_input_grad
+        needs = wants[0] or wants[2], wants[1]
         # With create_graph the gradient itself is differentiated: its op knows how.
         if torch.is_grad_enabled() or observed(d_loss) or forced != backends.forced_backend():
             divisor = torch.tensor(divisor) if isinstance(divisor, int) else divisor
-            gradients = _backward_by_op(ctx, forced, d_loss, problem.with_tokens(), divisor)
-            wide = gradients[1]
-            return gradients[0], None if wide is None else wide.view_as(tensors[1]), *gradients[2:]
-        needs, kept = (wants[0] or wants[4], wants[1]), (residual, posterior)
-        assert cpu.BACKEND.backward is not None
-        return _gradients(
-            wants, 0, problem, *cpu.BACKEND.backward(d_loss, divisor, problem, *needs, kept=kept)
+            with backends.use_backend(forced):
+                d_relevance, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
+                    d_loss, *problem.with_tokens(), *needs, divisor
+                )
+            if wants[1]:
+                d_log_likelihood = d_log_likelihood.view_as(problem.log_likelihood)
+        else:
+            d_relevance, d_log_likelihood = cpu.backward(d_loss, divisor, problem, *needs, kept=saved[5:])
+        log_weight = problem.log_weight
+        return (
+            cpu.cast(d_relevance, problem.scores.dtype) if wants[0] else None,
+            cpu.cast(d_log_likelihood, problem.log_likelihood.dtype) if wants[1] else None,
+            cpu.cast(d_relevance, log_weight.dtype) if wants[2] and log_weight is not None else None,
+            None,
+            None,
         )
 
 

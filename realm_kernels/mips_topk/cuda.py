@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,22 +128,41 @@ def _pieces(shards: Sequence[Tensor], row_mask: Tensor | None, codes: Sequence[T
             first_row += rows.shape[0]
 
 
+class Processors(NamedTuple):
+    """What a plan asks of a device."""
+
+    multiprocessors: int
+    large_clusters: int  # of four blocks of the scan, that run at once
+
+
 def plan_for(
-    batch: int, piece: Piece, dim: int, k: int, excluded: int, query_dtype: torch.dtype, multiprocessors: int
+    batch: int,
+    piece: Piece,
+    dim: int,
+    k: int,
+    excluded: int,
+    query_dtype: torch.dtype,
+    processors: Processors,
 ) -> dict[str, Any]:
-    """What the C++ plan is: batch and bytes of a pass, shape of the scan, group, selected, and so on."""
+    """What the C++ plan is: batch and bytes of a pass, shape of the scan, kept, selected, and so on."""
     assert native.cuda is not None
-    shape = _shape(batch, piece, dim, k, excluded, query_dtype, multiprocessors)
+    shape = _shape(batch, piece, dim, k, excluded, query_dtype, processors)
     plan: dict[str, Any] = native.cuda.mips_topk_plan(shape)
     return plan
 
 
 def _shape(
-    batch: int, piece: Piece, dim: int, k: int, excluded: int, query_dtype: torch.dtype, multiprocessors: int
+    batch: int,
+    piece: Piece,
+    dim: int,
+    k: int,
+    excluded: int,
+    query_dtype: torch.dtype,
+    processors: Processors,
 ) -> tuple[Any, ...]:
     sizes = [batch, piece.rows.shape[0], dim, k, excluded]
     is_exact = piece.codes is None and query_dtype == piece.rows.dtype
-    return sizes, piece.scanned(), is_exact, piece.code_group, multiprocessors, WORKSPACE_BYTES
+    return sizes, piece.scanned(), is_exact, piece.code_group, *processors, WORKSPACE_BYTES
 
 
 def _search(queries: Tensor, piece: Piece, k: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -153,8 +172,7 @@ def _search(queries: Tensor, piece: Piece, k: int, exclude: Tensor | None) -> tu
     if batch == 0:
         return scores, indices
     excluded = 0 if exclude is None else exclude.shape[1]
-    processors = multiprocessors(queries.device)
-    plan = plan_for(batch, piece, dim, k, excluded, queries.dtype, processors)
+    plan = plan_for(batch, piece, dim, k, excluded, queries.dtype, load(queries.device))
     workspace = queries.new_empty(plan["bytes"], dtype=torch.uint8)
     for start in range(0, batch, plan["batch"]):
         block = slice(start, min(start + plan["batch"], batch))
@@ -189,13 +207,12 @@ def launch(
     assert native.cuda is not None
     dim, k = queries.shape[1], scores.shape[1]
     excluded = 0 if exclude is None else exclude.shape[1]
-    processors = multiprocessors(queries.device)
     codes = (0, 0, 0, 0)
     if piece.codes is not None:
         mean, found, bounds = piece.codes
         codes = (found.data_ptr(), found.shape[2], mean.data_ptr(), bounds.data_ptr())
     native.cuda.mips_topk(
-        _shape(batch, piece, dim, k, excluded, queries.dtype, processors),
+        _shape(batch, piece, dim, k, excluded, queries.dtype, load(queries.device)),
         (
             queries.data_ptr(),
             queries.shape[0],
@@ -216,8 +233,22 @@ def launch(
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def load(device: torch.device) -> Processors:
+    """Loads every kernel to the device, which is current, and makes its counter of repairs.
+
+    Neither is for a capture: CUDA loads kernels when they are first used, which may wait for the device
+    ("Lazy Loading" in its programming guide), and a counter made there would be cleared by every replay.
+    After this searches of any shape can be captured.
+    """
+    assert native.cuda is not None
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"mips_topk: the first search on {device} loads the kernels of the CUDA backend, which cannot be "
+            "captured in a CUDA graph: search once before the capture, for whatever"
+        )
+    gpu.repair_counter(device)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Processors(multiprocessors, native.cuda.mips_topk_load())
 
 
 BACKEND = Backend(name="cuda", refuses=refuses, forward=forward, default=False)

@@ -38,5 +38,7 @@ def check(
         raise TypeError(f"{OP}: max_width must be an int, got {describe(max_width)}")
     if not 1 <= max_width <= start.shape[-2]:
         raise ValueError(f"{OP}: max_width must be in [1, T={start.shape[-2]}], got {max_width}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{OP}: eps must be a float, got {describe(eps)}")
     if not eps > 0:
         raise ValueError(f"{OP}: eps must be above 0, got {eps!r}")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..marginal_loss.cpu import cast
-from ..marginal_loss.op import observed
+from ..marginal_loss.cpu import cast, serves_tensors_here
+from ..marginal_loss.op import Direct, observed
 from . import checks, cpu, reference, triton
 from .problem import Problem
 
@@ -132,16 +132,14 @@ def call(problem: Problem, reduction: str) -> Tensor:
     """The loss: by torch's dispatcher where something listens there or another backend than C++ serves,
     straight to C++ else."""
     tensors = problem[:6]
-    if observed(*tensors) or backend_for(problem) is not cpu.BACKEND:
+    if observed(*tensors) or not serves_tensors_here():
         return torch.ops.realm_kernels.span_marginal_loss(*problem, reduction)[0]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Direct.apply(*problem, reduction)
+        return _Direct.apply(*problem, reduction)  # type: ignore[attr-defined]
     return cpu.forward(problem, reduction)[0]
 
 
-class _Direct(torch.autograd.Function):
-    """The autograd of the op without the op, for the C++ backend."""
-
+class _Direct(Direct):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         problem, reduction = _problem_and_reduction(arguments)

@@ -33,10 +33,8 @@ def refuse_capture() -> None:
         )
 
 
-def windows(
-    rows: Iterable[tuple[int, Tensor]], device: torch.device, window_bytes: int = WINDOW_BYTES
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows on `device`) of parts of window_bytes at most; the next but one overwrites it.
+def windows(rows: Iterable[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows on `device`) of parts of WINDOW_BYTES at most; the next but one overwrites it.
 
     rows: (first row, rows on the CPU), all of one width and dtype. Work that the caller launches on the
     current stream between two windows is waited for before the first of them is overwritten. The copy of the
@@ -46,7 +44,7 @@ def windows(
     number = 0
     buffers: _Buffers | None = None
     for first, window in rows:
-        part_rows = max(1, window_bytes // max(1, window.shape[1] * window.element_size()))
+        part_rows = max(1, WINDOW_BYTES // max(1, window.shape[1] * window.element_size()))
         for part in window.split(part_rows):
             if part.shape[0] > 0:
                 if buffers is None:

@@ -34,11 +34,10 @@ class RowIds:
         ]
         return RowIds(parts, [shard.rows for shard in current.shards])
 
-    def stored(self, number: int, first: int = 0, after: int | None = None) -> Tensor:
-        """The ids of rows [first, after) of a shard, as they are on disk."""
+    def stored(self, number: int) -> Tensor:
+        """The ids of the rows of a shard, as they are on disk."""
         part = self.parts[number]
-        after = self.sizes[number] if after is None else after
-        return torch.arange(part + first, part + after) if isinstance(part, int) else part[first:after]
+        return torch.arange(part, part + self.sizes[number]) if isinstance(part, int) else part
 
     def of(self, rows: Tensor) -> Tensor:
         """The ids of these rows, int64 of any shape on the CPU; a tombstone keeps the id it had. -1 stays."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..validation import FLOAT_DTYPES, check_tensor, describe, dtype_name
+from ..validation import FLOAT_DTYPES, check_tensor, describe, device_named, dtype_name
 from . import manifest, quantized, shard_file
 from .row_ids import RowIds
 from .writer import SHARD_ROWS, TableWriter
@@ -92,7 +92,7 @@ class ShardedTable:
     ) -> ShardedTable:
         """The table committed at `path`.
 
-        device: where the shards go.
+        device: where the shards go; ValueError where there is none such.
         mmap: map the files instead of reading them (on the CPU: opening takes no time and no memory, and
             pages come from the disk as they are used). The mapping is copy-on-write: writing into a shard
             changes this process's memory only, never the file. It stays valid when a writer commits a newer
@@ -103,6 +103,7 @@ class ShardedTable:
         where one is damaged, OSError where one cannot be read. Nothing is unpickled; nothing outside `path`
         is read.
         """
+        place = device_named(f"{OP}.open", device)
         directory = Path(path)
         current, hold = manifest.read_and_hold(directory)
         while True:
@@ -122,7 +123,7 @@ class ShardedTable:
                 current = newer
         if not shards:
             shards = [torch.empty(0, current.dim, dtype=current.dtype)]
-        moved = [shard.to(device) for shard in shards]
+        moved = [shard.to(place) for shard in shards]
         is_mapped = mmap and any(shard is there for shard, there in zip(shards, moved, strict=True))
         return ShardedTable(moved, current.version, row_ids, hold if is_mapped else None)
 
@@ -152,9 +153,11 @@ class ShardedTable:
     def to(self, device: str | torch.device) -> ShardedTable:
         """The table with its shards on `device`; shards that are there already are shared, not copied.
 
-        Codes stay with a table that stays where it is; elsewhere rows are scanned themselves.
+        Codes stay with a table that stays where it is; elsewhere rows are scanned themselves. Raises
+        ValueError for a device that is not there.
         """
-        shards = [shard.to(device) for shard in self.shards]
+        place = device_named(f"{OP}.to", device)
+        shards = [shard.to(place) for shard in self.shards]
         codes = self.codes if shards[0].device == self.device else None
         return ShardedTable(shards, self.version, self.row_ids, self.hold, codes)
 

@@ -409,6 +409,13 @@ inline float above(double x) { return round_up_to_float(std::isfinite(x) ? std::
 inline float round_down_to_float(double x) { return -round_up_to_float(-x); }
 inline float to_float_up(int x) { return round_up_to_float(x); }
 inline float add_up(float a, float b) { return above(static_cast<double>(a) + b); }
+inline float subtract_down(float a, float b) {
+  const double x = a, y = -static_cast<double>(b), sum = x + y;
+  const double of_y = sum - x,
+               lost = (x - (sum - of_y)) + (y - of_y);  // by the sum; NaN where that is not finite
+  const float down = round_down_to_float(lost < 0 ? std::nextafter(sum, -INFINITY) : sum);
+  return sum == 0.0 ? -0.0f : down;  // as rounding downward has it
+}
 inline float multiply_up(float a, float b) { return round_up_to_float(static_cast<double>(a) * b); }
 inline float multiply_down(float a, float b) { return round_down_to_float(static_cast<double>(a) * b); }
 inline float multiply_add_up(float a, float b, float c) { return above(static_cast<double>(a) * b + c); }

@@ -3,6 +3,7 @@
 #include "cuda/sm90/scan.h"
 
 #include <array>
+#include <numeric>
 
 namespace {
 
@@ -18,8 +19,7 @@ void run_scan(const sm90::ScanArguments& a, const TensorMap& rows, const TensorM
               uint64_t seed) {
   machine().launch(
       static_cast<unsigned>(blocks), sm90::kThreads, static_cast<size_t>(a.plan.bytes()), seed,
-      [&] { sm90::scan<Element, kShape, true>(a, &rows, &queries); },
-      static_cast<unsigned>(sm90::cluster_blocks(kShape)));
+      [&] { sm90::scan<Element, kShape, true>(a, &rows, &queries); }, static_cast<unsigned>(a.cluster));
 }
 
 template <class Element>
@@ -63,39 +63,56 @@ extern "C" {
 
 // Each returns null, or what went wrong.
 const char* model_scan(int scanned, int shape, const void* queries, const void* rows, int batch, int num_rows,
-                       int dim, int64_t row_stride, const bool* row_mask, int group, int blocks_of_queries,
-                       int workers, void* group_max, int64_t pitch, float* quad_norm, uint64_t seed) {
+                       int dim, int64_t row_stride, const bool* row_mask, int blocks_of_queries, int workers,
+                       int cluster, uint32_t* words, int64_t pitch, float* quad_norm, uint64_t seed) {
   const auto kind = static_cast<Shape>(shape);
   const int bytes = bytes_of(static_cast<Scanned>(scanned));
   sm90::ScanArguments a{};
-  a.group_max = group_max;
+  a.words = words;
   a.quad_norm = quad_norm;
   a.row_mask = row_mask;
   a.pitch = pitch;
   a.num_queries = batch;
   a.num_rows = num_rows;
-  a.num_groups = ceil_div(num_rows, group);
-  a.group = group;
-  a.quad_shift = sm90::quad_shift(group);
   a.plan = sm90::shared_plan(kind, blocks_of_queries, ceil_div(dim * bytes, sm90::kPanelBytes));
   a.query_blocks = ceil_div(batch, blocks_of_queries * sm90::kBlockQueries);
+  a.cluster = cluster;
   a.norm_scale = 1.0f;
-  const TensorMap row_map = tensor_map({rows, num_rows, dim, row_stride, sm90::kTileRows}, bytes);
+  const TensorMap row_map = tensor_map({rows, num_rows, dim, row_stride, kTileRows}, bytes);
   const TensorMap query_map = tensor_map({queries, batch, dim, dim, sm90::kBlockQueries}, bytes);
   return caught([&] {
     if (!sm90::fits(kind, a.plan)) {
       throw std::runtime_error("the shape does not fit shared memory");
     }
-    run_scan(static_cast<Scanned>(scanned), kind, a, row_map, query_map,
-             workers * sm90::cluster_blocks(kind) * a.query_blocks, seed);
+    run_scan(static_cast<Scanned>(scanned), kind, a, row_map, query_map, workers * cluster * a.query_blocks,
+             seed);
   });
+}
+
+// Words of maxima [count, 4], and what is read of them.
+void model_words(int count, const float* maxima, uint32_t* words) {
+  for (int tile = 0; tile < count; ++tile, maxima += kTileGroups) {
+    const float largest = *std::max_element(maxima, maxima + kTileGroups);
+    words[tile] = rounded_up(largest);
+    for (int group = 0; group < kTileGroups; ++group) {
+      words[tile] |= gap_of(rounded_up(largest), largest, maxima[group], group);
+    }
+  }
+}
+void model_maxima(int count, const uint32_t* words, double* maxima, float* least) {
+  for (int tile = 0; tile < count; ++tile) {
+    least[tile] = least_maximum_of(words[tile]);
+    for (int group = 0; group < kTileGroups; ++group) {
+      maxima[tile * kTileGroups + group] = maximum_of(words[tile], group);
+    }
+  }
 }
 
 // A whole search of one piece by blocks of `threads`. pointers: queries, rows, row mask, exclude, codes,
 // mean, bounds of the codes, scores, indices, repairs. numbers: see their names. told: what the plan was.
 const char* model_search(const void* const* pointers, const int64_t* numbers, uint64_t seed, int64_t* told) {
   const auto [batch, num_rows, dim, k, num_excluded, scanned, query_type, row_type, row_stride, first_row,
-              code_group, code_pitch, threads, group, selected, forced] =
+              code_group, code_pitch, threads, kept, selected, forced] =
       *reinterpret_cast<const std::array<int64_t, 16>*>(numbers);
   SearchShape shape{batch,
                     num_rows,
@@ -106,6 +123,7 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
                     false,
                     static_cast<int>(code_group),
                     2,
+                    0,
                     int64_t{1} << 26};
   MipsTopkParams call{};
   call.queries = pointers[0];
@@ -136,17 +154,13 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
   call.repairs = static_cast<unsigned long long*>(const_cast<void*>(pointers[9]));
   return caught([&] {
     SearchPlan p = search_plan(shape);
-    if (group > 0) {
-      p.group = static_cast<int>(group);
-      p.num_groups = static_cast<int>(ceil_div<int64_t>(shape.num_rows, p.group));
-      p.pitch = ceil_div(p.num_groups, 4) * 4;
-    }
-    if (selected > 0) {
-      p.selected = static_cast<int>(selected);
-    }
-    p.selected = p.selected < p.num_groups ? p.selected : p.num_groups;
     const auto block = static_cast<int>(threads);
-    p.selected = p.selected < most_kept(block, kGroupKeys) ? p.selected : most_kept(block, kGroupKeys) - 1;
+    const auto forced_to = [block](int64_t wanted, int planned, int there) {
+      const int most = std::min(there, most_kept(block, kGroupKeys) - 1);
+      return static_cast<int>(std::min<int64_t>(wanted > 0 ? wanted : planned, most));
+    };
+    p.kept = forced_to(kept, p.kept, p.num_tiles);
+    p.selected = forced_to(selected, p.selected, p.num_groups);
     p.parts = p.parts < 3 ? p.parts : 3;
     p.parts = p.parts < p.num_groups ? p.parts : p.num_groups;
     const int panels = static_cast<int>(p.scanned_pitch * bytes_of(shape.scanned) / sm90::kPanelBytes);
@@ -155,12 +169,13 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
       p.query_blocks = 1;
       const int blocks = static_cast<int>(ceil_div<int64_t>(shape.batch, 64));
       p.shared = sm90::shared_plan(p.shape, p.shape == Shape::kNarrow || blocks > 1 ? blocks : 2, panels);
+      p.cluster = p.shape == Shape::kDeep ? sm90::kSmallCluster : 1;
       p.scan_blocks = 2;
     }
-    p.visit_step = scattered_step(ceil_div(p.num_groups, kOffersPerRound * block));
+    p.visit_step = scattered_step(ceil_div(p.num_tiles, kQuad * block));
     p.at = lay_out(p, shape, batch);
     told[0] = static_cast<int64_t>(p.shape);
-    told[1] = p.group;
+    told[1] = p.kept;
     told[2] = p.selected;
     std::vector<unsigned char> workspace(static_cast<size_t>(p.at.bytes), 0xFF);  // NaN
     const SearchArguments a = search_arguments(p, call, workspace.data());
@@ -177,6 +192,7 @@ const char* model_search(const void* const* pointers, const int64_t* numbers, ui
     launch(rescore_blocks(a, block), scoring_bytes(block, a.dim, a.codes != nullptr ? a.code_pitch : 0),
            [&] { a.codes != nullptr ? rescore<true>(a) : rescore<false>(a); });
     launch(3, scoring_bytes(block, a.dim), [&] { repair(a); });
+    told[3] = std::accumulate(a.num_chosen, a.num_chosen + a.batch, int64_t{0});
   });
 }
 }

@@ -132,7 +132,8 @@ Expected expected(const Problem& problem, bool per_token) {
   return result;
 }
 
-void run(const Problem& problem, bool per_token, Reduction reduction, int num_threads,
+// keeps: whether the forward leaves something for the backward.
+void run(const Problem& problem, bool per_token, Reduction reduction, bool keeps, int num_threads,
          const std::string& isa) {
   const auto [batch, documents, tokens] = problem.shape;
   const FloatType type = problem.scores.type();
@@ -141,7 +142,8 @@ void run(const Problem& problem, bool per_token, Reduction reduction, int num_th
   const bool none = reduction == Reduction::kNone;
   const std::string where = "marginal_loss " + isa + " " + name_of(type) + " B=" + std::to_string(batch) +
                             " K=" + std::to_string(documents) + " M=" + std::to_string(tokens) +
-                            (per_token ? " token" : " sequence") + (none ? " none" : " mean");
+                            (per_token ? " token" : " sequence") + (none ? " none" : " mean") +
+                            (keeps ? " kept" : "");
   Elements loss(result_type, none ? batch : 1), d_loss(result_type, none ? batch : 1);
   Elements d_scores(result_type, batch * documents), d_log_likelihood(type, batch * documents * tokens);
   std::vector<int64_t> count(batch, -7);
@@ -167,6 +169,15 @@ void run(const Problem& problem, bool per_token, Reduction reduction, int num_th
   params.count = none ? count.data() : nullptr;
   params.num_threads = num_threads;
   params.isa = realm_kernels::choose_isa(isa);
+  Elements kept_residual(result_type, keeps ? batch * documents : 0);
+  Elements kept_posterior(result_type, keeps ? batch * documents : 0);
+  std::vector<double> kept_columns(keeps ? batch * 4 * ((tokens + 7) / 8 * 8) : 0);
+  if (keeps && per_token && tokens > 1) {
+    params.kept_columns = kept_columns.data();
+  } else if (keeps) {
+    params.kept_residual = kept_residual.data();
+    params.kept_posterior = kept_posterior.data();
+  }
   const int64_t counted = launch_marginal_loss_fwd(params);
   params.d_loss = d_loss.data();
   params.divisor = none ? 1.0 : static_cast<double>(std::max<int64_t>(1, counted));
@@ -217,8 +228,10 @@ int64_t run_marginal_loss() {
         const Problem problem(shape, type, masked, order, static_cast<uint64_t>(++calls));
         for (const std::string& isa : realm_kernels::instruction_sets()) {
           for (const bool per_token : {false, true}) {
-            run(problem, per_token, masked ? Reduction::kNone : Reduction::kMean, 3, isa);
-            ++calls;
+            for (const bool keeps : {false, true}) {
+              run(problem, per_token, masked ? Reduction::kNone : Reduction::kMean, keeps, 3, isa);
+              ++calls;
+            }
           }
         }
       }

@@ -3,7 +3,7 @@
 // that the kernels (nvcc) and their model on a CPU (g++, tests/cuda_model) use the same ones.
 #pragma once
 
-#include "cuda/device.h"
+#include "cuda/mips_topk_words.h"
 
 namespace realm_kernels {
 namespace cuda {
@@ -14,14 +14,12 @@ namespace sm90 {
 // table; one panel of a tile is a stage of the ring.
 constexpr int kPanelBytes = 128;
 constexpr int kAtomRows = 8;
-constexpr int kAtomBytes = kAtomRows * kPanelBytes;  // 1 KiB; every operand starts on a multiple of it
-constexpr int kTileRows = 128;
+constexpr int kAtomBytes = kAtomRows * kPanelBytes;   // 1 KiB; every operand starts on a multiple of it
 constexpr int kStageBytes = kTileRows * kPanelBytes;  // 16 KiB
 constexpr int kBlockQueries = 64;                     // M of wgmma, or N where rows are on M
 constexpr int kBlockBytes = kBlockQueries * kPanelBytes;
 constexpr int kStepBytes = 32;  // K of one wgmma: 16 halves or 32 int8
 constexpr int kSteps = kPanelBytes / kStepBytes;
-constexpr int kSubgroup = 32;  // rows: the smallest group, and what a group is a multiple of
 constexpr int kNormRows = 64;  // of a tile, for each norm warp
 
 // One warp group loads and measures, two multiply. 2 * 128 * 224 + 128 * 56 = 64,512 of 65,536 registers.
@@ -96,9 +94,8 @@ enum class Shape { kWide, kDeep, kNarrow };
 
 // The blocks of a cluster take neighbouring tiles and the same queries. Where queries stream, each loads a
 // part of every panel of them for the whole cluster, and L2 is asked for the panel once. Two blocks fit any
-// pair of multiprocessors; how many clusters of four do, a device tells and a plan would have to ask.
-constexpr int kDeepCluster = 2;
-RK_BOTH constexpr int cluster_blocks(Shape shape) { return shape == Shape::kDeep ? kDeepCluster : 1; }
+// pair of multiprocessors; how many clusters of four do, a device tells.
+constexpr int kSmallCluster = 2, kLargeCluster = 4;
 
 // Which tiles and queries a persistent block owns. Clusters of different query blocks that read the same
 // tiles have neighbouring numbers, read them at about the same time, and share them in L2. All blocks of a
@@ -165,11 +162,6 @@ static_assert(shared_plan(Shape::kWide, 8, 2).stages == 6, "three tiles beside 5
 static_assert(fits(Shape::kWide, shared_plan(Shape::kWide, 8, 1)), "512 queries of 128 int8");
 static_assert(shared_plan(Shape::kDeep, 4, 12).stages == 4, "256 queries x 128 rows, any width");
 static_assert(shared_plan(Shape::kNarrow, 1, 12).stages == 7, "64 queries of 768 halves");
-
-// A norm is that of four groups, 128 to 512 rows: of a row the power of two whose multiple it belongs to.
-RK_BOTH constexpr int quad_shift(int group) { return group == 32 ? 7 : group == 64 ? 8 : 9; }
-// A tile has 1, 2 or 4 groups, a power of two.
-RK_BOTH constexpr int groups_shift(int quad_shift) { return 9 - quad_shift; }
 
 }  // namespace sm90
 }  // namespace cuda

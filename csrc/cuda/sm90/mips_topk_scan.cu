@@ -2,6 +2,7 @@
 // there alone.
 #include "cuda/sm90/mips_topk_scan.h"
 
+#include "cuda/load_kernel.h"
 #include "cuda/sm90/scan.h"
 
 namespace realm_kernels {
@@ -9,10 +10,9 @@ namespace cuda {
 namespace sm90 {
 namespace {
 
-// One block a multiprocessor, clusters of as many as share queries: the 1 lets setmaxnreg share out all of
-// its registers.
+// One block a multiprocessor: the 1 lets setmaxnreg share out all of its registers.
 template <class Element, Shape kShape, bool kWithMaxima>
-__global__ void __cluster_dims__(cluster_blocks(kShape), 1, 1) __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     mips_topk_scan_kernel(const __grid_constant__ ScanArguments arguments,
                           const __grid_constant__ TensorMap rows, const __grid_constant__ TensorMap queries) {
   scan<Element, kShape, kWithMaxima>(arguments, &rows, &queries);
@@ -38,6 +38,24 @@ constexpr Kernel kEmptyKernels[3][3] = {
     {mips_topk_scan_kernel<BFloat16, Shape::kDeep, false>, nullptr, nullptr},
     {mips_topk_scan_kernel<BFloat16, Shape::kNarrow, false>, nullptr,
      mips_topk_scan_kernel<Int8, Shape::kNarrow, false>}};
+
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  Launch(int blocks, int cluster, int shared_bytes, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+};
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
@@ -92,16 +110,27 @@ cudaError_t launch_scan(const SearchPlan& plan, const SearchArguments& arguments
   cudaError_t status = find_encode(&encode);
   status = status == cudaSuccess ? encode_map(encode, &rows, scanned_rows(arguments), scanned) : status;
   status = status == cudaSuccess ? encode_map(encode, &queries, scanned_queries(arguments), scanned) : status;
-  const int bytes = plan.shared.bytes();
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
   if (status != cudaSuccess) {
     return status;
   }
-  kernel<<<static_cast<unsigned>(plan.scan_blocks), kThreads, static_cast<size_t>(bytes), stream>>>(
-      scan_arguments(plan, arguments), rows, queries);
-  return cudaGetLastError();
+  Launch launch(plan.scan_blocks, plan.cluster, plan.shared.bytes(), stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, scan_arguments(plan, arguments), rows, queries);
+}
+
+cudaError_t load_scan(int* large_clusters) {
+  for (const auto* kernels : {&kKernels, &kEmptyKernels}) {
+    for (const auto& of_shape : *kernels) {
+      for (const Kernel kernel : of_shape) {
+        if (const cudaError_t status = kernel == nullptr ? cudaSuccess : load_kernel(kernel);
+            status != cudaSuccess) {
+          return status;
+        }
+      }
+    }
+  }
+  Launch launch(kLargeCluster, kLargeCluster, kSharedBytes, nullptr);
+  return cudaOccupancyMaxActiveClusters(large_clusters, kKernels[static_cast<int>(Shape::kDeep)][0],
+                                        &launch.config);
 }
 
 }  // namespace sm90

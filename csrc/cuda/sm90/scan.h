@@ -3,7 +3,8 @@
 // One block a multiprocessor, persistent. Of three warp groups the first loads (one thread) and measures the
 // rows (two warps), the others multiply. Tiles of 128 rows come as panels of 128 bytes through a ring of
 // stages; a full barrier says that a panel has landed, an empty one that every warp is done with it. Reads
-// N D once from memory for each block of queries, writes 4 B N / G. docs/hopper_scan.md has the numbers.
+// N D once from memory for each block of queries, writes a word a tile
+// and query. docs/hopper_scan.md has the numbers.
 #pragma once
 
 #include "cuda/sm90/scan_parts.h"
@@ -15,7 +16,8 @@ namespace sm90 {
 // kWide. Of the m64 blocks of queries a consumer group owns every second one, and multiplies them with a tile
 // one after the other. While the maxima of one product are taken, the next one is already under way in other
 // accumulators; whichever group pauses, the other keeps the tensor cores busy. What is done between two
-// products counts: over codes they follow each other every 512 clocks in a group.
+// products counts: over codes they follow each other every 512 clocks in a group. So the words of a product
+// are made one product later, their shuffles beside maxima that do not wait for them.
 template <class Element, bool kWithMaxima>
 struct WideConsumer {
   using T = typename Element::Accumulator;
@@ -32,16 +34,18 @@ struct WideConsumer {
   const Ring& ring;
   Share share;
   int group;
+  int blocks;              // of queries; kept, as to look it up between two products takes 30 clocks
   uint64_t queries, rows;  // descriptors: of the group's first block, of the first stage
   int valid_tile = -1;
-  uint32_t valid = 0xFFFFFFFFu;
+  uint32_t valid = kAllColumns;
+  Maxima<T> before{};
 
-  // The item after `item`; false where there is none. Every group has a block of queries: plan.blocks >= 2.
+  // The item after `item`; false where there is none. Every group has a block of queries: blocks >= 2.
   template <int kPanels>
   RK_DEVICE bool next(Item& item) const {
     item.block += kConsumerGroups;
     item.queries += encoded(kConsumerGroups * kPanels * kBlockBytes);
-    if (item.block >= a.plan.blocks) {
+    if (item.block >= blocks) {
       item.block = group;
       item.queries = queries;
       item.tile += share.tile_step;
@@ -81,7 +85,7 @@ struct WideConsumer {
   // The product is complete: free the tile if it was the last one with it, and take the maxima.
   template <int kPanels>
   RK_DEVICE void finish(const T (&d)[64], const Item& item) {
-    if (item.block + kConsumerGroups >= a.plan.blocks) {
+    if (item.block + kConsumerGroups >= blocks) {
 #pragma unroll
       for (int p = 0; p < kPanels; ++p) {
         arrive_warp(ring.empty + item.at.stage + p);
@@ -92,23 +96,44 @@ struct WideConsumer {
         valid_tile = item.tile;
         valid = valid_columns(a, item.tile);
       }
-      store_maxima(a, d, item.tile, (share.query_block * a.plan.blocks + item.block) * kBlockQueries, valid);
+      const int first_query = (share.query_block * blocks + item.block) * kBlockQueries;
+      // The same for the whole warp, as either way it shuffles.
+      if (__any_sync(0xFFFFFFFFu, valid != kAllColumns)) {
+        step<false>(d, item.tile, first_query);
+      } else {
+        step<true>(d, item.tile, first_query);
+      }
     } else {
       pretend_to_read(a, d);
     }
   }
 
+  template <bool kAllValid>
+  RK_DEVICE void step(const T (&d)[64], int tile, int first_query) {
+    Maxima<T> maxima;
+    maxima.template take<kAllValid>(d, tile, first_query, valid);
+    store_words(a, before);
+    before = maxima;
+  }
+
   RK_DEVICE void run() {
     static_assert(kMaxWidePanels == 4, "a case each");
+    before.first_query = a.num_queries;  // nothing to write yet
     switch (a.plan.panels) {
       case 1:
-        return run_panels<1>();
+        run_panels<1>();
+        break;
       case 2:
-        return run_panels<2>();
+        run_panels<2>();
+        break;
       case 3:
-        return run_panels<3>();
+        run_panels<3>();
+        break;
       default:
-        return run_panels<4>();
+        run_panels<4>();
+    }
+    if constexpr (kWithMaxima) {
+      store_words(a, before);
     }
   }
 
@@ -157,7 +182,6 @@ struct WideConsumer {
 template <class Element, bool kWithMaxima>
 struct DeepConsumer {
   using T = typename Element::Accumulator;
-  static constexpr int kCluster = cluster_blocks(Shape::kDeep);
 
   const ScanArguments& a;
   const Ring& ring;
@@ -204,7 +228,7 @@ struct DeepConsumer {
         wgmma_commit();
         if (p > 0) {
           wgmma_wait<1>();
-          arrive_warp_at_cluster<kCluster>(ring.empty + previous);
+          arrive_warp_at_cluster(ring.empty + previous, a.cluster);
         }
         previous = at.stage;
         at = at.plus(1, ring.stages);
@@ -213,19 +237,29 @@ struct DeepConsumer {
       if constexpr (kTwo) {
         wgmma_wait<0>(lower);
       }
-      arrive_warp_at_cluster<kCluster>(ring.empty + previous);
+      arrive_warp_at_cluster(ring.empty + previous, a.cluster);
       if constexpr (kWithMaxima) {
-        const uint32_t valid = a.row_mask == nullptr ? 0xFFFFFFFFu : valid_columns(a, tile);
+        const uint32_t valid = a.row_mask == nullptr ? kAllColumns : valid_columns(a, tile);
         const int first_query = (share.query_block * a.plan.blocks + group) * kBlockQueries;
-        store_maxima(a, upper, tile, first_query, valid);
+        store(upper, tile, first_query, valid);
         if constexpr (kTwo) {
-          store_maxima(a, lower, tile, first_query + kConsumerGroups * kBlockQueries, valid);
+          store(lower, tile, first_query + kConsumerGroups * kBlockQueries, valid);
         }
       } else {
         pretend_to_read(a, upper);
         pretend_to_read(a, lower);
       }
     }
+  }
+
+  RK_DEVICE void store(const T (&d)[64], int tile, int first_query, uint32_t valid) const {
+    Maxima<T> maxima;
+    if (valid == kAllColumns) {
+      maxima.template take<true>(d, tile, first_query, valid);
+    } else {
+      maxima.template take<false>(d, tile, first_query, valid);
+    }
+    store_words(a, maxima);
   }
 };
 
@@ -338,34 +372,38 @@ struct NarrowConsumer {
     out[1] = best[1];
   }
 
-  // A group is 2, 4 or 8 of the eight pieces of 16 rows. Neighbouring threads write neighbouring groups.
+  // A group is two of the eight pieces of 16 rows; a thread makes the word of a query.
   RK_DEVICE void store(int tile) const {
-    const int shift = groups_shift(a.quad_shift), groups = 1 << shift, pieces = 8 >> shift;
-    for (int i = threadIdx.x % kWarpGroup; i < groups * kBlockQueries; i += kWarpGroup) {
-      const int query = i >> shift, group_here = i & (groups - 1);
-      T best = lowest(T{});
-#pragma unroll
-      for (int i8 = 0; i8 < 8; ++i8) {  // as often as there are pieces in the largest group, without a branch
-        const int piece = group_here * pieces + (i8 & (pieces - 1));
-        best = larger(best, exchange[piece * kBlockQueries + query]);
-      }
-      const int row = share.query_block * kBlockQueries + query, place = tile * groups + group_here;
-      if (row < a.num_queries && place < a.num_groups) {
-        static_cast<T*>(a.group_max)[row * a.pitch + place] = best;
-      }
+    const int query = threadIdx.x % kWarpGroup, row = share.query_block * kBlockQueries + query;
+    if (query >= kBlockQueries || row >= a.num_queries) {
+      return;
     }
+    float of_group[kTileGroups];
+#pragma unroll
+    for (int g = 0; g < kTileGroups; ++g) {
+      const T* pieces = exchange + 2 * g * kBlockQueries + query;
+      of_group[g] = as_float(larger(pieces[0], pieces[kBlockQueries]));
+    }
+    const float maximum = larger(larger(of_group[0], of_group[1]), larger(of_group[2], of_group[3]));
+    uint32_t word = rounded_up(maximum);
+    const uint32_t rounded = word;
+#pragma unroll
+    for (int g = 0; g < kTileGroups; ++g) {
+      word |= gap_of(rounded, maximum, of_group[g], g);
+    }
+    a.words[row * a.pitch + tile] = word;
   }
 };
 
 // The kernel. Its arguments are the same in every thread; roles differ by warp group, norms are told once.
 template <class Element, Shape kShape, bool kWithMaxima>
 RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorMap* queries) {
-  constexpr int kCluster = cluster_blocks(kShape);
+  const int cluster = kShape == Shape::kDeep ? a.cluster : 1;
   const SharedPlan& plan = a.plan;
   unsigned char* memory = aligned_memory();
-  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks, kCluster, a.num_rows);
+  const Share share = share_of(blockIdx.x, gridDim.x, a.query_blocks, cluster, a.num_rows);
   const bool measures = Element::kBytes == 2 && share.query_block == 0;
-  const Ring ring = make_ring<kCluster>(plan, memory, measures);
+  const Ring ring = make_ring(plan, memory, cluster, measures);
   const int warp = uniform(threadIdx.x / kWarp), warp_group = warp / (kWarpGroup / kWarp);
   if (warp_group == 0) {
     give_registers<kProducerRegisters>();
@@ -386,7 +424,9 @@ RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorM
     const uint32_t resident = shared_address(memory), stages = shared_address(memory + plan.stages_at());
     if constexpr (kShape == Shape::kWide) {
       const uint32_t first = resident + static_cast<uint32_t>(group * plan.panels * kBlockBytes);
-      WideConsumer<Element, kWithMaxima>{a, ring, share, group, descriptor(first), descriptor(stages)}.run();
+      const int blocks = uniform(plan.blocks);
+      WideConsumer<Element, kWithMaxima>{a, ring, share, group, blocks, descriptor(first), descriptor(stages)}
+          .run();
     } else if constexpr (kShape == Shape::kDeep) {
       DeepConsumer<Element, kWithMaxima>{a, ring, share, group, stages}.run();
     } else {
@@ -395,7 +435,7 @@ RK_DEVICE void scan(const ScanArguments& a, const TensorMap* rows, const TensorM
       NarrowConsumer<Element, kWithMaxima>{a, ring, share, group, resident, stages, exchange}.run();
     }
   }
-  if constexpr (kCluster > 1) {
+  if (cluster > 1) {
     cluster_sync();  // the others may still arrive at barriers of this block
   }
 }

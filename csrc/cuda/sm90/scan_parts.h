@@ -9,14 +9,13 @@ namespace cuda {
 namespace sm90 {
 
 struct ScanArguments {
-  void* group_max;       // [B, pitch] float32 (int32 for codes), largest inner product of the group's rows
-  float* quad_norm;      // [N / 4 G], raised to at least the norms of these rows; codes bring theirs
+  uint32_t* words;       // [B, pitch] a word of maxima a tile, mips_topk_words.h
+  float* quad_norm;      // [N / 512], raised to at least the norms of these rows; codes bring theirs
   const bool* row_mask;  // [N], or null: every row counts
   int64_t pitch;
-  int num_queries, num_rows, num_groups;
-  int group;          // rows: 32, 64 or 128
-  int quad_shift;     // which makes of a row the number of its quad
+  int num_queries, num_rows;
   int query_blocks;   // blocks of the grid that read the same tiles
+  int cluster;        // blocks of a cluster; 1 but in kDeep
   float norm_scale;   // 1 + what the float32 sum of D squares may lose, relative to the norm
   float norm_hidden;  // the norm that squares below 2^-126 may hide
   SharedPlan plan;
@@ -36,9 +35,8 @@ RK_DEVICE unsigned char* aligned_memory() {
   return memory + (kAtomBytes - shared_address(memory) % kAtomBytes) % kAtomBytes;
 }
 
-template <int kCluster>
-RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, bool measures) {
-  const int readers = kCluster * kConsumerWarps + (measures ? kNormWarps : 0);
+RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, int cluster, bool measures) {
+  const int readers = cluster * kConsumerWarps + (measures ? kNormWarps : 0);
   auto* barriers = reinterpret_cast<uint64_t*>(memory + plan.barriers_at());
   const Ring ring{barriers, barriers + kMaxStages, barriers + 2 * kMaxStages, plan.stages};
   if (threadIdx.x == 0) {
@@ -49,7 +47,7 @@ RK_DEVICE Ring make_ring(const SharedPlan& plan, unsigned char* memory, bool mea
     barrier_init(ring.resident, 1);
     barrier_init_fence();
   }
-  if constexpr (kCluster > 1) {
+  if (cluster > 1) {
     cluster_sync();  // before another block loads to here or arrives here
   } else {
     __syncthreads();
@@ -65,11 +63,10 @@ RK_DEVICE void arrive_warp(uint64_t* barrier) {
 }
 
 // At the barriers of all blocks that load to the memory which was read.
-template <int kCluster>
-RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier) {
+RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier, int cluster) {
   __syncwarp();
-  if (const uint32_t lane = threadIdx.x % kWarp; lane < kCluster) {
-    barrier_arrive_at(barrier, lane);
+  if (const int lane = threadIdx.x % kWarp; lane < cluster) {
+    barrier_arrive_at(barrier, static_cast<uint32_t>(lane));
   }
 }
 
@@ -77,7 +74,7 @@ RK_DEVICE void arrive_warp_at_cluster(uint64_t* barrier) {
 template <class Element, Shape kShape>
 RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& ring, unsigned char* memory,
                        const TensorMap* rows, const TensorMap* queries) {
-  constexpr int kPanelColumns = kPanelBytes / Element::kBytes, kCluster = cluster_blocks(kShape);
+  constexpr int kPanelColumns = kPanelBytes / Element::kBytes;
   const SharedPlan& plan = a.plan;
   const int first_query = share.query_block * plan.blocks * kBlockQueries;
   if (kShape != Shape::kDeep) {
@@ -98,9 +95,10 @@ RK_DEVICE void produce(const ScanArguments& a, const Share& share, const Ring& r
       unsigned char* stage = memory + plan.stages_at() + at.stage * plan.stage_bytes;
       tma_load(rows, stage, ring.full + at.stage, p * kPanelColumns, tile * kTileRows);
       if (kShape == Shape::kDeep) {
-        for (int b = share.rank; b < plan.blocks; b += kCluster) {
+        for (int b = share.rank; b < plan.blocks; b += a.cluster) {
           tma_load_multicast(queries, stage + kStageBytes + b * kBlockBytes, ring.full + at.stage,
-                             p * kPanelColumns, first_query + b * kBlockQueries, (1 << kCluster) - 1);
+                             p * kPanelColumns, first_query + b * kBlockQueries,
+                             static_cast<uint16_t>((1 << a.cluster) - 1));
         }
       }
       at = at.plus(1, ring.stages);
@@ -197,7 +195,7 @@ RK_DEVICE void measure(const ScanArguments& a, const Share& share, const Ring& r
     const float largest = __int_as_float(__reduce_max_sync(0xFFFFFFFFu, mine));
     if (lane == 0 && first_row < a.num_rows) {
       const float norm = sqrtf(largest) * a.norm_scale + a.norm_hidden;
-      atomicMax(reinterpret_cast<int*>(a.quad_norm) + (first_row >> a.quad_shift), __float_as_int(norm));
+      atomicMax(reinterpret_cast<int*>(a.quad_norm) + (first_row >> kQuadShift), __float_as_int(norm));
     }
   }
 }
@@ -220,9 +218,11 @@ RK_DEVICE T quad_maximum(T v) {
 template <class T, int kCount>
 RK_DEVICE void pretend_to_read(const ScanArguments& a, const T (&d)[kCount]) {
   if (d[0] == lowest(T{})) {
-    *static_cast<T*>(a.group_max) = d[0];
+    *a.words = 0;
   }
 }
+
+constexpr uint32_t kAllColumns = 0xFFFFFFFFu;
 
 // Whether the rows of this lane's 32 columns of a tile count: bit 2 j + e is column 8 j + 2 (lane % 4) + e.
 RK_DEVICE uint32_t valid_columns(const ScanArguments& a, int tile) {
@@ -234,60 +234,54 @@ RK_DEVICE uint32_t valid_columns(const ScanArguments& a, int tile) {
   return valid;
 }
 
-// Maxima of a 64 x 128 fragment with rows of the table on N, written where they belong: 56 maxima a thread
-// for groups of 32 and at most 6 more for larger ones, then 2 to 6 shuffles. Rows past the end are zeros:
-// they can only raise the bound of the last group.
+// A maximum as a float, no less; -inf where no row counted.
+RK_DEVICE float as_float(float maximum) { return maximum; }
+RK_DEVICE float as_float(int maximum) {
+  return maximum == lowest(int{}) ? lowest(float{}) : to_float_up(maximum);
+}
+
+// What a thread knows of the maxima of a 64 x 128 fragment with rows of the table on N: of two queries eight
+// rows apart and each group of the tile, over its own columns. 56 maxima.
 template <class T>
-RK_DEVICE void store_maxima(const ScanArguments& a, const T (&d)[64], int tile, int first_query,
-                            uint32_t valid) {
-  T best[2][4];
+struct Maxima {
+  T of_group[2][kTileGroups];
+  int tile, first_query;  // of the fragment
+
+  // valid: which of the thread's columns count, as valid_columns() has them. To clear the others in d would
+  // be to write to accumulators, and the product under way would wait for that.
+  template <bool kAllValid>
+  RK_DEVICE void take(const T (&d)[64], int of_tile, int of_query, uint32_t valid) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const bool counts = kAllValid || (valid >> (i / 4 * 2 + i % 2) & 1) != 0;
+      T& m = of_group[i / 2 % 2][i / 16];
+      m = larger(i % 16 < 4 && i % 2 == 0 ? lowest(T{}) : m, counts ? d[i] : lowest(T{}));
+    }
+    tile = of_tile;
+    first_query = of_query;
+  }
+};
+
+// Their words, by 12 shuffles of which four wait for others: of the four lanes that share a query each ends
+// with the maximum of one group and that of the tile, and two of them write. Rows past the end are zeros:
+// they can only raise the bounds of the last tile.
+template <class T>
+RK_DEVICE void store_words(const ScanArguments& a, Maxima<T> maxima) {
+  const int lane = threadIdx.x % 4;
+  uint32_t rounded[2], gaps = 0;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      best[half][s] = lowest(T{});
-    }
+    T(&mine)[kTileGroups] = maxima.of_group[half];
+    const float maximum = as_float(quad_maximum(larger(larger(mine[0], mine[1]), larger(mine[2], mine[3]))));
+    const float of_group = as_float(quad_transposed_maximum(mine));
+    rounded[half] = rounded_up(maximum);
+    gaps |= gap_of(rounded[half], maximum, of_group, lane) << 16 * half;
   }
-  if (valid == 0xFFFFFFFFu) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      T& m = best[i / 2 % 2][i / 16];
-      m = larger(m, d[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      T& m = best[i / 2 % 2][i / 16];
-      m = larger(m, (valid >> (i / 4 * 2 + i % 2) & 1) != 0 ? d[i] : lowest(T{}));
-    }
-  }
-  T* out = static_cast<T*>(a.group_max);
-  const int lane = threadIdx.x % 4;
-  const int query = first_query + fragment_row(threadIdx.x % kWarpGroup, 0);
-  if (a.group == 4 * kSubgroup) {
-    const T upper = quad_maximum(larger(larger(best[0][0], best[0][1]), larger(best[0][2], best[0][3])));
-    const T lower = quad_maximum(larger(larger(best[1][0], best[1][1]), larger(best[1][2], best[1][3])));
-    const int row = query + 8 * lane;
-    if (lane < 2 && row < a.num_queries && tile < a.num_groups) {
-      out[row * a.pitch + tile] = lane == 0 ? upper : lower;
-    }
-  } else if (a.group == 2 * kSubgroup) {
-    T pairs[4] = {larger(best[0][0], best[0][1]), larger(best[0][2], best[0][3]),
-                  larger(best[1][0], best[1][1]), larger(best[1][2], best[1][3])};
-    const T m = quad_transposed_maximum(pairs);
-    const int row = query + 8 * (lane / 2), group = 2 * tile + lane % 2;
-    if (row < a.num_queries && group < a.num_groups) {
-      out[row * a.pitch + group] = m;
-    }
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const T m = quad_transposed_maximum(best[half]);
-      const int row = query + 8 * half, group = 4 * tile + lane;
-      if (row < a.num_queries && group < a.num_groups) {
-        out[row * a.pitch + group] = m;
-      }
-    }
+  gaps |= __shfl_xor_sync(0xFFFFFFFFu, gaps, 1);
+  gaps |= __shfl_xor_sync(0xFFFFFFFFu, gaps, 2);
+  const int row = maxima.first_query + fragment_row(threadIdx.x % kWarpGroup, 0) + 8 * lane;
+  if (lane < 2 && row < a.num_queries && maxima.tile * kTileRows < a.num_rows) {
+    a.words[row * a.pitch + maxima.tile] = lane == 0 ? rounded[0] | (gaps & kGaps) : rounded[1] | gaps >> 16;
   }
 }
 

@@ -34,9 +34,9 @@ Questions = Annotated[
 Regex = Annotated[bool, typer.Option("--regex", help="Answers are regular expressions, as CuratedTREC's.")]
 Length = Annotated[
     int | None,
-    typer.Option(help="Of question and block together, in wordpieces; else as it was tuned, or 320."),
+    typer.Option(help="Wordpieces of question and block together; else as it was tuned, or 320."),
 ]
-Threads = Annotated[int, typer.Option(help="Of torch.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch.")]
 
 
 class Form(str, Enum):
@@ -58,7 +58,9 @@ def index(
     corpus: Corpus,
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder of the index; one that is there is replaced whole.")],
-    dtype: Annotated[Index, typer.Option(help="Of the index's rows; bfloat16 halves it.")] = Index.float32,
+    dtype: Annotated[
+        Index, typer.Option(help="Dtype of the index's rows; bfloat16 halves it.")
+    ] = Index.float32,
     device: DeviceName = Device.auto,
     threads: Threads = 2,
     config: ConfigFile = None,
@@ -96,7 +98,9 @@ def split(
     corpus: Corpus,
     questions: Questions,
     out: Annotated[Path, typer.Option(help="The folder for train.jsonl and held_out.jsonl.")],
-    articles: Annotated[int, typer.Option(help="Articles to train on; the others are held out.")] = 30,
+    articles: Annotated[
+        int | None, typer.Option(help="Articles to train on, else three of four; the others are held out.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the articles.")] = 0,
     config: ConfigFile = None,
 ) -> None:
@@ -214,7 +218,7 @@ def evaluate(
     corpus: MaybeCorpus = None,
     index: MaybeIndex = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the row in the table; else the model's folder.")
+        str | None, typer.Option(help="Name of the row in the table; else the model's folder.")
     ] = None,
     beside: Annotated[
         list[Path] | None, typer.Option(help="JSON files of earlier evaluations, to stand above.")
@@ -291,6 +295,8 @@ def answer(
         from ..openqa import report
         from ..openqa.assemble import Beams, open_openqa
 
+        if not model.exists():
+            raise ValueError(f"{model} is not there: name with --model a run that `finetune` wrote")
         use_threads(threads)
         beams = Beams(reader=reader_beam, length=length)
         parts = open_openqa(model, corpus, index, beams, device_named(device.value))

@@ -21,7 +21,9 @@ class Index(str, Enum):
 def convert(
     directory: Annotated[Path, typer.Argument(help="A published REALM, with config.json.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
-    dtype: Annotated[Index, typer.Option(help="Of the index's rows; bfloat16 halves it.")] = Index.float32,
+    dtype: Annotated[
+        Index, typer.Option(help="Dtype of the index's rows; bfloat16 halves it.")
+    ] = Index.float32,
     config: ConfigFile = None,
 ) -> None:
     """Write a published checkpoint as safetensors, its Open-QA index as a sharded table, without loading

@@ -32,12 +32,12 @@ Start = Annotated[
     Path | None,
     typer.Option("--from", help="What both networks begin as: a BERT-like checkpoint, or a run folder."),
 ]
-Steps = Annotated[int | None, typer.Option(help="Of this stage, in the place of the preset's.")]
-Batch = Annotated[int | None, typer.Option(help="Of this stage, in the place of the preset's.")]
-Accumulate = Annotated[int | None, typer.Option(help="Batches to a step, in the place of the preset's.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of this stage; else the preset's.")]
+Batch = Annotated[int | None, typer.Option(help="Batch of this stage; else the preset's.")]
+Accumulate = Annotated[int | None, typer.Option(help="Batches to a step; else the preset's.")]
 Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Forward passes under autocast.")]
 Seed = Annotated[int, typer.Option(help="Draws the held-out blocks, the weights and the batches.")]
-Threads = Annotated[int, typer.Option(help="Of torch.")]
+Threads = Annotated[int, typer.Option(help="Threads of torch.")]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Write its files beside metrics.jsonl.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")]
 
@@ -48,10 +48,10 @@ def corpus(
     vocabulary: Annotated[
         Path | None, typer.Option(help="A vocab.txt or a checkpoint with one; else learned from the text.")
     ] = None,
-    vocabulary_size: Annotated[int, typer.Option(help="Of a vocabulary that is learned.")] = 8000,
+    vocabulary_size: Annotated[int, typer.Option(help="Wordpieces of a vocabulary that is learned.")] = 8000,
     block: Annotated[int, typer.Option(help="Wordpieces of a block at most.")] = 288,
     tagger: Annotated[
-        str, typer.Option(help="Of named entities: rules, dates (none), or spacy:PIPELINE.")
+        str, typer.Option(help="Who finds named entities: rules, dates (dates only), or spacy:PIPELINE.")
     ] = "rules",
     config: ConfigFile = None,
 ) -> None:

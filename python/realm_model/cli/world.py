@@ -57,7 +57,7 @@ def pretrain(
     ] = False,
     refresh_ranks: RefreshRanks = 0,
     device: DeviceName = Device.auto,
-    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
     timeout: Timeout = 1800,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what the run folder holds.")] = False,
     config: RunFile = None,

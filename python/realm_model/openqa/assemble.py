@@ -49,6 +49,11 @@ class Beams:
     reader: int = 5
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in (("searcher beam", self.searcher), ("reader beam", self.reader)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
 
 RELEASED = Beams()
 LENGTH = 320  # of a join, as released

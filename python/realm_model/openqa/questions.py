@@ -89,13 +89,16 @@ def write_questions(questions: Iterable[Question], path: Path) -> None:
 
 
 def split_by_article(
-    questions: Sequence[Question], titles: dict[str, str], articles: int, seed: int
+    questions: Sequence[Question], titles: dict[str, str], articles: int | None, seed: int
 ) -> tuple[list[Question], list[Question]]:
     """Questions about `articles` articles drawn by the seed, and those about the others.
 
-    titles: of the documents, by id. No article gives questions to both sides, so none of the held-out ones
-    was seen in training. Raises ValueError for a question without a known document, and where `articles`
-    leaves no article for one of the sides.
+    articles: None for three of four.
+    titles: of the documents, by id.
+
+    No article gives questions to both sides, so none of the held-out ones was seen in training. Raises
+    ValueError for a question without a known document, and where `articles` leaves no article for one of the
+    sides.
     """
     article = {}
     for question in questions:
@@ -110,6 +113,7 @@ def split_by_article(
         raise ValueError(
             f"split_by_article: the questions must be about two articles or more, got {', '.join(names)}"
         )
+    articles = max(1, len(names) * 3 // 4) if articles is None else articles
     if not 0 < articles < len(names):
         raise ValueError(
             f"split_by_article: articles must be in [1, {len(names) - 1}], as the questions are about "
