@@ -158,6 +158,7 @@ def linear_marginal_loss_product_kernel(
     logit = tl.sum(tl.where(is_target, x, 0.0), axis=1)
     x = tl.where(is_target, -_INF, x)
     _store_part(x, 1, peaks, sums, part, r, R)
+    # From the corner 32 bits suffice: a chunk has at most 2^26 logits, or one row.
     corner = logits + corner_v.to(tl.int64) * R + corner_r
     inside = (r < R)[:, None] & (v < V)[None, :]
     tl.store(corner + (in_v[None, :] * R + in_r[:, None]), x, mask=inside)
