@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from realm_kernels.linear_marginal_loss import triton as linear
 from realm_kernels.linear_marginal_loss.chunks import chunks_of
 from realm_kernels.linear_marginal_loss.problem import Problem
 from realm_kernels.marginal_loss.plan import cost as marginal_cost
@@ -42,6 +43,11 @@ WIKIPEDIA, DIM = 13_353_718, 128
 WIDTH, VOCABULARY = SHAPES["base"]
 BATCHES = (1, 16, 64, 128, 256, 512, 1024, 4096)
 LINEAR_BATCHES = (16, 64, 512)
+LINEAR_BACKENDS = {
+    "triton": "two kernels between the products",
+    "triton:epilogue": "a first product of our own with the statistics, one kernel behind it",
+    "torch": "torch between them",
+}
 
 # One step of a sorting network on a 64-bit key: a shuffle, a comparison and a choice of two words each.
 OPS_PER_SORT_STEP = 10
@@ -133,29 +139,43 @@ def sorting(keys: float, part: int, top: int) -> float:
     return keys * steps * OPS_PER_SORT_STEP
 
 
-def linear_marginal_loss_stages(batch: int, fused: bool) -> list[Stage]:
-    """Forward and backward in bfloat16; fused: two kernels between the products instead of torch's passes."""
+def linear_marginal_loss_stages(batch: int, backend: str) -> list[Stage]:
+    """Forward and backward in bfloat16, by one of LINEAR_BACKENDS."""
     with FakeTensorMode():  # the plan looks at device and dtype; no GPU is needed
         hidden = torch.empty(batch, DOCUMENTS, TOKENS, WIDTH, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(VOCABULARY, WIDTH, dtype=torch.bfloat16, device="cuda")
         scores = torch.empty(batch, DOCUMENTS, device="cuda")
         targets = torch.empty(batch, TOKENS, dtype=torch.int64, device="cuda")
         problem = Problem(scores, hidden, weight, targets, None, None, None, -100, "sequence")
-        plan = chunks_of(problem, in_place=fused)
+        plan = chunks_of(problem, in_place=backend != "torch")
     chunks = ceil_div(plan.rows, plan.step())
     logits, operand, table = 4 * VOCABULARY * plan.rows, 2 * plan.rows * WIDTH, 2 * VOCABULARY * WIDTH
     flops = 2 * plan.rows * WIDTH * VOCABULARY
-    # A logit is read for its row's statistics, read again and written as a half-precision gradient; torch's
-    # calls of the chunk read or write it eleven times (README.md of the op).
-    passes = 2.5 if fused else 11
+    # A logit is read for its row's statistics, unless the product had them, read again and written as a
+    # half-precision gradient; torch's calls of the chunk read or write it eleven times (README.md of the op).
+    passes, launches = {"triton:epilogue": (1.5, 2), "triton": (2.5, 3), "torch": (11, 16)}[backend]
+    # A tile of our product reads its words and its rows; how often cuBLAS does is not known.
+    words, rows = linear.PRODUCT_V, linear.PRODUCT_R
+    tiles = chunks * ceil_div(VOCABULARY, words) * ceil_div(plan.step(), rows)
+    tiles_read = tiles * (words + rows) * 2 * WIDTH if backend == "triton:epilogue" else 0
+    moved = logits + operand + chunks * table
     return [
-        Stage("logits", bytes=logits + operand + chunks * table, flops=flops, launches=chunks),
-        Stage("between", bytes=passes * logits, launches=chunks * (3 if fused else 16)),
+        Stage("logits", bytes=moved, l2_bytes=tiles_read, flops=flops, launches=chunks),
+        Stage("between", bytes=passes * logits, launches=chunks * launches),
         Stage("posterior", launches=chunks * 3),
         Stage("d_hidden", bytes=logits / 2 + 2 * operand + chunks * table, flops=flops, launches=chunks),
         # Its float32 sum [V, H] is read and written for each chunk.
         Stage("d_weight", bytes=logits / 2 + operand + 4 * chunks * table, flops=flops, launches=chunks),
     ]
+
+
+def epilogue_wins_above(batch: int, gpu: Gpu) -> float:
+    """The share of the library's matrix rate that the first product must reach to win by its statistics."""
+    (product, between), (_, shorter) = (
+        [stage.seconds(gpu) for stage in linear_marginal_loss_stages(batch, backend)[:2]]
+        for backend in ("triton", "triton:epilogue")
+    )
+    return product / (product + between - shorter)
 
 
 def marginal_loss_stages(shape: str, mode: str) -> list[Stage]:
@@ -280,15 +300,19 @@ def linear_marginal_loss_tables(gpu: Gpu) -> list[str]:
     batches = {f"B={batch}": batch for batch in LINEAR_BATCHES}
     flops = 3 * 2 * DOCUMENTS * TOKENS * WIDTH * VOCABULARY  # of an example
     found = []
-    for fused, through in ((True, "two kernels between the products"), (False, "torch between them")):
+    for backend, through in LINEAR_BACKENDS.items():
         lines = lines_of(
             list(batches),
-            lambda label, fused=fused: linear_marginal_loss_stages(batches[label], fused),
+            lambda label, backend=backend: linear_marginal_loss_stages(batches[label], backend),
             lambda label: flops * batches[label] / gpu.products[torch.bfloat16],
             gpu,
         )
         title = "**linear_marginal_loss, bfloat16**, forward and backward,"
         title += f" K = {DOCUMENTS}, M = {TOKENS}, H = {WIDTH}, V = {VOCABULARY}, {through}"
+        if backend == "triton:epilogue":
+            title += (
+                f" (wins where it multiplies at {epilogue_wins_above(64, gpu):.0%} of the library's rate)"
+            )
         found.append(f"{title}\n\n{markdown_of(lines)}")
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from . import native
 
 # Every name use_backend() knows, in the order in which a call tries them.
-NAMES = ("cpu", "cuda", "triton", "torch", "reference")
+NAMES = ("cpu", "cuda", "triton", "triton:epilogue", "torch", "reference")
 
 
 class _Forced(threading.local):
@@ -66,9 +66,9 @@ def forced_backend() -> str | None:
 
 
 def forced_variant() -> str:
-    """The part after the colon of the forced name, as "avx2" of "cpu:avx2"; empty where none was given."""
+    """The instruction set of the forced name, as "avx2" of "cpu:avx2"; empty where none was given."""
     name = _local.name
-    return "" if name is None else name.partition(":")[2]
+    return name[len("cpu:") :] if name is not None and name.startswith("cpu:") else ""
 
 
 def valid_names() -> tuple[str, ...]:
@@ -80,8 +80,9 @@ def valid_names() -> tuple[str, ...]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend for the calls of this thread inside the `with` block; None gives the choice back.
 
-    name: "cpu", "cuda", "triton", "torch" (torch's own matrix products, any device), "reference", or one
-        instruction set of the CPU backend as "cpu:avx2".
+    name: "cpu", "cuda", "triton", "torch" (torch's own matrix products, any device), "reference", one
+        instruction set of the CPU backend as "cpu:avx2", or "triton:epilogue": linear_marginal_loss through a
+        first product of our own, unmeasured.
     Raises ValueError for a name that is unknown or cannot run on this machine.
 
     >>> import torch, realm_kernels as rk
@@ -112,8 +113,9 @@ def choose(op: str, backends: Sequence[Backend], *arguments: Any) -> Backend:
 
 
 def _forced(op: str, forced: str, backends: Sequence[Backend], arguments: Sequence[Any]) -> Backend:
+    name = "cpu" if forced.startswith("cpu:") else forced
     for backend in backends:
-        if backend.name == forced.partition(":")[0]:
+        if backend.name == name:
             reason = backend.refuses(*arguments)
             if reason is not None:
                 raise ValueError(f"{op}: use_backend({forced!r}) cannot serve this call: {reason}")

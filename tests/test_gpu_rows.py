@@ -12,6 +12,7 @@ from benchmarks.gpu.processes import Outcome
 from benchmarks.gpu.served import forced_backends
 from realm_kernels import native
 from realm_kernels.backends import Backend
+from realm_kernels.linear_marginal_loss import op as linear_op
 from realm_kernels.mips_topk import cuda
 
 OPS = list(rows.MODULES)
@@ -48,6 +49,7 @@ def test_a_backend_beside_the_default_is_measured_too():
     assert forced_backends([backend("cpu"), backend("triton"), backend("cuda", False)]) == ["cuda"]
     assert forced_backends([backend("cuda"), backend("triton"), backend("reference")]) == ["triton"]
     assert forced_backends([backend("torch"), backend("reference")]) == []
+    assert forced_backends(linear_op.BACKENDS) == ["triton:epilogue", "torch"]
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ from linear_marginal_loss_cases import (
 from torch.nn import functional as F
 
 import realm_kernels as rk
-from realm_kernels.linear_marginal_loss import chunked, chunks, passes, products, reference, triton
+from realm_kernels.linear_marginal_loss import chunked, chunks, op, passes, products, reference, triton
 from realm_kernels.linear_marginal_loss.problem import Needs, Problem, posterior_factor
 from realm_kernels.testing import assert_within
 
 modes = pytest.mark.parametrize("mode", MODES)
-backends = pytest.mark.parametrize("backend", ["torch", "triton"])
+backends = pytest.mark.parametrize("backend", ["torch", "triton", "triton:epilogue"])
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -74,7 +74,7 @@ def test_static_shapes_give_the_same(mode, rows, static_shapes, monkeypatch):
 @modes
 @backends
 def test_static_shapes_look_at_nothing_masks_hide(mode, backend, static_shapes):
-    case = make_case()
+    case = make_case(dtype=torch.bfloat16)
     hide = ~case.doc_mask[:, :, None, None] | (case.targets == -100)[:, None, :, None]
     spoiled = replace(case, hidden=case.hidden.masked_fill(hide, torch.nan))
     with rk.use_backend(backend):
@@ -84,7 +84,7 @@ def test_static_shapes_look_at_nothing_masks_hide(mode, backend, static_shapes):
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["static", "counted"])
-@pytest.mark.parametrize("through", [passes.TORCH, triton.TritonPasses()], ids=["torch", "triton"])
+@pytest.mark.parametrize("through", [passes.TORCH, *triton.PASSES.values()], ids=["torch", *triton.PASSES])
 def test_a_target_out_of_range_makes_its_example_nan(counted, through, monkeypatch):
     """Where a look would synchronise, nothing refuses it."""
     monkeypatch.setattr(chunked, "may_count_rows", lambda device: counted)
@@ -107,7 +107,7 @@ def test_half_precision_products_are_no_worse_than_torch(
 ):
     case = make_case(5, dtype=dtype, vocabulary=300)
     monkeypatch.setattr(products, "ADDS_IN_FLOAT32", adds)
-    copy = 0 if backend == "triton" else 2  # its gradients take the place of the logits
+    copy = 2 if backend == "torch" else 0  # its gradients take the place of the logits
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", rows * case.weight.shape[0] * (4 + copy))
     oracle = gradients(lambda c: eager(c, mode), case.to(torch.float64))
     torch_error = gradients(lambda c: eager(c, mode), case)
@@ -146,6 +146,17 @@ def test_float16_neither_overflows_nor_vanishes(mode, reduction, backend, tensor
     assert_within(ours, oracle, products_error + 2 * half_ulp * oracle.abs() + float32_error, "d_weight")
 
 
+def test_the_epilogue_is_reached_by_its_name_alone_and_says_what_it_lacks():
+    assert triton.EPILOGUE in op.BACKENDS and not triton.EPILOGUE.default
+    with rk.use_backend("triton:epilogue"):
+        told = rk.explain(rk.linear_marginal_loss, *list(vars(make_case(dtype=torch.bfloat16)).values())[:4])
+        assert told.backend == "triton:epilogue"
+        with pytest.raises(ValueError, match="takes bfloat16 and float16, got float32"):
+            make_case().loss()
+        with pytest.raises(ValueError, match=r"'triton:epilogue'\) names a backend this op lacks"):
+            rk.mips_topk(torch.randn(2, 8), torch.randn(30, 8), 3)
+
+
 def on_gpu(*sizes, **options) -> Case:
     case = make_case(*sizes, **options)
     return Case(**{name: None if x is None else x.cuda() for name, x in vars(case).items()})
@@ -163,6 +174,8 @@ def gpu(test):
 @pytest.mark.parametrize("vocabulary", [1, 500, 30522], ids="V{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu_it_is_no_worse_than_torch(mode, dtype, vocabulary, backend):
+    if backend == "triton:epilogue" and dtype == torch.float32:
+        pytest.skip("refused")
     case = on_gpu(5, dtype=dtype, vocabulary=vocabulary, width=123)
     with rk.use_backend(backend):
         assert_no_worse_than_torch(case, mode)
@@ -184,14 +197,16 @@ def test_on_a_gpu_triton_serves_and_a_target_out_of_range_makes_its_example_nan(
 @gpu
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("rows", [40, 1000], ids=["two-passes", "one-pass"])
-def test_a_captured_graph_gives_the_bits_of_a_call(reduction, rows, monkeypatch):
+@pytest.mark.parametrize("backend", triton.PASSES)
+def test_a_captured_graph_gives_the_bits_of_a_call(backend, reduction, rows, monkeypatch):
     """Nothing is read back: forward and backward are captured, and replayed on other inputs."""
     case = on_gpu(12, 8, 6, width=64, vocabulary=3000, dtype=torch.bfloat16).requiring(*DIFFERENTIABLE)
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", rows * 3000 * 4)
     leaves = [getattr(case, name) for name in DIFFERENTIABLE]
 
     def step():
-        loss = case.loss(reduction=reduction)
+        with rk.use_backend(backend):
+            loss = case.loss(reduction=reduction)
         return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
 
     side = torch.cuda.Stream()

@@ -50,10 +50,14 @@ def test_an_error_in_one_rank_s_d_hidden_is_noticed(pool, name, share):
 
 @splits
 @pytest.mark.parametrize("name", ["plain", "V=1", "common offset", "masked words"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_backend_may_be_chosen_across_ranks(pool, split, name, backend):
+@pytest.mark.parametrize(
+    "backend,dtype",
+    [("torch", torch.float32), ("triton", torch.float32), ("triton:epilogue", torch.bfloat16)],
+    ids=str,
+)
+def test_a_backend_may_be_chosen_across_ranks(pool, split, name, backend, dtype):
     pytest.importorskip("triton")
-    succeed(pool.run(cases.adversarial, 2, split, name, torch.float32, backend))
+    succeed(pool.run(cases.adversarial, 2, split, name, dtype, backend))
 
 
 @splits

@@ -67,8 +67,8 @@ def test_the_model_of_the_hopper_scan_has_the_sizes_of_its_plan(batch, num_rows,
 
 def test_a_loss_takes_no_less_than_its_products():
     for batch in time_model.LINEAR_BATCHES:
-        for fused in (True, False):
-            stages = time_model.linear_marginal_loss_stages(batch, fused)
+        for backend in time_model.LINEAR_BACKENDS:
+            stages = time_model.linear_marginal_loss_stages(batch, backend)
             products = sum(stage.flops for stage in stages)
             rows = batch * time_model.DOCUMENTS * time_model.TOKENS
             assert products == 3 * 2 * rows * time_model.WIDTH * time_model.VOCABULARY

@@ -380,16 +380,25 @@ ROWS = dict(log_p="*fp64", total="*fp64", largest="*fp32")
 LINEAR_WARPS = dict(
     statistics=linear.STATISTICS_WARPS, combine=linear.COMBINE_WARPS, gradient=linear.GRADIENT_WARPS
 )
+LINEAR_WARPS |= dict(product=linear.PRODUCT_WARPS)
 
 
-def chunk(name, arguments, variant="", on=ARCHITECTURES, **constants):
+def chunk(name, arguments, variant="", on=ARCHITECTURES, matrix=None, **constants):
     """linear_marginal_loss with the tiles of its launches."""
     kernel = f"realm_kernels.linear_marginal_loss.triton_kernels:linear_marginal_loss_{name}_kernel"
     arguments = CHUNK | arguments | consts(**constants)
     title = f"linear_marginal_loss {name} {variant}".rstrip()
-    return Case(title, kernel, arguments, LINEAR_WARPS[name], architectures=on)
+    return Case(title, kernel, arguments, LINEAR_WARPS[name], matrix=matrix, architectures=on)
 
 
+def product(variant, dtype="*bf16", width=768, block=linear.PRODUCT_V, on=ARCHITECTURES, **others):
+    operands = dict(weight=dtype, hidden=dtype, V="i32") | PARTS | others
+    return chunk("product", operands, variant, on, TENSOR_CORES, H=width, BLOCK_V=block, **PRODUCT)
+
+
+PRODUCT = dict(BLOCK_R=linear.PRODUCT_R, BLOCK_H=linear.PRODUCT_H)
+PRODUCT |= dict(GROUP=linear.PRODUCT_GROUP, STAGES=linear.PRODUCT_STAGES)
+NARROW = linear.PRODUCT_V_NARROW
 STATISTICS = PARTS | dict(V="i32") | consts(BLOCK_V=linear.STATISTICS_V, BLOCK_R=linear.STATISTICS_R)
 COMBINE = PARTS | ROWS | dict(S="i32") | consts(BLOCK_S=linear.COMBINE_S, BLOCK_R=linear.COMBINE_R)
 GRADIENT = ROWS | dict(d_bias="*fp32", factor="*fp64", V="i32")
@@ -399,6 +408,14 @@ LINEAR_MARGINAL_LOSS = [
     chunk("statistics", STATISTICS),
     chunk("statistics", STATISTICS, "bare", on=HOPPER, **UNBIASED),
     chunk("statistics", STATISTICS, "of one word", on=HOPPER, V=1, R=1, **UNBIASED),
+    product("bf16", on=(80, 90)),
+    product("fp16", "*fp16", on=(80, 90)),
+    product("H=128", width=128, on=(80, 90)),
+    product("H=1024 words % 16", width=1024, on=(80, 90), V="i32:16"),
+    product("bf16 narrow", block=NARROW),
+    product("R odd", block=NARROW, R="i32"),
+    product("H=100 R odd", block=NARROW, width=100, R="i32"),
+    product("of one word", block=NARROW, on=HOPPER, R=const(1), V=const(1)),
     chunk("combine", COMBINE),
     chunk("combine", COMBINE, "of one word", on=HOPPER, R=1, S=1, **UNBIASED),
     chunk("gradient", GRADIENT | dict(d_logits="*bf16"), "bf16", PITCH=2),

@@ -16,6 +16,7 @@ from triton.runtime import driver
 import realm_kernels as rk
 from benchmarks.gpu import served, small
 from realm_kernels.linear_marginal_loss import triton as linear_marginal_loss
+from realm_kernels.linear_marginal_loss.products import TensorCoreProducts
 from realm_kernels.marginal_loss import triton as marginal_loss
 from realm_kernels.mips_topk import triton as mips_topk
 from realm_kernels.mips_topk import triton_coded, triton_launch
@@ -87,6 +88,15 @@ def serve_the_cpu():
     served.GPU = small.GPU = "cpu"
 
 
+def multiply():
+    """The first product of linear_marginal_loss: on the CPU no library product returns float32."""
+    for rows, words, width, dtype in ((32, 300, 128, torch.bfloat16), (5, 70, 37, torch.float16)):
+        products = TensorCoreProducts(torch.randn(words, width).to(dtype), torch.float32)
+        hidden, logits = torch.randn(rows, width).to(dtype), torch.empty(words, rows)
+        targets = torch.zeros(rows, dtype=torch.int64)
+        linear_marginal_loss.EpiloguePasses().score_(products, hidden, logits, None, targets)
+
+
 def main(architecture):
     assert not triton.knobs.runtime.interpret
     driver.set_active(Driver(architecture))
@@ -97,6 +107,7 @@ def main(architecture):
             print(json.dumps({"call": f"{op} {number}"}), flush=True)
             with rk.use_backend("triton"):
                 call()
+    multiply()
 
 
 if __name__ == "__main__":

@@ -11,11 +11,15 @@ GPU_BACKENDS = ("cuda", "triton", "torch")
 GPU = "cuda"  # where the inputs of every row are
 
 
+def on_gpu(backend: Backend) -> bool:
+    return backend.name.partition(":")[0] in GPU_BACKENDS
+
+
 def forced_backends(backends: Sequence[Backend]) -> list[str]:
     """Those that serve a GPU beside the one that a call gets by default: each is measured too."""
-    on_gpu = [backend for backend in backends if backend.name in GPU_BACKENDS]
-    default = next((backend for backend in on_gpu if backend.default), None)
-    return [backend.name for backend in on_gpu if backend is not default]
+    found = [backend for backend in backends if on_gpu(backend)]
+    default = next((backend for backend in found if backend.default), None)
+    return [backend.name for backend in found if backend is not default]
 
 
 def served_by(backend: str | None, function: Callable[[], object]) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from realm_kernels.mips_topk import op as mips_op
 from realm_kernels.score_spans import op as score_op
 from realm_kernels.span_marginal_loss import op as span_op
 
-from .served import GPU, GPU_BACKENDS
+from .served import GPU, on_gpu
 
 
 def search(
@@ -135,7 +135,7 @@ def main(share: str = "0/1") -> None:
         (op, backend.name, number, call)
         for op, (backends, calls) in CALLS.items()
         for backend in backends
-        if backend.name in GPU_BACKENDS
+        if on_gpu(backend)
         for number, call in enumerate(calls)
     ]
     for op, name, number, call in jobs[which::of]:

@@ -108,12 +108,11 @@ class LibraryPass:
         self.operand = rows.hidden.to(self.products.operand_dtype)
         words, count = self.words + self.EXTRA_WORDS, rows.hidden.shape[0]
         self.logits = self.workspace[: words * count].view(words, count)
-        self.products.logits(self.operand, self.logits[: self.words])
-        self.statistics = self.statistics_(rows)
+        self.statistics = self.score_(rows)
         return self.statistics.log_p
 
-    def statistics_(self, rows: Rows) -> Statistics:
-        return self.passes.statistics_(self.logits, self.bias, rows.targets)
+    def score_(self, rows: Rows) -> Statistics:
+        return self.passes.score_(self.products, self.operand, self.logits, self.bias, rows.targets)
 
     def keep_log_likelihood(self, rows: Rows, log_p: Tensor) -> None:
         log_p = torch.where(rows.outside, torch.nan, log_p)

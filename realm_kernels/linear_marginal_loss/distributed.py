@@ -37,7 +37,7 @@ from .passes import TORCH, Passes, Statistics
 from .problem import NOTHING, Gradients, Needs, Problem, keep_likely
 
 OP = checks.OP
-BACKENDS = (triton.BACKEND, chunked.BACKEND)
+BACKENDS = (*triton.BACKENDS, chunked.BACKEND)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Call:
         return Problem(scores, hidden, weight, targets, bias, doc_mask, log_weight, *self.options)
 
     def new_pass(self, problem: Problem, needs: Needs) -> LibraryPass:
-        passes = triton.TritonPasses() if self.backend == "triton" else TORCH
+        passes = triton.PASSES.get(self.backend, TORCH)
         if self.words is None:
             return DocumentsPass(problem, needs, passes, self.ranks, self.documents)
         return VocabularyPass(problem, needs, passes, self.ranks, self.words)
@@ -93,9 +93,9 @@ class VocabularyPass(LibraryPass):
         if needs.bias:
             self.d_bias = problem.weight.new_zeros(self.words + 1, dtype=problem.sum_dtype)
 
-    def statistics_(self, rows: Rows) -> Statistics:
+    def score_(self, rows: Rows) -> Statistics:
         self.logits[self.words].fill_(-torch.inf)
-        return self._of_all_words(super().statistics_(rows), rows)
+        return self._of_all_words(super().score_(rows), rows)
 
     def _of_all_words(self, here: Statistics, rows: Rows) -> Statistics:
         """log p over all words; the total, still over this rank's largest logit.

@@ -23,7 +23,7 @@ from . import checks, chunked, cpu, reference, triton
 from .memory import fresh, scale_into
 from .problem import NOTHING, Found, Gradients, Needs, Problem
 
-BACKENDS = (cpu.BACKEND, triton.BACKEND, chunked.BACKEND, reference.BACKEND)
+BACKENDS = (cpu.BACKEND, *triton.BACKENDS, chunked.BACKEND, reference.BACKEND)
 
 _PROBLEM = (
     "Tensor scores, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? doc_mask,"

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .products import Products
+
 
 class Statistics(NamedTuple):
     log_p: Tensor  # [R] float64, log softmax of the logits at the target
@@ -20,6 +22,13 @@ class Passes(Protocol):
     @property
     def in_place(self) -> bool:
         """Whether half-precision gradients take the place of the logits, or memory of their own."""
+
+    def score_(
+        self, products: Products, hidden: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Statistics:
+        """The first product, of hidden [R, H], into the logits of the weight's words, and the statistics."""
+        products.logits(hidden, logits[: products.weight.shape[0]])
+        return self.statistics_(logits, bias, targets)
 
     def statistics_(self, logits: Tensor, bias: Tensor | None, targets: Tensor) -> Statistics:
         """Of logits W hidden^T, to which bias [V] is still to be added; targets int64 [R] in [0, V)."""
@@ -36,11 +45,11 @@ class Passes(Protocol):
     ) -> Tensor:
         """factor [R] float64 times (p - onehot(target)): [V, R] of dtype, its row sums added to d_bias [V].
 
-        `logits` is as statistics_ left it, and may become the result.
+        `logits` is as score_ left it, and may become the result.
         """
 
 
-class TorchPasses:
+class TorchPasses(Passes):
     """Any device, as torch's own operations: logits become exp(logit - largest), and 0 at the target."""
 
     in_place = False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backends import Explanation
 from ..mips_topk.checks import DTENSOR
-from . import cpu, distributed, op
+from . import cpu, distributed, op, triton
 from .checks import OP, check
 from .chunks import chunks_in_cache, chunks_of
 from .problem import Problem
@@ -61,7 +61,7 @@ def explain(
     if backend.name == "cpu":
         chunks = chunks_in_cache(problem)
     else:
-        chunks = chunks_of(problem, backend.name == "triton", words)
+        chunks = chunks_of(problem, backend.name in triton.PASSES, words)
     if backend.name == "reference":
         plan = f"all {chunks.rows} rows of logits at once, in float64"
     elif chunks.examples_at_once > 0:

@@ -86,7 +86,10 @@ class TensorCoreProducts:
             total += torch.mm(d_logits, hidden, out_dtype=self.sum_dtype)
 
 
-def products_for(weight: Tensor, sum_dtype: torch.dtype) -> WideProducts | TensorCoreProducts:
+Products = WideProducts | TensorCoreProducts
+
+
+def products_for(weight: Tensor, sum_dtype: torch.dtype) -> Products:
     if takes_narrow_operands(weight):
         return TensorCoreProducts(weight, sum_dtype)
     return WideProducts(weight, sum_dtype)

@@ -6,6 +6,7 @@ stand vocabulary first, [V, R] float32, R contiguous. What moves, in bytes a log
     statistics   read 4                one program a tile [BLOCK_V, BLOCK_R], held in registers
     combine      read 8 S / V, twice   one program BLOCK_R rows, S = V / BLOCK_V
     gradient     read 4, write 2 or 4  one program BLOCK_V words with all their rows, in place
+    product      write 4               in the place of the library's product and of statistics, where forced
 
 All sums have a fixed order; no atomics. triton.py launches them.
 """
@@ -16,7 +17,8 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret  # set by TRITON_INTERPRET=1 before this module is imported
 
 _INF = tl.constexpr(float("inf"))
-_ROUND_BY_HAND = tl.constexpr(INTERPRETED)  # the interpreter's own conversion to bfloat16 truncates
+# The interpreter's own conversion to bfloat16 truncates, and it multiplies bfloat16 as integers.
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def _expm1(x):
 @triton.jit
 def _narrow(x, dtype: tl.constexpr):
     """float32 to the dtype of the products' operands, to nearest."""
-    if _ROUND_BY_HAND and dtype == tl.bfloat16:
+    if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         x = tl.where(x == x, rounded, bits | 0x400000).to(tl.float32, bitcast=True)
@@ -57,6 +59,17 @@ def _tile(logits, bias, v, r, V, R):
     if bias is not None:
         x += tl.load(bias + v, mask=v < V, other=0.0)[:, None]
     return x
+
+
+@triton.jit
+def _store_part(x, axis: tl.constexpr, peaks, sums, part, r, R):
+    """(max, sum of exp(x - max)) of rows r of one part, over the axis of its words; -inf is no part of it."""
+    peak = tl.max(x, axis=axis)
+    shift = tl.where(peak == -_INF, 0.0, peak)
+    total = tl.sum(tl.exp(x - tl.expand_dims(shift, axis)), axis=axis)  # NaN stays in the sum
+    place = part.to(tl.int64) * R + r
+    tl.store(peaks + place, peak, mask=r < R)
+    tl.store(sums + place, total, mask=r < R)
 
 
 @triton.jit
@@ -84,12 +97,74 @@ def linear_marginal_loss_statistics_kernel(
     x = _tile(logits, bias, v, r, V, R)
     target = tl.load(targets + r, mask=inside, other=-1).to(tl.int32)
     x = tl.where(v[:, None] == target[None, :], -_INF, x)
-    peak = tl.max(x, axis=0)
-    shift = tl.where(peak == -_INF, 0.0, peak)
-    total = tl.sum(tl.exp(x - shift[None, :]), axis=0)  # NaN stays in the sum
-    place = part.to(tl.int64) * R + r
-    tl.store(peaks + place, peak, mask=inside)
-    tl.store(sums + place, total, mask=inside)
+    _store_part(x, 0, peaks, sums, part, r, R)
+
+
+@triton.jit
+def _columns(matrix, row, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Columns h [BLOCK_H] of some rows of a matrix [-1, H], zero beyond H."""
+    place = matrix + row.to(tl.int64)[:, None] * H + h[None, :]
+    x = tl.load(place) if H % BLOCK_H == 0 else tl.load(place, mask=h[None, :] < H, other=0.0)
+    return x.to(tl.float32) if _INTERPRETED else x
+
+
+@triton.jit
+def linear_marginal_loss_product_kernel(
+    weight,  # [V, H]
+    hidden,  # [R, H], of the same dtype
+    bias,  # [V] float32
+    targets,  # [R] int64, in [0, V) or beyond
+    logits,  # [V, R] float32, with the bias
+    peaks,  # [S, R] float32
+    sums,  # [S, R] float32
+    V,
+    R,
+    H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """logits = W hidden^T + b, and the (max, sum) pairs of statistics, made while a tile is in registers.
+
+    A program owns a tile of BLOCK_V words, which are one part, and BLOCK_R rows. Rows stand on the axis of
+    the instruction that is spread over lanes and warps, so a thread has a quarter of a row's words and a part
+    costs two shuffles. GROUP parts go along the rows together, so that what runs at a time shares both
+    operands in the L2; the first words last, where gradient begins.
+
+    A tile fills half of the registers, and nothing of its size may live beside it: the bias goes into the
+    logits, the target's place holds -inf until the tile is written, and then gets its logit back.
+    """
+    row_blocks = tl.cdiv(R, BLOCK_R)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    first = tile // (GROUP * row_blocks) * GROUP
+    height = tl.minimum(tl.cdiv(V, BLOCK_V) - first, GROUP)
+    part = first + tile % (GROUP * row_blocks) % height
+    corner_v, corner_r = part * BLOCK_V, tile % (GROUP * row_blocks) // height * BLOCK_R
+    in_v, in_r = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_R)
+    v, r = corner_v + in_v, corner_r + in_r
+    x = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+    for start in tl.range(0, H, BLOCK_H, num_stages=STAGES):
+        h = start + tl.arange(0, BLOCK_H)
+        # Past the end the last word and the last row are read again; neither is told.
+        rows = _columns(hidden, tl.minimum(r, R - 1), h, H, BLOCK_H)
+        words = _columns(weight, tl.minimum(v, V - 1), h, H, BLOCK_H)
+        x = tl.dot(rows, tl.trans(words), x, input_precision="ieee")
+
+    x += tl.load(bias + v, mask=v < V, other=-_INF)[None, :]
+    target = tl.load(targets + r, mask=r < R, other=-1)
+    is_target = v[None, :] == target.to(tl.int32)[:, None]
+    logit = tl.sum(tl.where(is_target, x, 0.0), axis=1)
+    x = tl.where(is_target, -_INF, x)
+    _store_part(x, 1, peaks, sums, part, r, R)
+    # From the corner 32 bits suffice: a chunk has at most 2^26 logits, or one row.
+    corner = logits + corner_v.to(tl.int64) * R + corner_r
+    inside = (r < R)[:, None] & (v < V)[None, :]
+    tl.store(corner + (in_v[None, :] * R + in_r[:, None]), x, mask=inside)
+    tl.debug_barrier()  # the place of a target was written by another thread
+    here = (target >= corner_v) & (target < tl.minimum(corner_v + BLOCK_V, V))
+    tl.store(logits + target * R + r, logit, mask=here)
 
 
 @triton.jit
