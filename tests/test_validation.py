@@ -87,6 +87,20 @@ def test_a_forward_mode_tangent_is_refused_and_not_dropped(call, first):
             call(forward_ad.make_dual(first, first))
 
 
+@every_op
+def test_a_tensor_that_outlived_its_transform_is_taken(call, first):
+    """Torch leaves a wrapper around it, which has no memory of its own."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor * 1)
+        return tensor.sum()
+
+    torch.func.grad(keep)(first)
+    assert torch._C._functorch.is_dead_tensor_wrapper(kept[0])
+    assert torch.equal(call(kept[0]), call(first))
+
+
 @pytest.mark.parametrize("eps", ["x", None, True])
 def test_eps_is_a_number(eps):
     with pytest.raises(TypeError, match="^score_spans: eps must be a float, got "):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import backends
 from ..marginal_loss.cpu import cast
-from ..marginal_loss.op import marginal_loss_bwd, observed
+from ..marginal_loss.op import Direct, marginal_loss_bwd, observed
 from . import checks, chunked, cpu, reference, triton
 from .memory import fresh, scale_into
 from .problem import NOTHING, Found, Gradients, Needs, Problem
@@ -188,7 +188,7 @@ def loss(problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
         needs = NOTHING
     arguments = *problem.tensors, *problem.options, reduction, *needs
     if not observed(*problem.tensors) and backend_for(problem) is cpu.BACKEND:
-        return _Direct.apply(*arguments)
+        return _Direct.apply(*arguments)  # type: ignore[attr-defined]
     found_loss, _, log_likelihood, *_ = torch.ops.realm_kernels.linear_marginal_loss(*arguments)
     return found_loss, log_likelihood
 
@@ -259,9 +259,7 @@ def _backward(ctx: Any, run: Any, d_loss: Tensor | None) -> tuple[Tensor | None,
 torch.library.register_autograd("realm_kernels::linear_marginal_loss", _backward_op, setup_context=_save_op)
 
 
-class _Direct(torch.autograd.Function):
-    """The op and its autograd without the dispatcher, for the C++ backend."""
-
+class _Direct(Direct):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         problem, (reduction, *needs) = _split(arguments)

@@ -137,7 +137,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def observed(*tensors: Tensor | None) -> bool:
     """Whether anything but the kernel has to see the op: a compiler, a trace, a transform, a dispatch mode, a
-    tensor that is more than one; and any device but the CPU, whose choice is the dispatcher's business."""
+    tensor that is more than one, or less, as one that outlived its transform and has no memory of its own;
+    and any device but the CPU, whose choice is the dispatcher's business."""
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -146,7 +147,9 @@ def observed(*tensors: Tensor | None) -> bool:
     ):
         return True
     for tensor in tensors:  # noqa: SIM110  (a generator takes twice as long)
-        if tensor is not None and not (tensor.is_cpu and type(tensor) in _PLAIN):
+        if tensor is not None and not (
+            tensor.is_cpu and type(tensor) in _PLAIN and not torch._C._functorch.is_dead_tensor_wrapper(tensor)
+        ):
             return True
     return False
 
