@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_dead_tensor_wrapper  # type: ignore[attr-defined]
 
 from .. import backends
 from . import checks, cpu, cuda, reference, triton
@@ -148,7 +149,7 @@ def observed(*tensors: Tensor | None) -> bool:
         return True
     for tensor in tensors:  # noqa: SIM110  (a generator takes twice as long)
         if tensor is not None and not (
-            tensor.is_cpu and type(tensor) in _PLAIN and not torch._C._functorch.is_dead_tensor_wrapper(tensor)
+            tensor.is_cpu and type(tensor) in _PLAIN and not is_dead_tensor_wrapper(tensor)
         ):
             return True
     return False
