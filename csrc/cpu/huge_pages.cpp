@@ -8,6 +8,10 @@
 namespace realm_kernels {
 
 void advise_huge_pages(uintptr_t address, int64_t bytes) {
+  constexpr int64_t kLeastBytes = 4 << 20;
+  if (bytes < kLeastBytes) {
+    return;
+  }
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // Whole pages only: what shares one with others is theirs too.
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -6,7 +6,8 @@
 
 namespace realm_kernels {
 
-// A wish about memory that holds nothing yet; where it cannot be granted nothing happens.
+// A wish about memory that holds nothing yet; where it cannot be granted nothing happens, nor for less than
+// 4 MiB: two huge pages at least, less is not worth the call.
 void advise_huge_pages(uintptr_t address, int64_t bytes);
 
 }  // namespace realm_kernels

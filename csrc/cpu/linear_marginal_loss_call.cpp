@@ -12,10 +12,6 @@
 namespace realm_kernels {
 namespace {
 
-int64_t size_of(FloatType type) {
-  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
-}
-
 const void* advance(const FloatArray& array, int64_t elements) {
   return array.data == nullptr ? nullptr
                                : static_cast<const char*>(array.data) + elements * size_of(array.type);

@@ -18,12 +18,6 @@ namespace {
 // Log-likelihoods a thread should have at least: below that, waking it costs what it saves.
 constexpr int64_t kGrain = 1 << 13;
 constexpr std::size_t kAlignment = 64;
-// Of a gradient in fresh memory, two huge pages at least: less is not worth the call.
-constexpr int64_t kHugeBytes = 4 << 20;
-
-int64_t size_of(FloatType type) {
-  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
-}
 
 const MarginalLossKernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
@@ -100,11 +94,9 @@ int64_t launch_marginal_loss_fwd(MarginalLossParams params) {
 
 void launch_marginal_loss_bwd(const MarginalLossParams& params) {
   if (params.d_log_likelihood != nullptr) {
-    const int64_t size =
-        params.batch * params.documents * params.tokens * size_of(params.log_likelihood.type);
-    if (size >= kHugeBytes) {
-      advise_huge_pages(reinterpret_cast<uintptr_t>(params.d_log_likelihood), size);
-    }
+    const int64_t count = params.batch * params.documents * params.tokens;
+    advise_huge_pages(reinterpret_cast<uintptr_t>(params.d_log_likelihood),
+                      count * size_of(params.log_likelihood.type));
   }
   launch(params, true);
 }

@@ -11,6 +11,12 @@ namespace realm_kernels {
 // Python names both by their numbers (realm_kernels/marginal_loss/cpu.py).
 enum class FloatType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+namespace {  // a copy for each file: one that the linker chose could be of an instruction set not at hand
+constexpr int64_t size_of(FloatType type) {
+  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
+}
+}  // namespace
+
 enum class Reduction { kNone, kSum, kMean };
 
 struct FloatArray {

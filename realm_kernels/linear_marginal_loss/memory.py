@@ -11,7 +11,6 @@ from .. import native
 from ..backends import forced_variant
 from ..marginal_loss.cpu import array
 
-HUGE_BYTES = 4 << 20  # two huge pages at least; less is not worth the call
 _NATIVE = {torch.float32, torch.bfloat16}
 PART_ROWS = 256  # scaled at a time where the dtype changes: they stay in a cache
 
@@ -19,7 +18,7 @@ PART_ROWS = 256  # scaled at a time where the dtype changes: they stay in a cach
 def fresh(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Contiguous memory that holds nothing, on the device of `like`."""
     tensor = like.new_empty(shape, dtype=dtype)
-    if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_BYTES and native.cpu is not None:
+    if tensor.device.type == "cpu" and native.cpu is not None:
         native.cpu.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
