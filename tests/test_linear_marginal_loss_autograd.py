@@ -251,6 +251,8 @@ def test_a_backend_chosen_for_the_call_holds_for_its_gradient():
 def test_a_backend_this_op_lacks_is_named():
     with (
         rk.use_backend("cuda"),
-        pytest.raises(ValueError, match="this op lacks; it has cpu, triton, triton:epilogue, torch, reference"),
+        pytest.raises(
+            ValueError, match="this op lacks; it has cpu, triton, triton:epilogue, torch, reference"
+        ),
     ):
         make_case().loss()

@@ -344,14 +344,7 @@ def _of_examples(problem: Problem, call: Call, log_likelihood: Tensor) -> tuple[
         found, scored = _marginal(problem, call.ranks, log_likelihood)
         each = torch.where(scored, -found.log_marginal, 0.0).sum(1)
         return each, scored.sum(1), torch.where(scored[:, None, :], -found.residual, 0.0).sum(2)
-    inputs = (
-        problem.scores,
-        log_likelihood,
-        problem.scored(),
-        problem.doc_mask,
-        problem.log_weight,
-        problem.mode,
-    )
+    inputs = problem.marginal_inputs(log_likelihood)
     each, count = torch.ops.realm_kernels.marginal_loss(*inputs)
     ones = torch.ones_like(each)
     return each, count, torch.ops.realm_kernels.marginal_loss_bwd(ones, *inputs, True, False)[0]

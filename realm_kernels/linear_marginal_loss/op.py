@@ -120,8 +120,8 @@ def linear_marginal_loss_bwd(
     units, needs = Gradients(unit_d_hidden, unit_d_weight, unit_d_bias), Needs(*needed)
     backend = backend_for(problem)
     with _inside(problem, backend):
-        tensors = problem.scores, log_likelihood, problem.scored(), problem.doc_mask, problem.log_weight
-        d_scores, _ = marginal_loss_bwd(d_loss, *tensors, problem.mode, needs_scores, False, count)
+        inputs = problem.marginal_inputs(log_likelihood)
+        d_scores, _ = marginal_loss_bwd(d_loss, *inputs, needs_scores, False, count)
         d_scores = cast(d_scores, problem.loss_dtype)
         if d_loss.dim() == 0:
             by_all = _divided(d_loss, count)

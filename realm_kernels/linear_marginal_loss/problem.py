@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ class Problem:
         is_document = relevance(self.scores, self.doc_mask, self.log_weight) != -torch.inf
         return is_document[:, :, None] & self.scored()[:, None, :]
 
+    def marginal_inputs(self, log_likelihood: Tensor) -> tuple[Any, ...]:
+        """Of the ops of marginal_loss."""
+        tensors = self.scores, log_likelihood, self.scored(), self.doc_mask, self.log_weight
+        return *tensors, self.mode
+
     def examples(self, first: int, last: int) -> Problem:
         """The same problem for examples [first, last) alone."""
 
@@ -119,30 +124,14 @@ class Problem:
 
 
 def found(problem: Problem, log_likelihood: Tensor, units: Gradients, reduction: str) -> Found:
-    loss, count = torch.ops.realm_kernels.marginal_loss(
-        problem.scores,
-        log_likelihood,
-        problem.scored(),
-        problem.doc_mask,
-        problem.log_weight,
-        problem.mode,
-        reduction,
-    )
+    loss, count = torch.ops.realm_kernels.marginal_loss(*problem.marginal_inputs(log_likelihood), reduction)
     return Found(loss.to(problem.loss_dtype), count, log_likelihood, units)
 
 
 def posterior_factor(problem: Problem, log_likelihood: Tensor, d_loss: Tensor) -> Tensor:
     """d_loss [B] times the posterior: float64 [B, K, M] as log_likelihood, 0 for rows without a part."""
     _, d_log_likelihood = torch.ops.realm_kernels.marginal_loss_bwd(
-        d_loss,
-        problem.scores,
-        log_likelihood,
-        problem.scored(),
-        problem.doc_mask,
-        problem.log_weight,
-        problem.mode,
-        False,
-        True,
+        d_loss, *problem.marginal_inputs(log_likelihood), False, True
     )
     return keep_likely(problem, -d_log_likelihood, d_loss)
 

@@ -34,6 +34,7 @@ class TritonPasses(Passes):
     """Of float32 logits; gradients take the place of the logits they were made of, whatever their dtype."""
 
     in_place = True
+    bias_in_logits = False  # as score_ leaves them
 
     def statistics_(self, logits: Tensor, bias: Tensor | None, targets: Tensor) -> Statistics:
         from . import triton_kernels as kernels
@@ -78,7 +79,7 @@ class TritonPasses(Passes):
             kernels.linear_marginal_loss_gradient_kernel[(_blocks(vocabulary, GRADIENT_V),)](
                 logits,
                 d_logits,
-                bias,
+                None if self.bias_in_logits else bias,
                 d_bias,
                 targets,
                 *statistics,
@@ -98,6 +99,8 @@ class EpiloguePasses(TritonPasses):
 
     It puts the bias into the logits, where the passes behind it find it.
     """
+
+    bias_in_logits = True
 
     def score_(
         self, products: Products, hidden: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor
@@ -130,18 +133,6 @@ class EpiloguePasses(TritonPasses):
                     num_warps=PRODUCT_WARPS,
                 )
         return _combined(logits, None, targets, peaks, sums)
-
-    def gradient_(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        statistics: Statistics,
-        factor: Tensor,
-        dtype: torch.dtype,
-        d_bias: Tensor | None,
-    ) -> Tensor:
-        return super().gradient_(logits, None, targets, statistics, factor, dtype, d_bias)
 
 
 def product_words(device: torch.device, rows: int, width: int) -> int:
