@@ -190,3 +190,35 @@ def test_an_example_too_large_for_the_cache_takes_one_pass_while_the_workspace_h
     )
     for name, value in gradients(Case.loss, case).items():
         assert_within(value.double(), whole[name].double(), 2.0**-20 * whole[name].abs().max(), name)
+
+
+def test_the_kernels_cut_them_so(monkeypatch):
+    """The sum of d_weight tells it: chunk is added to chunk in float32."""
+    case = make_case(7, 3, 4, width=8, vocabulary=500, masks=False)
+    case.targets[3, 1:] = case.targets[4] = case.targets[6] = -100  # 12, 12, 12, 3, 0, 12, 0 rows
+
+    def d_weight(first, last):
+        part = {
+            name: x if name in ("weight", "bias") else x[first:last]
+            for name, x in vars(case).items()
+            if x is not None
+        }
+        return gradients(lambda c: c.loss(reduction="sum"), Case(**{"doc_mask": None, **part}))["weight"]
+
+    with rk.use_backend("cpu"):
+        whole, by_chunks = d_weight(0, 7), d_weight(0, 3) + d_weight(3, 7)
+        monkeypatch.setattr(chunks, "CACHE_BYTES", 40 * 500 * 4)
+        monkeypatch.setattr(chunks, "LEAST_ROWS", 0)
+        assert torch.equal(d_weight(0, 7), by_chunks)
+    assert not torch.equal(whole, by_chunks)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_common_offset_that_costs_the_bias_no_digit_changes_no_bit(backend):
+    case = make_case()
+    case = replace(case, bias=2.0 * torch.randint(-8, 8, case.bias.shape))
+    with rk.use_backend(backend):
+        expected = gradients(Case.loss, case)
+        found = gradients(Case.loss, replace(case, bias=case.bias + 2.0**24))
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
