@@ -19,6 +19,7 @@ namespace sanitize {
 
 using realm_kernels::FloatType;
 using realm_kernels::Isa;
+using realm_kernels::size_of;
 
 // ThreadSanitizer looks at who touches what and not at values, and it is slow: one dtype and one kind of
 // values serve it.
@@ -55,10 +56,6 @@ inline const char* name_of(FloatType type) {
     default:
       return "float16";
   }
-}
-
-inline int64_t size_of(FloatType type) {
-  return type == FloatType::kFloat64 ? 8 : type == FloatType::kFloat32 ? 4 : 2;
 }
 
 // Elements of one float type on the heap, in a block of exactly their size: one byte beyond it is an error
